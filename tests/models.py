@@ -1,0 +1,192 @@
+"""The registry of model families that every whole-model test runs over: tiny, random, seeded, in eval mode.
+
+Adding a family later is one entry of `REGISTRY`. The weights are drawn so that scores discriminate: decays, step
+sizes and embeddings differ widely between channels and tokens, hence kept sets that differ from any simple rule.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import types
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    FalconMambaConfig,
+    FalconMambaForCausalLM,
+    Mamba2Config,
+    Mamba2ForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+)
+from transformers.models.falcon_mamba import modeling_falcon_mamba
+from transformers.models.mamba import modeling_mamba
+from transformers.models.mamba2 import modeling_mamba2
+
+VOCABULARY = 53  # a prime, so that no other size of a model equals it by accident
+CHECKPOINT = Path(__file__).resolve().parents[1] / "examples" / "mamba-py-3m"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One model of the registry."""
+
+    name: str
+    make: Callable[[], nn.Module]
+    kind: str  # "selective" (Mamba-1's scan) or "ssd" (Mamba-2's)
+    modeling: types.ModuleType  # the module whose functions run the scan
+    backbone: str = "backbone"  # path from the model to the module that holds the blocks
+    dtype: torch.dtype = torch.float32
+    seed: int = 0
+
+    def build(self) -> nn.Module:
+        """A fresh model: the same weights at every call, shared with nothing."""
+        model = self.make()
+        randomise(model, self.seed)
+        return model.to(self.dtype).eval()
+
+
+def randomise(model: nn.Module, seed: int) -> None:
+    """Draws every parameter of `model` by its role, from one seed."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(p: Tensor, std: float, mean: float = 0.0) -> Tensor:
+        return torch.randn(p.shape, generator=generator) * std + mean
+
+    def log_uniform(p: Tensor, low: float, high: float) -> Tensor:
+        return torch.exp(torch.rand(p.shape, generator=generator) * math.log(high / low) + math.log(low))
+
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            role = ".".join(name.rsplit(".", 2)[-2:])
+            if name.endswith("A_log"):  # time constants from a few tokens to hundreds
+                value = log_uniform(p, 0.1, 4.0).log()
+            elif name.endswith(("dt_bias", "dt_proj.bias")):  # inverse softplus of the step size
+                step = log_uniform(p, 0.01, 0.3)
+                value = step + torch.log(-torch.expm1(-step))
+            elif p.ndim == 1 and "norm" in role:
+                value = normal(p, 0.2, mean=1.0)
+            elif p.ndim == 1:  # D and the other biases
+                value = normal(p, 0.5)
+            elif "embeddings" in role or "lm_head" in role:
+                value = normal(p, 1.0)
+            elif "conv1d" in role:
+                value = normal(p, 0.6)
+            else:  # projections: unit gain
+                value = normal(p, p.shape[-1] ** -0.5)
+            p.copy_(value)
+
+
+_COMMON: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "conv_kernel": 4,
+    "pad_token_id": 0,
+    "bos_token_id": 0,
+    "eos_token_id": None,
+    "use_cache": True,
+}
+
+
+def _mamba(**changes: Any) -> nn.Module:
+    sizes = {"hidden_size": 20, "state_size": 4, "num_hidden_layers": 4, "expand": 2, "time_step_rank": 3}
+    return MambaForCausalLM(MambaConfig(**(_COMMON | sizes | changes)))
+
+
+def _falcon_mamba(**changes: Any) -> nn.Module:
+    sizes = {"hidden_size": 18, "state_size": 5, "num_hidden_layers": 3, "expand": 2, "time_step_rank": 4}
+    return FalconMambaForCausalLM(FalconMambaConfig(**(_COMMON | sizes | changes)))
+
+
+def _mamba2(**changes: Any) -> nn.Module:
+    sizes = {
+        "hidden_size": 16,
+        "state_size": 6,
+        "num_hidden_layers": 4,
+        "expand": 2,
+        "num_heads": 4,
+        "head_dim": 8,
+        "chunk_size": 8,
+    }
+    return Mamba2ForCausalLM(Mamba2Config(**(_COMMON | sizes | changes)))
+
+
+REGISTRY: tuple[Entry, ...] = (
+    Entry("mamba", _mamba, "selective", modeling_mamba),
+    Entry(
+        "mamba-residual-in-own-dtype",
+        functools.partial(_mamba, residual_in_fp32=False, num_hidden_layers=5, hidden_size=16, state_size=8),
+        "selective",
+        modeling_mamba,
+        seed=1,
+    ),
+    Entry("falcon-mamba", _falcon_mamba, "selective", modeling_falcon_mamba, seed=2),
+    Entry("mamba2-one-group", functools.partial(_mamba2, n_groups=1), "ssd", modeling_mamba2, seed=3),
+    Entry(
+        "mamba2-two-groups",
+        functools.partial(_mamba2, n_groups=2, num_hidden_layers=3, chunk_size=16, residual_in_fp32=False),
+        "ssd",
+        modeling_mamba2,
+        seed=4,
+    ),
+    Entry("mamba-bf16", _mamba, "selective", modeling_mamba, dtype=torch.bfloat16, seed=5),
+    Entry("mamba2-bf16", functools.partial(_mamba2, n_groups=2), "ssd", modeling_mamba2, dtype=torch.bfloat16, seed=6),
+)
+FLOAT32: tuple[Entry, ...] = tuple(entry for entry in REGISTRY if entry.dtype is torch.float32)
+BY_NAME: dict[str, Entry] = {entry.name: entry for entry in REGISTRY}
+
+
+def names(entries: Iterable[Entry]) -> list[str]:
+    """The test ids of `entries`."""
+    return [entry.name for entry in entries]
+
+
+def n_blocks(model: nn.Module) -> int:
+    return len(model.get_submodule("backbone").layers)
+
+
+@functools.cache
+def dense(name: str) -> nn.Module:
+    """The registry's model `name`, built once. For tests that change no weight."""
+    return BY_NAME[name].build()
+
+
+@functools.cache
+def sparse(name: str, schedule: Any, **options: Any) -> nn.Module:
+    """`dense(name)` transformed, once per schedule and options: every new graph costs a capture."""
+    import simba_fx
+
+    return simba_fx.transform(dense(name), schedule, **options)
+
+
+def keep_all(blocks: int) -> tuple[Fraction, ...]:
+    """Shares that shrink at every block and still keep every token of any input shorter than 10**6/blocks.
+
+    Equal consecutive shares would insert no cut; with these the score, select and gather nodes are all there.
+    """
+    return tuple(1 - Fraction(i, 10**6) for i in range(blocks))
+
+
+def tokens(seed: int, *shape: int, vocabulary: int = VOCABULARY) -> Tensor:
+    """Random token ids of `shape`, from a seed."""
+    return torch.randint(0, vocabulary, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def padded(rows: Sequence[Tensor], left: Sequence[int], right: Sequence[int], fill: int = 7) -> tuple[Tensor, Tensor]:
+    """Rows of ids, each with its own pads on both sides, as `(B, L)` ids and a `(B, L)` int64 mask of the real ones.
+
+    Pads hold `fill`, an ordinary token: nothing but the mask says which positions are real.
+    """
+    length = max(a + len(row) + b for row, a, b in zip(rows, left, right))
+    ids = torch.full((len(rows), length), fill)
+    mask = torch.zeros((len(rows), length), dtype=torch.int64)
+    for b, (row, before, after) in enumerate(zip(rows, left, right)):
+        start = before + (length - before - len(row) - after)  # what is missing to the rectangle goes to the left
+        ids[b, start : start + len(row)] = row
+        mask[b, start : start + len(row)] = 1
+    return ids, mask

@@ -1,0 +1,378 @@
+"""The independent oracle: an eager, float64-scored reference of the whole method, with no graph and no simba_fx.
+
+Written from method.md alone. One row at a time, without its padding: the model's *own* blocks run one by one on hidden
+states that are indexed between them; the operands of each block's scan are caught on their way into the model's own
+scan function and scored by a loop over tokens in float64. Slow and plain on purpose.
+
+Letters: L tokens, D channels of the scan (heads × head width for Mamba-2), N states, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+Array = NDArray[np.float64]
+
+CRITERIA = ("simba", "simba-abs", "no-decay", "delta-norm", "clip", "recent")
+
+# The one table of tolerances: relative RMS of a result against the reference, by the model's dtype.
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+# Gradients pass through every block twice.
+GRADIENT_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-1, torch.float16: 2e-2}
+# Two scores closer than this, relative to the terms they are summed from, may be ordered either way in float32.
+CLEAR_MARGIN = 1e-4
+
+
+def relative_rms(actual: Tensor, expected: Tensor) -> float:
+    """Root mean square of the difference over that of `expected`; 0 for two empty or two zero tensors."""
+    actual, expected = actual.detach().double(), expected.detach().double()
+    assert actual.shape == expected.shape, f"shapes differ: {tuple(actual.shape)} and {tuple(expected.shape)}"
+    difference = (actual - expected).pow(2).sum().sqrt().item()
+    scale = expected.pow(2).sum().sqrt().item()
+    return difference / scale if scale > 0 else difference
+
+
+def assert_close(name: str, actual: Tensor, expected: Tensor, tolerance: float) -> None:
+    """Fails, naming the tensor and its error, where the relative RMS is not within `tolerance` (NaN included)."""
+    error = relative_rms(actual, expected)
+    assert error <= tolerance, f"{name}: relative RMS error {error:.3g}, allowed {tolerance:.3g}"
+
+
+# ---- the scan's operands ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What one scan of one row was given, in float64, with one decay and one input per channel."""
+
+    u: Array  # (L, D)
+    delta: Array  # (L, D), after bias, softplus and limits
+    a: Array  # (D, N), negative
+    b: Array  # (L, D or 1, N)
+    c: Array  # (L, D or 1, N)
+    steps: Array  # (L, D of Mamba-1 or heads of Mamba-2): Δ before it is spread over a head's channels
+
+
+def _double(x: Tensor) -> Array:
+    return x.detach().to(torch.float64).cpu().numpy()
+
+
+def _step_sizes(raw: Array, bias: Tensor | None, softplus: bool) -> Array:
+    """Δ = softplus(raw + bias), over the last axis of `raw`."""
+    if bias is not None:
+        raw = raw + _double(bias)
+    return np.logaddexp(0.0, raw) if softplus else raw
+
+
+def selective_operands(arguments: dict[str, Any]) -> Scan:
+    """From a call of transformers' `mamba_selective_scan`: `(1, D, L)` inputs, `(1, N, L)` B and C."""
+    delta = _step_sizes(_double(arguments["dt"])[0].T, arguments["delta_bias"], arguments["delta_softplus"])
+    return Scan(
+        u=_double(arguments["hidden_states"])[0].T,
+        delta=delta,
+        a=_double(arguments["A"]),
+        b=_double(arguments["B"])[0].T[:, None, :],
+        c=_double(arguments["C"])[0].T[:, None, :],
+        steps=delta,
+    )
+
+
+def ssd_operands(arguments: dict[str, Any]) -> Scan:
+    """From a call of transformers' `mamba2_chunk_scan`: `(1, L, H, P)` inputs, `(1, L, G, N)` B and C."""
+    x = _double(arguments["hidden_states"])[0]  # (L, H, P)
+    length, heads, width = x.shape
+    b, c = _double(arguments["B"])[0], _double(arguments["C"])[0]  # (L, G, N)
+    steps = _step_sizes(_double(arguments["dt"])[0], arguments["dt_bias"], arguments["dt_softplus"])  # (L, H)
+    steps = np.clip(steps, *arguments["dt_limit"])
+    head_of = np.arange(heads * width) // width
+    group_of = head_of // (heads // b.shape[1])
+    return Scan(
+        u=x.reshape(length, heads * width),
+        delta=steps[:, head_of],
+        a=np.repeat(_double(arguments["A"])[head_of][:, None], b.shape[2], axis=1),
+        b=b[:, group_of],
+        c=c[:, group_of],
+        steps=steps,
+    )
+
+
+SCAN_FUNCTIONS = {"mamba_selective_scan": selective_operands, "mamba2_chunk_scan": ssd_operands}
+
+
+@contextlib.contextmanager
+def recorded_scans(model: nn.Module) -> Iterator[list[dict[str, Any]]]:
+    """Within it, every call of a scan function by `model`'s modeling module is noted, and runs as always."""
+    modeling = sys.modules[type(model).__module__]
+    calls: list[dict[str, Any]] = []
+
+    def noting(name: str, function: Any) -> Any:
+        signature = inspect.signature(function)
+
+        @functools.wraps(function)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            bound = signature.bind(*args, **kwargs)
+            bound.apply_defaults()
+            calls.append({"function": name, "original": function, **bound.arguments})
+            return function(*args, **kwargs)
+
+        return wrapper
+
+    found = {name: getattr(modeling, name) for name in SCAN_FUNCTIONS if hasattr(modeling, name)}
+    try:
+        for name, function in found.items():
+            setattr(modeling, name, noting(name, function))
+        yield calls
+    finally:
+        for name, function in found.items():
+            setattr(modeling, name, function)
+
+
+def operands(call: dict[str, Any]) -> Scan:
+    return SCAN_FUNCTIONS[call["function"]](call)
+
+
+# ---- scores -------------------------------------------------------------------------------------------------------
+
+
+def contributions(scan: Scan, q: int, *, decay: bool = True) -> tuple[Array, Array]:
+    """What each token t ≤ q adds to the scan's output at q, `(q + 1, D)`, and the same sum over |terms|.
+
+    Method §2: `Δ_t u_t Σ_n C_q B_t exp(A R_t)`, `R_t = Σ_{t<i≤q} Δ_i`, summed backwards from q.
+    """
+    out, size = np.zeros((q + 1, scan.u.shape[1])), np.zeros((q + 1, scan.u.shape[1]))
+    rest = np.zeros(scan.u.shape[1])
+    for t in range(q, -1, -1):
+        terms = scan.c[q] * scan.b[t] * (np.exp(scan.a * rest[:, None]) if decay else np.ones_like(scan.a))
+        out[t] = scan.delta[t] * scan.u[t] * terms.sum(-1)
+        size[t] = np.abs(scan.delta[t] * scan.u[t]) * np.abs(terms).sum(-1)
+        rest = rest + scan.delta[t]
+    return out, size
+
+
+def outputs(scan: Scan) -> Array:
+    """`y_t = C_t · h_t` of the recurrence, `(L, D)`: no skip, no gate."""
+    state = np.zeros_like(scan.a)
+    y = np.zeros_like(scan.u)
+    for t in range(len(y)):
+        state = np.exp(scan.delta[t][:, None] * scan.a) * state + (scan.delta[t] * scan.u[t])[:, None] * scan.b[t]
+        y[t] = (scan.c[t] * state).sum(-1)
+    return y
+
+
+def score(scan: Scan, q: int, criterion: str) -> tuple[Array, Array]:
+    """Scores of the tokens 0…q, higher = keep, and the size of what each was computed from (for margins)."""
+    if criterion in ("simba", "simba-abs", "no-decay"):
+        values, sizes = contributions(scan, q, decay=criterion != "no-decay")
+        if criterion == "simba-abs":
+            values = np.abs(values)
+        best = values.argmax(-1)
+        rows = np.arange(q + 1)
+        return values[rows, best], sizes[rows, best]
+    if criterion == "delta-norm":
+        norm = np.sqrt((scan.steps[: q + 1] ** 2).sum(-1))
+        return norm, norm
+    if criterion == "clip":
+        y = outputs(scan)[: q + 1]
+        return np.maximum(y, 0.0).mean(-1), np.abs(y).mean(-1)
+    if criterion == "recent":
+        position = np.arange(1.0, q + 2.0)
+        return position, position
+    raise ValueError(f"the reference knows the criteria {CRITERIA}, not {criterion!r}")
+
+
+def choose(scores: Sequence[float], k: int) -> list[int]:
+    """The `k` best positions, ascending; of two equal scores the later wins."""
+    order = sorted(range(len(scores)), key=lambda t: (scores[t], t), reverse=True)
+    return sorted(order[:k])
+
+
+def margin(scores: Array, sizes: Array, kept: Sequence[int]) -> float:
+    """The gap between the worst kept and the best dropped score, relative to the terms they are summed from.
+
+    Scores that float32 cannot tell from zero count as equal.
+    """
+    dropped = np.setdiff1d(np.arange(len(scores)), kept)
+    if not len(dropped) or not len(kept):
+        return float("inf")
+    low, high = min(kept, key=lambda t: scores[t]), max(dropped, key=lambda t: scores[t])
+    return float((scores[low] - scores[high]) / max(sizes[low], sizes[high], 1e-30))
+
+
+# ---- counts -------------------------------------------------------------------------------------------------------
+
+
+def exact_shares(shares: Sequence[Fraction | float]) -> tuple[Fraction, ...]:
+    return tuple(Fraction(r) for r in shares)
+
+
+def linear(blocks: int, final: Fraction = Fraction(1, 10)) -> tuple[Fraction, ...]:
+    """`r_i = 1 − (1 − final)·i/(n−1)` (method §4)."""
+    if blocks == 1:
+        return (Fraction(1),)
+    return tuple(1 - (1 - final) * Fraction(i, blocks - 1) for i in range(blocks))
+
+
+def counts(length: int, shares: Sequence[Fraction | float], tail: int = 1, floor: int = 4) -> list[int]:
+    """Tokens entering each block, by the sequential rule of method §4 and nothing else."""
+    k = [length]
+    for r in exact_shares(shares)[1:]:
+        earlier = r * (length - tail)
+        ceiling = -((-earlier.numerator) // earlier.denominator)
+        k.append(min(k[-1], tail + max(ceiling, floor)))
+    return k
+
+
+# ---- the whole model ----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Row:
+    """The result of one row alone, without padding."""
+
+    logits: Tensor  # (L, V): a token that left after block i carries the hidden state it left with
+    hidden: Tensor  # (L, H): what `logits` was computed from, after the final norm
+    kept: list[list[int]]  # per block, the positions of the tokens that entered it
+    cache: Any  # the blocks' own states, or None
+    margin: float  # of the closest call over all cuts
+    scores: list[Array] = field(default_factory=list)  # per cut, of the tokens up to the query
+    tokens: list[int] = field(default_factory=list)  # what `generate` continued with
+
+
+def run_row(
+    model: nn.Module,
+    ids: Tensor,
+    shares: Sequence[Fraction | float],
+    *,
+    criterion: str = "simba",
+    tail: int = 1,
+    floor: int = 4,
+    use_cache: bool = False,
+) -> Row:
+    """The method on one row of ids `(L,)`, block by block, differentiable through the model's own operations."""
+    backbone: Any = model.get_submodule("backbone")
+    cache = None
+    if use_cache:
+        from transformers import DynamicCache
+
+        cache = DynamicCache(config=model.config)
+    planned = counts(len(ids), shares, tail, floor)
+    assert len(planned) == len(backbone.layers), "one share per block"
+    assert 1 <= tail <= len(ids)
+
+    hidden = backbone.embeddings(ids[None])  # (1, L, H)
+    positions = list(range(len(ids)))
+    result = Row(logits=hidden, hidden=hidden, kept=[], cache=cache, margin=float("inf"))
+    carried = None  # (1, L, H): for every token of the input, the hidden state of the last block it went through
+    with recorded_scans(model) as calls:
+        for i, block in enumerate(backbone.layers):
+            result.kept.append(list(positions))
+            calls.clear()
+            hidden = block(hidden, cache_params=cache, attention_mask=None)
+            carried = hidden if carried is None else carried.index_copy(1, torch.tensor(positions), hidden)
+
+            last = i + 1 == len(backbone.layers)
+            if last or planned[i + 1] >= len(positions) or not calls:
+                continue
+            q = len(positions) - tail
+            every = [score(operands(call), q, criterion) for call in calls]
+            scores, sizes = every[0]
+            for other, other_sizes in every[1:]:  # several scans in one block: the scores combine by max
+                scores, sizes = np.maximum(scores, other), np.maximum(sizes, other_sizes)
+            # The tokens before the query compete; the query and all after it are the tail.
+            best = choose(scores[:q].tolist(), planned[i + 1] - tail)
+            result.scores.append(scores)
+            result.margin = min(result.margin, margin(scores[:q], sizes[:q], best))
+            stay = best + list(range(q, len(positions)))
+            hidden = hidden[:, stay]
+            positions = [positions[j] for j in stay]
+
+    result.hidden = backbone.norm_f(carried)
+    head: Any = model.get_submodule("lm_head")
+    result.logits = head(result.hidden.to(head.weight.dtype)).float()[0]
+    result.hidden = result.hidden[0]
+    return result
+
+
+@dataclass
+class Batch:
+    """Rows run alone, and put back at their real positions."""
+
+    rows: list[Row]
+    logits: Tensor  # (B, L, V), NaN at pads
+    kept: list[list[list[int]]]  # per block and row, positions in the padded row
+    real: Tensor  # (B, L) bool
+
+    @property
+    def margin(self) -> float:
+        return min(row.margin for row in self.rows)
+
+
+def run(
+    model: nn.Module,
+    ids: Tensor,
+    shares: Sequence[Fraction | float],
+    mask: Tensor | None = None,
+    **options: Any,
+) -> Batch:
+    """The method on `(B, L)` ids: by definition each row alone, without its pads (method §6)."""
+    real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+    places = [torch.nonzero(r).flatten() for r in real]
+    rows = [run_row(model, row[place], shares, **options) for row, place in zip(ids, places)]
+    logits = torch.full((*ids.shape, rows[0].logits.shape[-1]), float("nan"))
+    for b, (row, place) in enumerate(zip(rows, places)):
+        logits[b, place] = row.logits.detach()
+    kept = [[place[row.kept[i]].tolist() for row, place in zip(rows, places)] for i in range(len(rows[0].kept))]
+    return Batch(rows, logits, kept, real)
+
+
+def generate(model: nn.Module, ids: Tensor, shares: Sequence[Fraction | float], new: int, **options: Any) -> Row:
+    """Greedy decoding of one row: the original model, step by step, from the states of the pruned prefill.
+
+    Returns the prefill's `Row` with `tokens` filled in, its states advanced, and a margin that counts argmaxes too.
+    """
+    row = run_row(model, ids, shares, use_cache=True, **options)
+    states, logits, chosen = row.cache, row.logits[-1], []
+    while True:
+        first, second = torch.topk(logits, 2).values.tolist()
+        row.margin = min(row.margin, (first - second) / max(abs(first), abs(second), 1e-30))
+        chosen.append(int(logits.argmax()))
+        if len(chosen) == new:
+            break
+        step = model(input_ids=torch.tensor([chosen[-1:]]), cache_params=states, use_cache=True)
+        logits = step.logits[0, -1]
+    row.tokens = chosen
+    return row
+
+
+# ---- near ties ----------------------------------------------------------------------------------------------------
+
+
+class Draws:
+    """Counts the drawn cases, and those discarded because a decision was too close to call in float32."""
+
+    def __init__(self) -> None:
+        self.drawn = 0
+        self.discarded = 0
+
+    def clear(self, result: Row | Batch) -> bool:
+        """Whether every decision behind `result` is clear; a case where it is not is to be discarded."""
+        self.drawn += 1
+        self.discarded += result.margin < CLEAR_MARGIN
+        return result.margin >= CLEAR_MARGIN
+
+    def check(self) -> None:
+        """Discarding is the exception: if it is not, the tests prove little."""
+        allowed = max(3, self.drawn // 10)
+        assert self.discarded <= allowed, f"{self.discarded} of {self.drawn} drawn cases had near ties"
