@@ -1,0 +1,251 @@
+"""The scans in plain PyTorch, a window of tokens at a time: the path of machines without a compiler, on any device.
+
+No Python loop runs over single tokens, no `(B, L, D, N)` tensor is made (only a window of it), and nothing is ever
+divided by a cumulative product, so any strength of decay is exact to float32 rounding. Letters: see `simba_fx.ops`.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_WINDOW_ELEMENTS = 1 << 20
+"""Elements of a `(B, W, D, N)` window tensor: big enough to amortise a kernel launch, small enough for a cache."""
+
+
+def linear_recurrence_(decay: Tensor, h: Tensor) -> None:
+    """Turns inputs into states, in place along dim 1: `h_t += decay_t * h_{t-1}`, both `(B, W, ...)`.
+
+    Cyclic reduction: fold each even token into its successor, solve the half-length problem of the odd tokens, then
+    give every even token its predecessor. About three passes over `h` in all; products of decays only, no quotients.
+    """
+    width = h.shape[1]
+    if width < 2:
+        return
+    pairs = width // 2
+    odd, before_odd = h[:, 1::2], h[:, : 2 * pairs : 2]
+    odd.addcmul_(decay[:, 1::2], before_odd)
+    linear_recurrence_(decay[:, 1::2] * decay[:, : 2 * pairs : 2], odd)
+    h[:, 2::2].addcmul_(decay[:, 2::2], h[:, 1 : width - 1 : 2])
+
+
+def step_size(raw: Tensor, bias: Tensor | None, softplus: bool) -> Tensor:
+    """float32 `softplus(raw + bias)` (or the plain sum), `bias` broadcast along the last dim of `raw`."""
+    step = raw.float() if bias is None else raw.float() + bias.float()
+    return F.softplus(step) if softplus else step
+
+
+def windows(length: int, width: int) -> list[slice]:
+    """Consecutive slices of at most `width` tokens that cover `length` tokens."""
+    return [slice(start, min(start + width, length)) for start in range(0, length, width)]
+
+
+def window_width(elements_per_token: int) -> int:
+    """Tokens in a window of about `_WINDOW_ELEMENTS` elements, between 16 and 512."""
+    return max(16, min(512, _WINDOW_ELEMENTS // max(1, elements_per_token)))
+
+
+def silu_gradient(x: Tensor) -> Tensor:
+    """`d silu(x) / dx`."""
+    gate = torch.sigmoid(x)
+    return gate * (1 + x * (1 - gate))
+
+
+class _SelectiveWindow:
+    """One window of the selective scan: float32, time before channels, channels split into groups `(B, W, G, D/G, N)`."""
+
+    def __init__(
+        self,
+        at: slice,
+        u: Tensor,
+        delta: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        delta_bias: Tensor | None,
+        delta_softplus: bool,
+    ) -> None:
+        groups = B.shape[1]
+        raw = delta[:, :, at].transpose(1, 2).float()
+        self.raw = raw if delta_bias is None else raw + delta_bias.float()
+        self.dt = F.softplus(self.raw) if delta_softplus else self.raw
+        self.dt = self.dt.unflatten(2, (groups, -1))
+        self.u = u[:, :, at].transpose(1, 2).float().unflatten(2, (groups, -1))
+        self.A = A.float().unflatten(0, (groups, -1))
+        self.B = B[..., at].permute(0, 3, 1, 2).float().contiguous()
+        self.C = C[..., at].permute(0, 3, 1, 2).float().contiguous()
+        self.decay = torch.exp_(self.dt.unsqueeze(-1) * self.A)
+
+    def states(self, before: Tensor) -> Tensor:
+        """States after each token `(B, W, G, D/G, N)`, `before` `(B, G, D/G, N)` being the one that precedes them."""
+        h = (self.dt * self.u).unsqueeze(-1) * self.B.unsqueeze(3)
+        h[:, 0].addcmul_(self.decay[:, 0], before)
+        linear_recurrence_(self.decay, h)
+        return h
+
+    def read(self, h: Tensor) -> Tensor:
+        """`C_t . h_t`: `(B, W, G, D/G)`."""
+        return (h @ self.C.unsqueeze(-1)).squeeze(-1)
+
+
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+) -> tuple[Tensor, Tensor]:
+    """`simba_fx::selective_scan` with `B`, `C` `(B, G, N, L)`; returns y as `(B, L, D)` contiguous and `(B, D, N)`."""
+    rows, channels, length = u.shape
+    states = A.shape[1]
+    y = u.new_empty(rows, length, channels)
+    h = A.new_zeros(rows, B.shape[1], channels // B.shape[1], states, dtype=torch.float32)
+    for at in windows(length, window_width(rows * channels * states)):
+        w = _SelectiveWindow(at, u, delta, A, B, C, delta_bias, delta_softplus)
+        hs = w.states(h)
+        h = hs[:, -1]
+        out = w.read(hs).flatten(2)
+        if D is not None:
+            out = out + D.float() * w.u.flatten(2)
+        if z is not None:
+            out = out * F.silu(z[:, :, at].transpose(1, 2).float())
+        y[:, at] = out
+    return y, h.reshape(rows, channels, states).clone()
+
+
+def selective_scan_backward(
+    dy: Tensor,
+    dlast: Tensor,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Float32 gradients of u, delta, A, B, C, D, z, delta_bias, each in the shape of its operand (D and z even if absent).
+
+    Window starts are recomputed first (`L / W` states), then windows are walked backwards: with
+    `g_t = C_t dy_t + decay_{t+1} g_{t+1}` the gradient reaching state t, everything else is a contraction.
+    """
+    rows, channels, length = u.shape
+    groups, states = B.shape[1], A.shape[1]
+    spans = windows(length, window_width(rows * channels * states))
+    operands = (u, delta, A, B, C, delta_bias, delta_softplus)
+    starts = [A.new_zeros(rows, groups, channels // groups, states, dtype=torch.float32)]
+    for at in spans[:-1]:
+        starts.append(_SelectiveWindow(at, *operands).states(starts[-1])[:, -1].clone())
+
+    du, ddelta, dz = (torch.zeros(rows, length, channels, device=u.device) for _ in range(3))
+    dB, dC = (torch.zeros(rows, length, groups, states, device=u.device) for _ in range(2))
+    dA = torch.zeros(groups, channels // groups, states, device=u.device)
+    dD = torch.zeros(channels, device=u.device)
+    carry = dlast.float().reshape(starts[0].shape)
+    for at, start in zip(reversed(spans), reversed(starts)):
+        w = _SelectiveWindow(at, *operands)
+        hs = w.states(start)
+        dout = dy[:, :, at].transpose(1, 2).float()
+        if z is not None:
+            gate = z[:, :, at].transpose(1, 2).float()
+            y = w.read(hs).flatten(2)
+            y = y if D is None else y + D.float() * w.u.flatten(2)
+            dz[:, at] = dout * y * silu_gradient(gate)
+            dout = dout * F.silu(gate)
+        dout = dout.unflatten(2, (groups, -1))
+        g = dout.unsqueeze(-1) * w.C.unsqueeze(3)
+        g[:, -1] += carry
+        g = g.flip(1)
+        linear_recurrence_(w.decay.roll(-1, 1).flip(1), g)
+        g = g.flip(1)
+        carry = w.decay[:, 0] * g[:, 0]
+
+        dC[:, at] = (dout.unsqueeze(3) @ hs).squeeze(3)
+        dB[:, at] = ((w.dt * w.u).unsqueeze(3) @ g).squeeze(3)
+        response = (g @ w.B.unsqueeze(-1)).squeeze(-1)
+        dstate = g * w.decay
+        dstate[:, 0] *= start
+        dstate[:, 1:] *= hs[:, :-1]
+        dA += torch.einsum("bwgdn,bwgd->gdn", dstate, w.dt)
+        ddt = (response * w.u + (dstate * w.A).sum(-1)).flatten(2)
+        ddelta[:, at] = ddt * torch.sigmoid(w.raw) if delta_softplus else ddt
+        du_at = (w.dt * response).flatten(2)
+        if D is not None:
+            du_at = du_at + D.float() * dout.flatten(2)
+            dD += (dout * w.u).sum((0, 1)).flatten()
+        du[:, at] = du_at
+    channel_last = [t.transpose(1, 2) for t in (du, ddelta, dz)]
+    return (
+        channel_last[0],
+        channel_last[1],
+        dA.flatten(0, 1),
+        dB.permute(0, 2, 3, 1),
+        dC.permute(0, 2, 3, 1),
+        dD,
+        channel_last[2],
+        ddelta.sum((0, 1)),
+    )
+
+
+def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Depthwise causal convolution before its activation: x `(B, D, L)`, weight `(D, W)` -> float32 `(B, L, D)`."""
+    width, length = weight.shape[1], x.shape[2]
+    padded = F.pad(x.transpose(1, 2).float(), (0, 0, width - 1, 0))
+    out = padded.new_zeros(1) if bias is None else bias.float()
+    for k, tap in enumerate(weight.float().unbind(1)):
+        out = out + padded[:, k : k + length] * tap
+    return out
+
+
+def causal_conv1d_backward(dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x `(B, L, D)`, weight `(D, W)` and bias `(D,)` from dy `(B, L, D)` before the activation, float32."""
+    width, length = weight.shape[1], x.shape[2]
+    padded = F.pad(x.transpose(1, 2).float(), (0, 0, width - 1, 0))
+    ahead = F.pad(dy, (0, 0, 0, width - 1))
+    dx = torch.zeros_like(dy)
+    dweight = torch.empty(weight.shape, device=x.device)
+    for k, tap in enumerate(weight.float().unbind(1)):
+        dx += ahead[:, width - 1 - k : width - 1 - k + length] * tap
+        dweight[:, k] = (dy * padded[:, k : k + length]).sum((0, 1))
+    return dx, dweight, dy.sum((0, 1))
+
+
+def selective_score(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C_query: Tensor,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    query: Tensor,
+    absolute: bool,
+) -> Tensor:
+    """Largest contribution over the channels `(B, L)`, any value after the query; B `(B, G, N, L)`, C_query `(B, G, N)`.
+
+    Windows are walked backwards from the last token, so `R_t` is carried as a suffix sum.
+    """
+    rows, channels, length = u.shape
+    groups, states = B.shape[1], A.shape[1]
+    score = torch.empty(rows, length, device=u.device)
+    remaining = torch.zeros(rows, channels, device=u.device)
+    decay = A.float().unflatten(0, (groups, -1))
+    for at in reversed(windows(length, window_width(rows * channels * states))):
+        dt = step_size(delta[:, :, at].transpose(1, 2), delta_bias, delta_softplus)
+        counted = torch.arange(at.start, at.stop, device=u.device) <= query.unsqueeze(1)
+        backwards = torch.where(counted.unsqueeze(2), dt, 0.0).flip(1)
+        sums = backwards.cumsum(1) + remaining.unsqueeze(1)
+        after = torch.cat((remaining.unsqueeze(1), sums[:, :-1]), 1).flip(1).unflatten(2, (groups, -1))
+        remaining = sums[:, -1]
+        weight = (B[..., at].float() * C_query.unsqueeze(3)).permute(0, 3, 1, 2).contiguous()
+        response = (torch.exp_(after.unsqueeze(-1) * decay) @ weight.unsqueeze(-1)).squeeze(-1).flatten(2)
+        share = dt * u[:, :, at].transpose(1, 2).float() * response
+        score[:, at] = (share.abs_() if absolute else share).amax(2)
+    return score

@@ -1,0 +1,144 @@
+"""The SSD scan (Mamba-2) as matrix products, a chunk of tokens at a time, forward and backward, on any device.
+
+Dao & Gu 2024, section 6 (block decomposition), with two deliberate differences: chunks are walked one by one, carrying
+the state, so that memory stays at one chunk; and decays between two tokens come from a float64 prefix sum, because the
+difference of two long float32 sums loses the digits that matter. Letters: see `simba_fx.ops`; here the heads are split
+into groups, `H = G * R`, and subscripts in einsums are t, s tokens of a chunk, g, r, p, n.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from simba_fx.ops.chunked import silu_gradient, step_size, windows
+
+
+class _Chunk:
+    """One chunk in float32: `x (B, T, G, R, P)`, `dt (B, T, G, R)`, `B`, `C (B, T, G, N)` and its decays."""
+
+    def __init__(self, at: slice, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> None:
+        groups = B.shape[2]
+        self.value = x[:, at].float().unflatten(2, (groups, -1))
+        self.dt = dt[:, at].unflatten(2, (groups, -1))
+        self.x = self.value * self.dt.unsqueeze(-1)
+        self.B, self.C = B[:, at].float(), C[:, at].float()
+        prefix = (self.dt.double() * A.double().unflatten(0, (groups, -1))).cumsum(1).permute(0, 2, 3, 1)
+        between = (prefix.unsqueeze(-1) - prefix.unsqueeze(-2)).float()
+        later = torch.ones(between.shape[-2:], dtype=torch.bool, device=x.device).triu(1)
+        self.between = between.masked_fill_(later, -torch.inf).exp_()
+        self.from_start = prefix.float().exp_()
+        self.to_end = (prefix[..., -1:] - prefix).float().exp_()
+        self.whole = self.from_start[..., -1, None, None]
+        self.overlap = torch.einsum("btgn,bsgn->bgts", self.C, self.B).unsqueeze(2)
+
+    def read(self, before: Tensor) -> Tensor:
+        """Outputs before skip and gate `(B, T, G, R, P)`; `before` `(B, G, R, P, N)` is the state that enters."""
+        inside = torch.einsum("bgrts,bsgrp->btgrp", self.overlap * self.between, self.x)
+        carried = torch.einsum("btgn,bgrpn->bgrtp", self.C, before) * self.from_start.unsqueeze(-1)
+        return inside + carried.permute(0, 3, 1, 2, 4)
+
+    def advance(self, before: Tensor) -> Tensor:
+        """The state that leaves `(B, G, R, P, N)`."""
+        weighted = self.x * self.to_end.permute(0, 3, 1, 2).unsqueeze(-1)
+        return self.whole * before + torch.einsum("bsgrp,bsgn->bgrpn", weighted, self.B)
+
+
+def _skip(D: Tensor) -> Tensor:
+    """`(H,)` or `(H, P)` -> float32, broadcastable over `(B, L, H, P)`."""
+    return D.float() if D.dim() == 2 else D.float().unsqueeze(-1)
+
+
+def ssd_scan(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None, chunk_size: int
+) -> tuple[Tensor, Tensor]:
+    """`simba_fx::ssd_scan` with final step sizes `dt` `(B, L, H)` float32; returns `(B, L, H, P)`, `(B, H, P, N)`."""
+    rows, length, heads, width = x.shape
+    groups = B.shape[2]
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    h = torch.zeros(rows, groups, heads // groups, width, B.shape[3], device=x.device)
+    for at in windows(length, chunk_size):
+        chunk = _Chunk(at, x, dt, A, B, C)
+        out = chunk.read(h).flatten(2, 3)
+        if D is not None:
+            out = out + _skip(D) * chunk.value.flatten(2, 3)
+        if z is not None:
+            out = out * F.silu(z[:, at].float())
+        y[:, at] = out
+        h = chunk.advance(h)
+    return y, h.flatten(1, 2)
+
+
+def ssd_scan_backward(
+    dy: Tensor,
+    dlast: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Float32 gradients of x, dt (the final step sizes), A, B, C, D `(H, P)` and z.
+
+    The gradient of the log-decay of step i collects every path that crosses i. It is summed from those paths alone
+    (masked sums of `dM * M`), not as a difference of two sums, so strong decay leaves no rounding residue.
+    """
+    rows, length, heads, width = x.shape
+    groups = B.shape[2]
+    spans = windows(length, chunk_size)
+    starts = [torch.zeros(rows, groups, heads // groups, width, B.shape[3], device=x.device)]
+    for at in spans[:-1]:
+        starts.append(_Chunk(at, x, dt, A, B, C).advance(starts[-1]))
+
+    dx, dz = (torch.zeros(x.shape, device=x.device) for _ in range(2))
+    ddt = torch.zeros(rows, length, heads, device=x.device)
+    dB, dC = (torch.zeros(t.shape, device=x.device) for t in (B, C))
+    dA, dD = torch.zeros(heads, device=x.device), torch.zeros(heads, width, device=x.device)
+    dh = dlast.float().unflatten(1, (groups, -1))
+    for at, before in zip(reversed(spans), reversed(starts)):
+        c = _Chunk(at, x, dt, A, B, C)
+        value = c.value.flatten(2, 3)
+        dout = dy[:, at].float()
+        if z is not None:
+            gate = z[:, at].float()
+            y = c.read(before).flatten(2, 3)
+            y = y if D is None else y + _skip(D) * value
+            dz[:, at] = dout * y * silu_gradient(gate)
+            dout = dout * F.silu(gate)
+        dv = 0 if D is None else _skip(D) * dout
+        dD += (dout * value).sum((0, 1))
+        dout = dout.unflatten(2, (groups, -1))
+
+        mixing = c.overlap * c.between
+        dmixing = torch.einsum("btgrp,bsgrp->bgrts", dout, c.x)
+        doverlap = (dmixing * c.between).sum(2)
+        carried = torch.einsum("btgrp,bgrpn->bgrtn", dout, before) * c.from_start.unsqueeze(-1)
+        pulled = torch.einsum("bsgrp,bgrpn->bgrsn", c.x, dh) * c.to_end.unsqueeze(-1)
+        dC[:, at] = torch.einsum("bgts,bsgn->btgn", doverlap, c.B) + carried.sum(2).transpose(1, 2)
+        dB[:, at] = torch.einsum("bgts,btgn->bsgn", doverlap, c.C) + pulled.sum(2).transpose(1, 2)
+        dscaled = torch.einsum("bgrts,btgrp->bsgrp", mixing, dout)
+        arriving = torch.einsum("bgrpn,bsgn->bgrsp", dh, c.B) * c.to_end.unsqueeze(-1)
+        dscaled = (dscaled + arriving.permute(0, 3, 1, 2, 4)).flatten(2, 3)
+
+        crossing = (dmixing * mixing).flip(3).cumsum(3).flip(3).tril_(-1).sum(-1)
+        into = torch.einsum("bgrtn,btgn->bgrt", carried, c.C).flip(3).cumsum(3).flip(3)
+        out_of = torch.einsum("bgrsn,bsgn->bgrs", pulled, c.B).cumsum(3)
+        out_of = F.pad(out_of[..., :-1], (1, 0))
+        through = (dh * c.whole * before).sum((-1, -2)).unsqueeze(-1)
+        dlog = (crossing + into + out_of + through).permute(0, 3, 1, 2).flatten(2)
+
+        step = c.dt.flatten(2)
+        dx[:, at] = dscaled * step.unsqueeze(-1) + dv
+        ddt[:, at] = (dscaled * value).sum(-1) + dlog * A.float()
+        dA += (dlog * step).sum((0, 1))
+        dh = c.whole * dh + torch.einsum("btgrp,btgn->bgrpn", dout * c.from_start.permute(0, 3, 1, 2).unsqueeze(-1), c.C)
+    return dx, ddt, dA, dB, dC, dD, dz
+
+
+def ssd_step_size(dt: Tensor, dt_bias: Tensor | None, dt_softplus: bool, dt_min: float, dt_max: float) -> Tensor:
+    """The step a token takes: `clamp(softplus(dt + dt_bias), dt_min, dt_max)`, float32 `(B, L, H)`."""
+    return step_size(dt, dt_bias, dt_softplus).clamp(dt_min, dt_max)

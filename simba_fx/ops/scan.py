@@ -1,0 +1,337 @@
+"""The scans and the convolution as operators: one node in a graph each, with fake kernels and backward operators.
+
+This is the only place where they are defined (`torch.library.custom_op` accepts a second definition silently and
+makes another overload of it). Letters and shapes: see `simba_fx.ops`. Arithmetic is float32 inside, whatever the
+dtypes outside; an operand may have any strides.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from simba_fx.ops import backends, chunked, chunked_ssd
+
+NO_LIMIT = torch.finfo(torch.float32).max
+"""The default of `dt_max`: no step is that long. (An operator's schema has no literal for infinity.)"""
+
+
+def _grouped(operand: Tensor) -> Tensor:
+    """`(B, N, L)` -> `(B, 1, N, L)`; a grouped operand `(B, G, N, L)` is returned as it is."""
+    return operand.unsqueeze(1) if operand.dim() == 3 else operand
+
+
+def _token_output(like: Tensor) -> Tensor:
+    """Room for a `(B, D, L)` result: channel-last (a transposed `(B, L, D)`) on CPU, plain contiguous elsewhere.
+
+    Channel-last is what the matmul that follows reads; the CUDA kernels of mamba_ssm write contiguous tensors.
+    """
+    rows, channels, length = like.shape
+    if like.device.type == "cpu":
+        return like.new_empty(rows, length, channels).transpose(1, 2)
+    return like.new_empty(rows, channels, length)
+
+
+def _absent(like: Tensor, operand: Tensor | None) -> Tensor:
+    """Room for the gradient of an optional operand; empty when there is no such operand."""
+    return like.new_empty(0) if operand is None else torch.empty_like(operand, memory_format=torch.contiguous_format)
+
+
+def _like(gradient: Tensor, operand: Tensor | None) -> Tensor:
+    """`gradient` in the dtype, shape and contiguous layout of its operand; empty when there is no such operand."""
+    if operand is None:
+        return gradient.new_empty(0)
+    return gradient.reshape(operand.shape).to(operand.dtype).contiguous()
+
+
+# --- Mamba-1 ---------------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("simba_fx::selective_scan", mutates_args=())
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The scan of Mamba-1: `h_t = exp(dt_t A) h_{t-1} + dt_t B_t u_t`, `y_t = (C_t . h_t + D u_t) silu(z_t)`.
+
+    Gu & Dao 2023, section 3.2, as `mamba_ssm.selective_scan_fn` computes it (A discretised by zero-order hold, B by
+    Euler); unlike there, the gradient that reaches `last_state` is not dropped.
+
+    Args:
+        u: input `(B, D, L)`.
+        delta: raw step size `(B, D, L)`; `dt = softplus(delta + delta_bias)` if `delta_softplus`, else without softplus.
+        A: `(D, N)`, real and negative.
+        B, C: `(B, N, L)` or `(B, G, N, L)`; channel d reads group `d // (D // G)`.
+        D: skip `(D,)`. z: gate `(B, D, L)`. delta_bias: `(D,)`.
+
+    Returns:
+        y `(B, D, L)` in u's dtype, channel-last on CPU; the last state `(B, D, N)`, float32.
+    """
+    return backends.selective_scan(u, delta, A, _grouped(B), _grouped(C), D, z, delta_bias, delta_softplus)
+
+
+@selective_scan.register_fake
+def _(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+) -> tuple[Tensor, Tensor]:
+    return _token_output(u), u.new_empty(u.shape[0], u.shape[1], A.shape[1], dtype=torch.float32)
+
+
+@torch.library.custom_op("simba_fx::selective_scan_backward", mutates_args=())
+def selective_scan_backward(
+    dy: Tensor,
+    dlast: Tensor,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of u, delta, A, B, C, D, z and delta_bias from those of y and last_state; empty for absent operands."""
+    operands = (u, delta, A, B, C, D, z, delta_bias)
+    gradients = backends.selective_scan_backward(
+        dy, dlast, u, delta, A, _grouped(B), _grouped(C), D, z, delta_bias, delta_softplus
+    )
+    du, ddelta, dA, dB, dC, dD, dz, dbias = (_like(g, operand) for g, operand in zip(gradients, operands))
+    return du, ddelta, dA, dB, dC, dD, dz, dbias
+
+
+@selective_scan_backward.register_fake
+def _(
+    dy: Tensor,
+    dlast: Tensor,
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+) -> tuple[Tensor, ...]:
+    return tuple(_absent(u, operand) for operand in (u, delta, A, B, C, D, z, delta_bias))
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    """Saves tensor inputs for backward and keeps the rest (`None`, flags, numbers) on the context, by position."""
+    ctx.save_for_backward(*(value for value in inputs if isinstance(value, Tensor)))
+    ctx.others = tuple(None if isinstance(value, Tensor) else (value,) for value in inputs)
+
+
+def _saved(ctx: Any) -> list[Any]:
+    """The inputs that `_save` kept, in their order."""
+    tensors = iter(ctx.saved_tensors)
+    return [next(tensors) if other is None else other[0] for other in ctx.others]
+
+
+def _present(gradients: tuple[Tensor, ...], operands: list[Any]) -> tuple[Tensor | None, ...]:
+    """Gradients of the operands that exist, `None` for the others."""
+    return tuple(g if isinstance(operand, Tensor) else None for g, operand in zip(gradients, operands))
+
+
+def _differentiate_selective_scan(ctx: Any, dy: Tensor, dlast: Tensor) -> tuple[Tensor | None, ...]:
+    inputs = _saved(ctx)
+    return *_present(selective_scan_backward(dy, dlast, *inputs), inputs[:8]), None
+
+
+selective_scan.register_autograd(_differentiate_selective_scan, setup_context=_save)
+
+
+# --- Mamba-2 ---------------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("simba_fx::ssd_scan", mutates_args=())
+def ssd_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    dt_min: float = 0.0,
+    dt_max: float = NO_LIMIT,
+    chunk_size: int = 256,
+) -> tuple[Tensor, Tensor]:
+    """The scan of Mamba-2: `h_t = exp(dt_t A) h_{t-1} + dt_t x_t (x) B_t`, `y_t = (h_t C_t + D x_t) silu(z_t)`.
+
+    Dao & Gu 2024, section 7, as `mamba_ssm.mamba_chunk_scan_combined` computes it.
+
+    Args:
+        x: input `(B, L, H, P)`.
+        dt: raw step size `(B, L, H)`; the step is `clamp(softplus(dt + dt_bias), dt_min, dt_max)`, softplus only if
+            `dt_softplus`.
+        A: `(H,)`, real and negative.
+        B, C: `(B, L, G, N)`; head h reads group `h // (H // G)`.
+        D: skip `(H,)` or `(H, P)`. z: gate `(B, L, H, P)`. dt_bias: `(H,)`.
+        chunk_size: tokens per matrix product, for the paths that work in chunks; the result does not depend on it.
+
+    Returns:
+        y `(B, L, H, P)` contiguous in x's dtype; the last state `(B, H, P, N)`, float32.
+    """
+    return backends.ssd_scan(x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_min, dt_max, chunk_size)
+
+
+@ssd_scan.register_fake
+def _(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    dt_min: float = 0.0,
+    dt_max: float = NO_LIMIT,
+    chunk_size: int = 256,
+) -> tuple[Tensor, Tensor]:
+    rows, _, heads, width = x.shape
+    return x.new_empty(x.shape), x.new_empty(rows, heads, width, B.shape[3], dtype=torch.float32)
+
+
+@torch.library.custom_op("simba_fx::ssd_scan_backward", mutates_args=())
+def ssd_scan_backward(
+    dy: Tensor,
+    dlast: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    dt_min: float,
+    dt_max: float,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, dt, A, B, C, D, z and dt_bias from those of y and last_state; empty for absent operands.
+
+    A step held at `dt_min` or `dt_max` passes no gradient on, as `torch.clamp` has it.
+    """
+    raw = dt.float() if dt_bias is None else dt.float() + dt_bias.float()
+    step = F.softplus(raw) if dt_softplus else raw
+    free = (step >= dt_min) & (step <= dt_max)
+    dx, dstep, dA, dB, dC, dD, dz = chunked_ssd.ssd_scan_backward(
+        dy, dlast, x, step.clamp(dt_min, dt_max), A, B, C, D, z, chunk_size
+    )
+    draw = torch.where(free, dstep, 0.0)
+    draw = draw * torch.sigmoid(raw) if dt_softplus else draw
+    if D is not None and D.dim() == 1:
+        dD = dD.sum(1)
+    gradients = (dx, draw, dA, dB, dC, dD, dz, draw.sum((0, 1)))
+    out = tuple(_like(g, operand) for g, operand in zip(gradients, (x, dt, A, B, C, D, z, dt_bias)))
+    return out[0], out[1], out[2], out[3], out[4], out[5], out[6], out[7]
+
+
+@ssd_scan_backward.register_fake
+def _(
+    dy: Tensor,
+    dlast: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    dt_min: float,
+    dt_max: float,
+    chunk_size: int,
+) -> tuple[Tensor, ...]:
+    return tuple(_absent(x, operand) for operand in (x, dt, A, B, C, D, z, dt_bias))
+
+
+def _differentiate_ssd_scan(ctx: Any, dy: Tensor, dlast: Tensor) -> tuple[Tensor | None, ...]:
+    inputs = _saved(ctx)
+    return *_present(ssd_scan_backward(dy, dlast, *inputs), inputs[:8]), None, None, None, None
+
+
+ssd_scan.register_autograd(_differentiate_ssd_scan, setup_context=_save)
+
+
+# --- Convolution -----------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("simba_fx::causal_conv1d", mutates_args=())
+def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "none") -> Tensor:
+    """Depthwise convolution that sees no later token: `y_t[d] = act(bias[d] + sum_k weight[d, k] x_{t-W+1+k}[d])`.
+
+    An operator of its own because aten's conv1d puts a guard on the batch size into CPU graphs.
+
+    Args:
+        x: `(B, D, L)`; tokens before the first count as zero.
+        weight: `(D, W)`. bias: `(D,)`.
+        activation: `"none"` or `"silu"`.
+
+    Returns:
+        `(B, D, L)` in x's dtype, channel-last on CPU.
+    """
+    return backends.causal_conv1d(x, weight, bias, _is_silu(activation))
+
+
+def _is_silu(activation: str) -> bool:
+    if activation not in ("none", "silu"):
+        raise ValueError(f"causal_conv1d: activation must be 'none' or 'silu', got {activation!r}")
+    return activation == "silu"
+
+
+@causal_conv1d.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "none") -> Tensor:
+    _is_silu(activation)
+    return _token_output(x)
+
+
+@torch.library.custom_op("simba_fx::causal_conv1d_backward", mutates_args=())
+def causal_conv1d_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, weight and bias (empty if there is none) from that of y `(B, D, L)`."""
+    dpre = dy.transpose(1, 2).float()
+    if _is_silu(activation):
+        dpre = dpre * chunked.silu_gradient(chunked.causal_conv1d(x, weight, bias))
+    dx, dweight, dbias = chunked.causal_conv1d_backward(dpre, x, weight)
+    return _like(dx.transpose(1, 2), x), _like(dweight, weight), _like(dbias, bias)
+
+
+@causal_conv1d_backward.register_fake
+def _(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> tuple[Tensor, Tensor, Tensor]:
+    return _absent(x, x), _absent(x, weight), _absent(x, bias)
+
+
+def _differentiate_causal_conv1d(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    inputs = _saved(ctx)
+    return *_present(causal_conv1d_backward(dy, *inputs), inputs[:3]), None
+
+
+causal_conv1d.register_autograd(_differentiate_causal_conv1d, setup_context=_save)

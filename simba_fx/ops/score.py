@@ -1,0 +1,210 @@
+"""Scores: how much each token contributes to the output at the query position, as operators that give `(B, L)`.
+
+Song et al. 2025 (Simba), section 3, exactly as the recurrence has it: with `R_t` the sum of the steps after t up to
+the query q, token t's share of `y_q` is `dt_t u_t sum_n C_q[n] B_t[n] exp(A[n] R_t)`, and its score is the largest
+share over the channels. `R_t` is a suffix sum walked backwards from q, never `total - prefix`, which loses digits
+where they matter. Scores are float32 and never differentiable. Higher = keep. Letters: see `simba_fx.ops`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from simba_fx.errors import CriterionError
+from simba_fx.ops import backends, chunked_ssd
+from simba_fx.ops.chunked import step_size
+from simba_fx.ops.scan import _grouped
+
+CRITERIA = ("simba", "simba-abs", "no-decay", "delta-norm", "clip")
+"""What a scan's operands can be scored by: Song et al. 2025; its absolute value; its response without the decay;
+the l2 norm of the step sizes (DeciMamba, Ben-Kish et al. 2024); the clipped output (UTRC, Zhan et al. 2024)."""
+
+
+def query_position(
+    real: Tensor | None, tail: int, *, rows: int, length: int, device: torch.device | None = None
+) -> Tensor:
+    """The token each row is scored at: the first of its last `tail` real tokens, `(B,)` int64.
+
+    Without a mask that is `length - tail` in every row. With `real` `(B, L)` bool it is the last real token's slot
+    minus `tail - 1`, negative for a row of fewer than `tail` tokens (all its tokens are in the tail then).
+    """
+    if real is None:
+        return torch.full((rows,), 0, dtype=torch.int64, device=device) + (length - tail)
+    slots = torch.arange(1, length + 1, device=real.device)
+    return (slots * real).amax(1) - tail
+
+
+def _check(criterion: str) -> None:
+    if criterion not in CRITERIA:
+        raise CriterionError(f"unknown criterion {criterion!r}; a scan can be scored by {', '.join(CRITERIA)}")
+
+
+def _never_differentiable(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.mark_non_differentiable(output)
+    ctx.operands = len(inputs)
+
+
+def _no_gradients(ctx: Any, _: Tensor) -> tuple[None, ...]:
+    return (None,) * int(ctx.operands)
+
+
+def _until(query: Tensor, length: int) -> Tensor:
+    """`(B, L)` bool: the tokens up to and including the query."""
+    return torch.arange(length, device=query.device) <= query.unsqueeze(1)
+
+
+def _extreme(weight: Tensor, low: Tensor, high: Tensor, absolute: bool) -> Tensor:
+    """Largest `weight * v` (or its absolute value) for v ranging over `[low, high]`'s ends, elementwise."""
+    if absolute:
+        return weight.abs() * torch.maximum(low.abs(), high.abs())
+    return weight * torch.where(weight >= 0, high, low)
+
+
+@torch.library.custom_op("simba_fx::selective_token_score", mutates_args=())
+def selective_token_score(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    real: Tensor | None,
+    tail: int,
+    criterion: str,
+) -> Tensor:
+    """Scores the tokens of a `selective_scan` with the same operands: `(B, L)` float32, zero after the query.
+
+    Args:
+        real: `(B, L)` bool, False for padding; None when every token is real.
+        tail: real tokens, counted from the end of each row, of which the first is the query; at least 1.
+        criterion: one of `CRITERIA`.
+
+    Raises:
+        CriterionError: for an unknown criterion.
+    """
+    _check(criterion)
+    rows, _, length = u.shape
+    query = query_position(real, tail, rows=rows, length=length, device=u.device)
+    until = _until(query, length)
+    B, C = _grouped(B), _grouped(C)
+    if criterion == "clip":
+        y, _ = backends.selective_scan(u, delta, A, B, C, None, None, delta_bias, delta_softplus)
+        score = y.float().clamp_(min=0).mean(1)
+    elif criterion == "delta-norm":
+        score = step_size(delta.transpose(1, 2), delta_bias, delta_softplus).norm(dim=2)
+    elif criterion == "no-decay":
+        groups = B.shape[1]
+        at_query = _at_query(C, query, 3).float()
+        response = (at_query * B.float()).sum(2)
+        value = step_size(delta.transpose(1, 2), delta_bias, delta_softplus) * u.transpose(1, 2).float()
+        low, high = (v.transpose(1, 2) for v in value.unflatten(2, (groups, -1)).aminmax(dim=3))
+        score = _extreme(response, low, high, False).amax(1)
+    else:
+        at_query = _at_query(C, query, 3).squeeze(3).float()
+        absolute = criterion == "simba-abs"
+        score = backends.selective_score(u, delta, A, B, at_query, delta_bias, delta_softplus, query, absolute)
+    return torch.where(until, score, 0.0)
+
+
+def _at_query(tokens: Tensor, query: Tensor, dim: int) -> Tensor:
+    """The slice of `tokens` at each row's query along `dim`, which stays with size 1."""
+    shape = [1] * tokens.dim()
+    shape[0] = -1
+    index_shape = list(tokens.shape)
+    index_shape[dim] = 1
+    return tokens.gather(dim, query.clamp(min=0).view(shape).expand(index_shape))
+
+
+@selective_token_score.register_fake
+def _(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    real: Tensor | None,
+    tail: int,
+    criterion: str,
+) -> Tensor:
+    _check(criterion)
+    return u.new_empty(u.shape[0], u.shape[2], dtype=torch.float32)
+
+
+selective_token_score.register_autograd(_no_gradients, setup_context=_never_differentiable)
+
+
+@torch.library.custom_op("simba_fx::ssd_token_score", mutates_args=())
+def ssd_token_score(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    dt_min: float,
+    dt_max: float,
+    real: Tensor | None,
+    tail: int,
+    criterion: str,
+) -> Tensor:
+    """Scores the tokens of an `ssd_scan` with the same operands: `(B, L)` float32, zero after the query.
+
+    A head has one decay, so its best channel is where x is largest (or smallest, when the head's weight is negative):
+    x is read once and no contribution is materialised. `real`, `tail`, `criterion` as in `selective_token_score`.
+
+    Raises:
+        CriterionError: for an unknown criterion.
+    """
+    _check(criterion)
+    rows, length, heads, _ = x.shape
+    query = query_position(real, tail, rows=rows, length=length, device=x.device)
+    until = _until(query, length)
+    step = chunked_ssd.ssd_step_size(dt, dt_bias, dt_softplus, dt_min, dt_max)
+    if criterion == "clip":
+        y, _ = backends.ssd_scan(x, dt, A, B, C, None, None, dt_bias, dt_softplus, dt_min, dt_max, 256)
+        score = y.float().clamp_(min=0).mean((2, 3))
+    elif criterion == "delta-norm":
+        score = step.norm(dim=2)
+    else:
+        at_query = _at_query(C, query, 1).float()
+        weight = step.unflatten(2, (B.shape[2], -1)) * (at_query * B.float()).sum(3, keepdim=True)
+        if criterion != "no-decay":
+            weight = weight * torch.exp(remaining_steps(step, until) * A.float()).unflatten(2, (B.shape[2], -1))
+        low, high = x.aminmax(dim=3)
+        score = _extreme(weight.flatten(2), low.float(), high.float(), criterion == "simba-abs").amax(2)
+    return torch.where(until, score, 0.0)
+
+
+def remaining_steps(step: Tensor, until: Tensor) -> Tensor:
+    """`R_t = sum_{t < i <= q} dt_i` `(B, L, ·)`: the suffix sum of `step` `(B, L, ·)`, zero from the query on."""
+    counted = torch.where(until.unsqueeze(2), step, 0.0).flip(1)
+    return torch.cat((torch.zeros_like(counted[:, :1]), counted[:, :-1].cumsum(1)), 1).flip(1)
+
+
+@ssd_token_score.register_fake
+def _(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    dt_min: float,
+    dt_max: float,
+    real: Tensor | None,
+    tail: int,
+    criterion: str,
+) -> Tensor:
+    _check(criterion)
+    return x.new_empty(x.shape[0], x.shape[1], dtype=torch.float32)
+
+
+ssd_token_score.register_autograd(_no_gradients, setup_context=_never_differentiable)

@@ -1,0 +1,217 @@
+"""Which tokens stay: sort-based selection as operators, with ascending indices and no host synchronisation.
+
+Counts come from `simba_fx.schedule.kept_count` (method.md section 4) and depend on shapes alone. Letters: see
+`simba_fx.ops`; here m is the number of slots of the region (the tokens that reached this cut) and k how many stay.
+"""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+from simba_fx.errors import CriterionError
+from simba_fx.schedule import kept_count
+
+POSITION_CRITERIA = ("recent", "random", "stride")
+"""Criteria that look at positions only: keep the last ones, seeded uniform, evenly spaced."""
+
+
+def _kept(slots: int, length: int, tail: int, share_p: int, share_q: int, floor: int) -> int:
+    """k = min(m, count(length)), for ints and SymInts."""
+    count = kept_count(length, Fraction(share_p, share_q), tail, floor)
+    if isinstance(slots, int) and isinstance(count, int):
+        return min(slots, count)
+    return torch.sym_min(slots, count)  # type: ignore[no-untyped-call, no-any-return]
+
+
+def _ranking(score: Tensor) -> Tensor:
+    """Slots from best to worst `(B, m)`; of equal scores the later slot first, NaN last."""
+    score = score.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    return score.shape[1] - 1 - score.flip(1).argsort(dim=1, descending=True, stable=True)
+
+
+@torch.library.custom_op("simba_fx::select_tokens", mutates_args=())
+def select_tokens(
+    score: Tensor, positions: Tensor, length: int, tail: int, share_p: int, share_q: int, floor: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Keeps the last `tail` slots and the best-scored earlier ones; of equal scores the later token.
+
+    Args:
+        score: `(B, m)` float32, higher = keep.
+        positions: `(B, m)` int64, where each slot's token stood in the input.
+        length: tokens in the input; k = min(m, kept_count(length, share_p / share_q, tail, floor)).
+
+    Returns:
+        kept `(B, k)` and dropped `(B, m - k)`, slots in ascending order, then the positions of both.
+    """
+    slots = score.shape[1]
+    k = _kept(slots, length, tail, share_p, share_q, floor)
+    protected = torch.arange(slots, device=score.device) >= slots - tail
+    order = _ranking(score.masked_fill(protected, torch.inf))
+    kept, dropped = order[:, :k].sort(1).values, order[:, k:].sort(1).values
+    return kept, dropped, positions.gather(1, kept), positions.gather(1, dropped)
+
+
+@select_tokens.register_fake
+def _(
+    score: Tensor, positions: Tensor, length: int, tail: int, share_p: int, share_q: int, floor: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows, slots = score.shape
+    k = _kept(slots, length, tail, share_p, share_q, floor)
+    sizes = (k, slots - k, k, slots - k)
+    kept, dropped, kept_at, dropped_at = (positions.new_empty(rows, size) for size in sizes)
+    return kept, dropped, kept_at, dropped_at
+
+
+@torch.library.custom_op("simba_fx::select_real_tokens", mutates_args=())
+def select_real_tokens(
+    score: Tensor,
+    positions: Tensor,
+    real: Tensor,
+    lengths: Tensor,
+    length: int,
+    tail: int,
+    share_p: int,
+    share_q: int,
+    floor: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`select_tokens` for padded rows: each row keeps what it would keep alone, and fillers make up the rectangle.
+
+    Row b keeps its last `tail` real tokens and its best-scored earlier real ones, `kept_count(lengths[b], ...)` in all.
+    The other of the k slots are fillers: pads of the row, leftmost first. A row may have one pad too few (counts round
+    up; drops of two lengths differ from proportion by less than one token each). Its worst dropped real token then
+    stays as a **ghost**: marked not real, moved to the end of the row that is padded (left if the last slot is real),
+    with position `length`, a place outside the input. The ghost's true position is listed with the dropped ones.
+
+    Args:
+        score: `(B, m)` float32, higher = keep; whatever a pad's score, it never outranks a real token.
+        positions: `(B, m)` int64. real: `(B, m)` bool. lengths: `(B,)` int64, real tokens of each row of the *input*.
+        length: padded length of the input.
+
+    Returns:
+        kept `(B, k)`, slots ascending but for a ghost; dropped `(B, m - k + 1)`: slots ascending, then the ghost's slot
+        or 0; kept positions; dropped positions, in the last column `length` for a row without ghost; kept_real `(B, k)`.
+        Over a chain of cuts, kept and dropped positions together name every position once, `length` any number of times.
+    """
+    slots = score.shape[1]
+    k = _kept(slots, length, tail, share_p, share_q, floor)
+    slot = torch.arange(slots, device=score.device).expand(score.shape)
+    present = real.sum(1, keepdim=True)
+    count = kept_count(lengths, Fraction(share_p, share_q), tail, floor).unsqueeze(1)
+    count = torch.maximum(torch.minimum(count, present), present - (slots - k) - 1)
+
+    in_tail = real & (real.flip(1).cumsum(1).flip(1) <= tail)
+    order = _ranking(torch.where(real, score, -slot.float()))
+    order = order.gather(1, (real.long() + in_tail).gather(1, order).argsort(dim=1, descending=True, stable=True))
+    rank = torch.empty_like(order).scatter_(1, order, slot.contiguous())
+
+    stays_real = rank < count
+    filler = (rank >= present) & (rank < present + k - count)
+    ghost = (rank == present - 1) & (present + k - count > slots)
+    stays = stays_real | filler | ghost
+    outer = torch.where(real[:, -1:], -1, slots)
+    kept = torch.where(stays, torch.where(ghost, outer, slot), slots + 1).argsort(dim=1, stable=True)[:, :k]
+    gone = torch.where(stays, slots, slot).argsort(dim=1, stable=True)[:, : slots - k]
+    has_ghost = ghost.any(1, keepdim=True)
+    dropped = torch.cat((gone, ghost.long().argmax(1, keepdim=True)), 1)
+    kept_positions = positions.masked_fill(ghost, length).gather(1, kept)
+    dropped_positions = positions.gather(1, dropped)
+    dropped_positions[:, -1:].masked_fill_(~has_ghost, length)
+    return kept, dropped, kept_positions, dropped_positions, stays_real.gather(1, kept)
+
+
+@select_real_tokens.register_fake
+def _(
+    score: Tensor,
+    positions: Tensor,
+    real: Tensor,
+    lengths: Tensor,
+    length: int,
+    tail: int,
+    share_p: int,
+    share_q: int,
+    floor: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    rows, slots = score.shape
+    k = _kept(slots, length, tail, share_p, share_q, floor)
+    sizes = (k, slots - k + 1, k, slots - k + 1)
+    kept, dropped, kept_at, dropped_at = (positions.new_empty(rows, size) for size in sizes)
+    return kept, dropped, kept_at, dropped_at, real.new_empty(rows, k)
+
+
+@torch.library.custom_op("simba_fx::position_score", mutates_args=())
+def position_score(
+    positions: Tensor,
+    real: Tensor | None,
+    lengths: Tensor | None,
+    length: int,
+    tail: int,
+    share_p: int,
+    share_q: int,
+    floor: int,
+    criterion: str,
+    seed: int,
+) -> Tensor:
+    """Scores that need no scan, `(B, m)` float32, higher = keep; arguments as in `select_real_tokens`.
+
+    `"recent"`: the slot's index. `"random"`: uniform in [0, 1), a hash of the seed and of the distance from the row's
+    last real token in input positions, so a row's draw does not depend on the batch it is in. `"stride"`: 1 for evenly
+    spaced real tokens before the tail, as many as the row keeps there, else 0.
+
+    Raises:
+        CriterionError: for an unknown criterion.
+    """
+    _check(criterion)
+    rows, slots = positions.shape
+    if criterion == "recent":
+        return torch.arange(slots, device=positions.device, dtype=torch.float32).repeat(rows, 1)
+    mask = torch.ones_like(positions, dtype=torch.bool) if real is None else real
+    if criterion == "random":
+        last = torch.where(mask, positions, -1).amax(1, keepdim=True)
+        return _uniform(last - positions, seed)
+    earlier = mask & (mask.flip(1).cumsum(1).flip(1) > tail)
+    available = earlier.sum(1, keepdim=True)
+    inputs = torch.full((rows,), length, device=positions.device) if lengths is None else lengths
+    wanted = kept_count(inputs, Fraction(share_p, share_q), tail, floor).unsqueeze(1) - tail
+    step = earlier.cumsum(1) * wanted
+    every = available.clamp(min=1)
+    return (earlier & (step // every > (step - wanted) // every)).float()
+
+
+def _check(criterion: str) -> None:
+    if criterion not in POSITION_CRITERIA:
+        known = ", ".join(POSITION_CRITERIA)
+        raise CriterionError(f"unknown criterion {criterion!r}; positions can be scored by {known}")
+
+
+def _uniform(key: Tensor, seed: int) -> Tensor:
+    """A hash of int64 `key` and `seed` to 24 random bits, as float32 in [0, 1); 32-bit avalanche mixing in int64."""
+    low32 = 0xFFFFFFFF
+    mixed = key & low32
+    for round_ in range(2):
+        mixed = (mixed + ((seed >> (32 * round_)) & low32) + 0x9E3779B9) & low32
+        mixed = mixed ^ (mixed >> 16)
+        mixed = (mixed * 0x7FEB352D) & low32
+        mixed = mixed ^ (mixed >> 15)
+        mixed = (mixed * 0x6A09E667) & low32
+        mixed = mixed ^ (mixed >> 16)
+    return (mixed >> 8).float() / (1 << 24)
+
+
+@position_score.register_fake
+def _(
+    positions: Tensor,
+    real: Tensor | None,
+    lengths: Tensor | None,
+    length: int,
+    tail: int,
+    share_p: int,
+    share_q: int,
+    floor: int,
+    criterion: str,
+    seed: int,
+) -> Tensor:
+    _check(criterion)
+    return positions.new_empty(positions.shape, dtype=torch.float32)
