@@ -21,12 +21,13 @@ from simba_fx.ops.scan import causal_conv1d, selective_scan, ssd_scan
 from simba_fx.ops.score import CRITERIA, query_position, selective_token_score, ssd_token_score
 from simba_fx.ops.select import POSITION_CRITERIA, position_score, select_real_tokens, select_tokens
 
-from simba_fx.ops import flops as _flops  # isort: skip  # registers formulas for the operators above
+from simba_fx.ops import flops  # isort: skip  # after the operators: it registers a formula for each of them
 
 __all__ = [
     "CRITERIA",
     "POSITION_CRITERIA",
     "causal_conv1d",
+    "flops",
     "position_score",
     "query_position",
     "select_real_tokens",

@@ -46,6 +46,12 @@ def window_width(elements_per_token: int) -> int:
     return max(16, min(512, _WINDOW_ELEMENTS // max(1, elements_per_token)))
 
 
+def split_groups(tensor: Tensor, dim: int, groups: int) -> Tensor:
+    """Dim `dim` of size D (or H) becomes two, `(G, D / G)`: channels, or heads, by the group they read."""
+    shape = tensor.shape
+    return tensor.reshape(*shape[:dim], groups, shape[dim] // groups, *shape[dim + 1 :])
+
+
 def silu_gradient(x: Tensor) -> Tensor:
     """`d silu(x) / dx`."""
     gate = torch.sigmoid(x)
@@ -53,7 +59,7 @@ def silu_gradient(x: Tensor) -> Tensor:
 
 
 class _SelectiveWindow:
-    """One window of the selective scan: float32, time before channels, channels split into groups `(B, W, G, D/G, N)`."""
+    """One window of the selective scan in float32, time before channels, channels in groups: `(B, W, G, D/G, N)`."""
 
     def __init__(
         self,
@@ -70,9 +76,9 @@ class _SelectiveWindow:
         raw = delta[:, :, at].transpose(1, 2).float()
         self.raw = raw if delta_bias is None else raw + delta_bias.float()
         self.dt = F.softplus(self.raw) if delta_softplus else self.raw
-        self.dt = self.dt.unflatten(2, (groups, -1))
-        self.u = u[:, :, at].transpose(1, 2).float().unflatten(2, (groups, -1))
-        self.A = A.float().unflatten(0, (groups, -1))
+        self.dt = split_groups(self.dt, 2, groups)
+        self.u = split_groups(u[:, :, at].transpose(1, 2).float(), 2, groups)
+        self.A = split_groups(A.float(), 0, groups)
         self.B = B[..., at].permute(0, 3, 1, 2).float().contiguous()
         self.C = C[..., at].permute(0, 3, 1, 2).float().contiguous()
         self.decay = torch.exp_(self.dt.unsqueeze(-1) * self.A)
@@ -86,7 +92,7 @@ class _SelectiveWindow:
 
     def read(self, h: Tensor) -> Tensor:
         """`C_t . h_t`: `(B, W, G, D/G)`."""
-        return (h @ self.C.unsqueeze(-1)).squeeze(-1)
+        return torch.matmul(h, self.C.unsqueeze(-1)).squeeze(-1)
 
 
 def selective_scan(
@@ -131,7 +137,7 @@ def selective_scan_backward(
     delta_bias: Tensor | None,
     delta_softplus: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Float32 gradients of u, delta, A, B, C, D, z, delta_bias, each in the shape of its operand (D and z even if absent).
+    """Float32 gradients of u, delta, A, B, C, D, z, delta_bias in their shapes; zeros for an absent D or z.
 
     Window starts are recomputed first (`L / W` states), then windows are walked backwards: with
     `g_t = C_t dy_t + decay_{t+1} g_{t+1}` the gradient reaching state t, everything else is a contraction.
@@ -159,7 +165,7 @@ def selective_scan_backward(
             y = y if D is None else y + D.float() * w.u.flatten(2)
             dz[:, at] = dout * y * silu_gradient(gate)
             dout = dout * F.silu(gate)
-        dout = dout.unflatten(2, (groups, -1))
+        dout = split_groups(dout, 2, groups)
         g = dout.unsqueeze(-1) * w.C.unsqueeze(3)
         g[:, -1] += carry
         g = g.flip(1)
@@ -205,7 +211,7 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def causal_conv1d_backward(dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x `(B, L, D)`, weight `(D, W)` and bias `(D,)` from dy `(B, L, D)` before the activation, float32."""
+    """Gradients of x `(B, L, D)`, weight `(D, W)` and bias `(D,)` from dy `(B, L, D)` before the activation."""
     width, length = weight.shape[1], x.shape[2]
     padded = F.pad(x.transpose(1, 2).float(), (0, 0, width - 1, 0))
     ahead = F.pad(dy, (0, 0, 0, width - 1))
@@ -228,21 +234,22 @@ def selective_score(
     query: Tensor,
     absolute: bool,
 ) -> Tensor:
-    """Largest contribution over the channels `(B, L)`, any value after the query; B `(B, G, N, L)`, C_query `(B, G, N)`.
+    """Largest contribution over the channels `(B, L)`, anything after the query.
 
+    B is `(B, G, N, L)`, `C_query` `(B, G, N)`, `query` `(B,)` int64.
     Windows are walked backwards from the last token, so `R_t` is carried as a suffix sum.
     """
     rows, channels, length = u.shape
     groups, states = B.shape[1], A.shape[1]
     score = torch.empty(rows, length, device=u.device)
     remaining = torch.zeros(rows, channels, device=u.device)
-    decay = A.float().unflatten(0, (groups, -1))
+    decay = split_groups(A.float(), 0, groups)
     for at in reversed(windows(length, window_width(rows * channels * states))):
         dt = step_size(delta[:, :, at].transpose(1, 2), delta_bias, delta_softplus)
         counted = torch.arange(at.start, at.stop, device=u.device) <= query.unsqueeze(1)
         backwards = torch.where(counted.unsqueeze(2), dt, 0.0).flip(1)
         sums = backwards.cumsum(1) + remaining.unsqueeze(1)
-        after = torch.cat((remaining.unsqueeze(1), sums[:, :-1]), 1).flip(1).unflatten(2, (groups, -1))
+        after = split_groups(torch.cat((remaining.unsqueeze(1), sums[:, :-1]), 1).flip(1), 2, groups)
         remaining = sums[:, -1]
         weight = (B[..., at].float() * C_query.unsqueeze(3)).permute(0, 3, 1, 2).contiguous()
         response = (torch.exp_(after.unsqueeze(-1) * decay) @ weight.unsqueeze(-1)).squeeze(-1).flatten(2)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from simba_fx.ops.chunked import silu_gradient, step_size, windows
+from simba_fx.ops.chunked import silu_gradient, split_groups, step_size, windows
 
 
 class _Chunk:
@@ -20,11 +20,11 @@ class _Chunk:
 
     def __init__(self, at: slice, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> None:
         groups = B.shape[2]
-        self.value = x[:, at].float().unflatten(2, (groups, -1))
-        self.dt = dt[:, at].unflatten(2, (groups, -1))
+        self.value = split_groups(x[:, at].float(), 2, groups)
+        self.dt = split_groups(dt[:, at], 2, groups)
         self.x = self.value * self.dt.unsqueeze(-1)
         self.B, self.C = B[:, at].float(), C[:, at].float()
-        prefix = (self.dt.double() * A.double().unflatten(0, (groups, -1))).cumsum(1).permute(0, 2, 3, 1)
+        prefix = (self.dt.double() * split_groups(A.double(), 0, groups)).cumsum(1).permute(0, 2, 3, 1)
         between = (prefix.unsqueeze(-1) - prefix.unsqueeze(-2)).float()
         later = torch.ones(between.shape[-2:], dtype=torch.bool, device=x.device).triu(1)
         self.between = between.masked_fill_(later, -torch.inf).exp_()
@@ -98,7 +98,7 @@ def ssd_scan_backward(
     ddt = torch.zeros(rows, length, heads, device=x.device)
     dB, dC = (torch.zeros(t.shape, device=x.device) for t in (B, C))
     dA, dD = torch.zeros(heads, device=x.device), torch.zeros(heads, width, device=x.device)
-    dh = dlast.float().unflatten(1, (groups, -1))
+    dh = split_groups(dlast.float(), 1, groups)
     for at, before in zip(reversed(spans), reversed(starts)):
         c = _Chunk(at, x, dt, A, B, C)
         value = c.value.flatten(2, 3)
@@ -111,7 +111,7 @@ def ssd_scan_backward(
             dout = dout * F.silu(gate)
         dv = 0 if D is None else _skip(D) * dout
         dD += (dout * value).sum((0, 1))
-        dout = dout.unflatten(2, (groups, -1))
+        dout = split_groups(dout, 2, groups)
 
         mixing = c.overlap * c.between
         dmixing = torch.einsum("btgrp,bsgrp->bgrts", dout, c.x)
@@ -135,7 +135,8 @@ def ssd_scan_backward(
         dx[:, at] = dscaled * step.unsqueeze(-1) + dv
         ddt[:, at] = (dscaled * value).sum(-1) + dlog * A.float()
         dA += (dlog * step).sum((0, 1))
-        dh = c.whole * dh + torch.einsum("btgrp,btgn->bgrpn", dout * c.from_start.permute(0, 3, 1, 2).unsqueeze(-1), c.C)
+        weighted = dout * c.from_start.permute(0, 3, 1, 2).unsqueeze(-1)
+        dh = c.whole * dh + torch.einsum("btgrp,btgn->bgrpn", weighted, c.C)
     return dx, ddt, dA, dB, dC, dD, dz
 
 

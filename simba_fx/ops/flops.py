@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import register_flop_formula  # type: ignore[attr-defined]
+from torch.utils.flop_counter import register_flop_formula
 
 _OPS = torch.ops.simba_fx
 
@@ -22,13 +22,13 @@ def _tokens_times_state(shape: Any, states: int) -> int:
     return size
 
 
-@register_flop_formula(_OPS.selective_scan)  # type: ignore[untyped-decorator]
+@register_flop_formula(_OPS.selective_scan)
 def _selective_scan(u: Any, delta: Any, A: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
     """Per token, channel and state: dt*A, a*h, dtu*B, their sum, C*h and its sum: 6."""
     return 6 * _tokens_times_state(u, A[1])
 
 
-@register_flop_formula(_OPS.selective_scan_backward)  # type: ignore[untyped-decorator]
+@register_flop_formula(_OPS.selective_scan_backward)
 def _selective_scan_backward(
     dy: Any, dlast: Any, u: Any, delta: Any, A: Any, *args: Any, out_shape: Any = None, **kwargs: Any
 ) -> int:
@@ -36,13 +36,13 @@ def _selective_scan_backward(
     return 19 * _tokens_times_state(u, A[1])
 
 
-@register_flop_formula(_OPS.ssd_scan)  # type: ignore[untyped-decorator]
+@register_flop_formula(_OPS.ssd_scan)
 def _ssd_scan(x: Any, dt: Any, A: Any, B: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
     """Per token, head channel and state: a*h, dtx*B, their sum, C*h and its sum: 5 (the decay is one per head)."""
     return 5 * _tokens_times_state(x, B[3])
 
 
-@register_flop_formula(_OPS.ssd_scan_backward)  # type: ignore[untyped-decorator]
+@register_flop_formula(_OPS.ssd_scan_backward)
 def _ssd_scan_backward(
     dy: Any, dlast: Any, x: Any, dt: Any, A: Any, B: Any, *args: Any, out_shape: Any = None, **kwargs: Any
 ) -> int:
@@ -50,25 +50,25 @@ def _ssd_scan_backward(
     return 14 * _tokens_times_state(x, B[3])
 
 
-@register_flop_formula(_OPS.causal_conv1d)  # type: ignore[untyped-decorator]
+@register_flop_formula(_OPS.causal_conv1d)
 def _causal_conv1d(x: Any, weight: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
     """Per token and channel 2 W."""
     return 2 * _tokens_times_state(x, weight[1])
 
 
-@register_flop_formula(_OPS.causal_conv1d_backward)  # type: ignore[untyped-decorator]
+@register_flop_formula(_OPS.causal_conv1d_backward)
 def _causal_conv1d_backward(dy: Any, x: Any, weight: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
     """Once for x and once for the weight: 4 W."""
     return 4 * _tokens_times_state(x, weight[1])
 
 
-@register_flop_formula(_OPS.selective_token_score)  # type: ignore[untyped-decorator]
+@register_flop_formula(_OPS.selective_token_score)
 def _selective_token_score(u: Any, delta: Any, A: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
     """Per token, channel and state: A*R, the weight and its sum: 3."""
     return 3 * _tokens_times_state(u, A[1])
 
 
-@register_flop_formula(_OPS.ssd_token_score)  # type: ignore[untyped-decorator]
+@register_flop_formula(_OPS.ssd_token_score)
 def _ssd_token_score(x: Any, dt: Any, A: Any, B: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
     """Per token: `C_q . B_t` in each group, and one product and comparison per channel."""
     return 2 * _tokens_times_state(B, 1) + 2 * _tokens_times_state(x, 1)

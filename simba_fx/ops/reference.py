@@ -41,7 +41,8 @@ def selective_scan_ref(
 ) -> tuple[Tensor, Tensor]:
     """`h_t = exp(dt_t A) h_{t-1} + dt_t B_t u_t`, `y_t = C_t . h_t + D u_t`, gated: `(B, D, L)`, `(B, D, N)`."""
     rows, channels, length = u.shape
-    x, dt, decay = u.double(), _step(delta, None if delta_bias is None else delta_bias[:, None], delta_softplus), A.double()
+    x, decay = u.double(), A.double()
+    dt = _step(delta, None if delta_bias is None else delta_bias[:, None], delta_softplus)
     Bd, Cd = _per_channel(B, channels), _per_channel(C, channels)
     h = x.new_zeros(rows, channels, A.shape[1])
     outputs = []
@@ -68,7 +69,10 @@ def ssd_scan_ref(
     dt_min: float = 0.0,
     dt_max: float = float("inf"),
 ) -> tuple[Tensor, Tensor]:
-    """`h_t = exp(dt_t A) h_{t-1} + dt_t x_t (x) B_t`, `y_t = h_t C_t + D x_t`, gated: `(B, L, H, P)`, `(B, H, P, N)`."""
+    """`h_t = exp(dt_t A) h_{t-1} + dt_t x_t (x) B_t`, `y_t = h_t C_t + D x_t`, gated.
+
+    Returns `(B, L, H, P)` and `(B, H, P, N)`. `dt` is clamped to `[dt_min, dt_max]` after the softplus.
+    """
     rows, length, heads, width = x.shape
     value, step = x.double(), _step(dt, dt_bias, dt_softplus).clamp(dt_min, dt_max)
     Bh = B.double().repeat_interleave(heads // B.shape[2], dim=2)
@@ -93,9 +97,16 @@ def causal_conv1d_ref(x: Tensor, weight: Tensor, bias: Tensor | None = None, act
 
 
 def selective_contributions_ref(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, delta_bias: Tensor | None, delta_softplus: bool, query: Tensor
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+    query: Tensor,
 ) -> Tensor:
-    """Share of token t in `y_q` before skip and gate: `(B, D, L)`, zero for t > q. `query` is `(B,)` (method.md section 2)."""
+    """Share of token t in `y_q` before skip and gate: `(B, D, L)`, zero for t > q. `query` is `(B,)`."""
     rows, channels, length = u.shape
     dt = _step(delta, None if delta_bias is None else delta_bias[:, None], delta_softplus)
     Bd, Cd = _per_channel(B, channels), _per_channel(C, channels)

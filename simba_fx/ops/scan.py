@@ -69,7 +69,7 @@ def selective_scan(
 
     Args:
         u: input `(B, D, L)`.
-        delta: raw step size `(B, D, L)`; `dt = softplus(delta + delta_bias)` if `delta_softplus`, else without softplus.
+        delta: raw step size `(B, D, L)`; `dt = softplus(delta + delta_bias)`, the softplus only if `delta_softplus`.
         A: `(D, N)`, real and negative.
         B, C: `(B, N, L)` or `(B, G, N, L)`; channel d reads group `d // (D // G)`.
         D: skip `(D,)`. z: gate `(B, D, L)`. delta_bias: `(D,)`.

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from simba_fx.errors import CriterionError
 from simba_fx.ops import backends, chunked_ssd
-from simba_fx.ops.chunked import step_size
+from simba_fx.ops.chunked import split_groups, step_size
 from simba_fx.ops.scan import _grouped
 
 CRITERIA = ("simba", "simba-abs", "no-decay", "delta-norm", "clip")
@@ -101,7 +101,7 @@ def selective_token_score(
         at_query = _at_query(C, query, 3).float()
         response = (at_query * B.float()).sum(2)
         value = step_size(delta.transpose(1, 2), delta_bias, delta_softplus) * u.transpose(1, 2).float()
-        low, high = (v.transpose(1, 2) for v in value.unflatten(2, (groups, -1)).aminmax(dim=3))
+        low, high = (v.transpose(1, 2) for v in split_groups(value, 2, groups).aminmax(dim=3))
         score = _extreme(response, low, high, False).amax(1)
     else:
         at_query = _at_query(C, query, 3).squeeze(3).float()
@@ -163,7 +163,8 @@ def ssd_token_score(
         CriterionError: for an unknown criterion.
     """
     _check(criterion)
-    rows, length, heads, _ = x.shape
+    rows, length, _, _ = x.shape
+    groups = B.shape[2]
     query = query_position(real, tail, rows=rows, length=length, device=x.device)
     until = _until(query, length)
     step = chunked_ssd.ssd_step_size(dt, dt_bias, dt_softplus, dt_min, dt_max)
@@ -174,9 +175,9 @@ def ssd_token_score(
         score = step.norm(dim=2)
     else:
         at_query = _at_query(C, query, 1).float()
-        weight = step.unflatten(2, (B.shape[2], -1)) * (at_query * B.float()).sum(3, keepdim=True)
+        weight = split_groups(step, 2, groups) * (at_query * B.float()).sum(3, keepdim=True)
         if criterion != "no-decay":
-            weight = weight * torch.exp(remaining_steps(step, until) * A.float()).unflatten(2, (B.shape[2], -1))
+            weight = weight * split_groups(torch.exp(remaining_steps(step, until) * A.float()), 2, groups)
         low, high = x.aminmax(dim=3)
         score = _extreme(weight.flatten(2), low.float(), high.float(), criterion == "simba-abs").amax(2)
     return torch.where(until, score, 0.0)

@@ -23,7 +23,7 @@ def _kept(slots: int, length: int, tail: int, share_p: int, share_q: int, floor:
     count = kept_count(length, Fraction(share_p, share_q), tail, floor)
     if isinstance(slots, int) and isinstance(count, int):
         return min(slots, count)
-    return torch.sym_min(slots, count)  # type: ignore[no-untyped-call, no-any-return]
+    return torch.sym_min(slots, count)
 
 
 def _ranking(score: Tensor) -> Tensor:
@@ -91,9 +91,10 @@ def select_real_tokens(
         length: padded length of the input.
 
     Returns:
-        kept `(B, k)`, slots ascending but for a ghost; dropped `(B, m - k + 1)`: slots ascending, then the ghost's slot
-        or 0; kept positions; dropped positions, in the last column `length` for a row without ghost; kept_real `(B, k)`.
-        Over a chain of cuts, kept and dropped positions together name every position once, `length` any number of times.
+        kept `(B, k)`, slots ascending but for a ghost; dropped `(B, m - k + 1)`: slots ascending, then the ghost's
+        slot or 0; kept positions; dropped positions, `length` in the last column of a row without ghost; kept_real
+        `(B, k)`. Over a chain of cuts, all dropped and the last kept positions name every position exactly once, and
+        `length` any number of times.
     """
     slots = score.shape[1]
     k = _kept(slots, length, tail, share_p, share_q, floor)
@@ -112,7 +113,9 @@ def select_real_tokens(
     ghost = (rank == present - 1) & (present + k - count > slots)
     stays = stays_real | filler | ghost
     outer = torch.where(real[:, -1:], -1, slots)
-    kept = torch.where(stays, torch.where(ghost, outer, slot), slots + 1).argsort(dim=1, stable=True)[:, :k]
+    kept = (
+        torch.where(stays, torch.where(ghost, outer, slot), slots + 1).argsort(dim=1, stable=True)[:, :k].contiguous()
+    )
     gone = torch.where(stays, slots, slot).argsort(dim=1, stable=True)[:, : slots - k]
     has_ghost = ghost.any(1, keepdim=True)
     dropped = torch.cat((gone, ghost.long().argmax(1, keepdim=True)), 1)
