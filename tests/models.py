@@ -190,3 +190,15 @@ def padded(rows: Sequence[Tensor], left: Sequence[int], right: Sequence[int], fi
         ids[b, start : start + len(row)] = row
         mask[b, start : start + len(row)] = 1
     return ids, mask
+
+
+def schedules(blocks: int) -> dict[str, tuple[Fraction, ...]]:
+    """A few schedules of different shapes, by name: tests share their graphs (see `sparse`)."""
+    half = blocks // 2
+    return {
+        "linear": tuple(1 - Fraction(9, 10) * Fraction(i, blocks - 1) for i in range(blocks)),
+        "steep": tuple(Fraction(3, 5) ** i for i in range(blocks)),
+        "one late cut": (Fraction(1),) * (blocks - 1) + (Fraction(1, 4),),
+        "stairs": (Fraction(1),) + (Fraction(7, 9),) * (half - 1) + (Fraction(2, 7),) * (blocks - half),
+        "barely": tuple(1 - Fraction(i, 60) for i in range(blocks)),
+    }

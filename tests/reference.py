@@ -50,7 +50,7 @@ def assert_close(name: str, actual: Tensor, expected: Tensor, tolerance: float) 
     assert error <= tolerance, f"{name}: relative RMS error {error:.3g}, allowed {tolerance:.3g}"
 
 
-# ---- the scan's operands ------------------------------------------------------------------------------------------
+# The scan's operands.
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ def operands(call: dict[str, Any]) -> Scan:
     return SCAN_FUNCTIONS[call["function"]](call)
 
 
-# ---- scores -------------------------------------------------------------------------------------------------------
+# Scores.
 
 
 def contributions(scan: Scan, q: int, *, decay: bool = True) -> tuple[Array, Array]:
@@ -210,7 +210,7 @@ def margin(scores: Array, sizes: Array, kept: Sequence[int]) -> float:
     return float((scores[low] - scores[high]) / max(sizes[low], sizes[high], 1e-30))
 
 
-# ---- counts -------------------------------------------------------------------------------------------------------
+# Counts.
 
 
 def exact_shares(shares: Sequence[Fraction | float]) -> tuple[Fraction, ...]:
@@ -234,7 +234,7 @@ def counts(length: int, shares: Sequence[Fraction | float], tail: int = 1, floor
     return k
 
 
-# ---- the whole model ----------------------------------------------------------------------------------------------
+# The whole model.
 
 
 @dataclass
@@ -356,7 +356,7 @@ def generate(model: nn.Module, ids: Tensor, shares: Sequence[Fraction | float], 
     return row
 
 
-# ---- near ties ----------------------------------------------------------------------------------------------------
+# Near ties.
 
 
 class Draws:

@@ -25,7 +25,7 @@ def scans_of(entry: Entry, ids: torch.Tensor) -> list[dict]:
     return calls
 
 
-# ---- the registry -------------------------------------------------------------------------------------------------
+# The registry.
 
 
 @every_entry
@@ -50,7 +50,7 @@ def test_scores_tell_tokens_apart(entry: Entry) -> None:
     assert len({kept[c] for c in ("simba", "no-decay", "delta-norm", "clip", "recent")}) == 5
 
 
-# ---- the dense model is the reference that keeps everything ---------------------------------------------------------
+# The dense model is the reference that keeps everything.
 
 
 @every_entry
@@ -107,7 +107,7 @@ def test_the_scan_function_is_back_in_its_place_even_after_an_error() -> None:
     assert dict(vars(entry.modeling)) == before
 
 
-# ---- contributions --------------------------------------------------------------------------------------------------
+# Contributions.
 
 
 @every_float32
@@ -199,7 +199,7 @@ def test_an_unknown_criterion_is_refused() -> None:
         reference.score(small_scan(), 2, "random")
 
 
-# ---- selection and counts -------------------------------------------------------------------------------------------
+# Selection and counts.
 
 
 def test_of_two_equal_scores_the_later_wins() -> None:
@@ -253,7 +253,7 @@ def test_counts_by_hand() -> None:
     assert reference.linear(1) == (1,)
 
 
-# ---- batches --------------------------------------------------------------------------------------------------------
+# Batches.
 
 
 def test_rows_of_a_batch_are_run_alone_and_put_back() -> None:
@@ -282,7 +282,7 @@ def test_the_relative_error_names_what_differs_and_never_passes_nan() -> None:
         reference.assert_close("logits", torch.zeros(2), torch.zeros(1), 1.0)
 
 
-# ---- the strategies -------------------------------------------------------------------------------------------------
+# The strategies.
 
 
 @given(st.integers(1, 8).flatmap(lambda n: st.tuples(st.just(n), domain.shares(n))))
