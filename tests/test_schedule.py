@@ -219,7 +219,7 @@ def halves(n_blocks: int) -> list[float]:
         (Linear(final=0.2), Linear(final=0.2)),
         (Budget(0.5), Budget(0.5)),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),  # no addresses: xdist workers must agree
 )
 def test_every_spelling_becomes_one_object(value: object, schedule: Schedule) -> None:
     assert as_schedule(value) == schedule
