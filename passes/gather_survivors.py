@@ -1,0 +1,144 @@
+"""Pass `gather-survivors`: cut the sequence. After a selection, only survivors are seen by the blocks that follow."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from simba_fx.errors import GraphError
+from simba_fx.graphs import (
+    Facts,
+    Insert,
+    depends_on_length,
+    end_of,
+    placeholder,
+    region,
+    selects,
+    sequence_dims,
+    tracked,
+    value,
+    where,
+)
+
+_BOOKKEEPING = ("positions", "real")
+
+
+@dataclass(frozen=True)
+class GatherSurvivors:
+    """Rewire every value alive across a cut to its survivors, and every length to the new one.
+
+    Before: `h = block_3(...); kept_3 = select_tokens(score_3, ...); o = block_4(h, mask, length)`.
+    After, at the start of block 4:
+
+        survivors = h[rows, kept_3]             # (B, k, D); one gather for every live tensor with a length
+        mask_4 = where(real_3, mask[kept_3], 0)  # what is computed from the padding mask alone: fillers are padding
+        length_4 = kept_3.size(1)                # and size arithmetic that starts from it
+
+    1. Parameters and cache states have no sequence dimension: untouched. 2. The graph's own outputs are left alone:
+    each layer caches what it saw. 3. What comes after the last block sees the input's length again (`restore-length`)
+    unless `output="kept"`. Fails closed on a live size computed from the length but not equal to it.
+    """
+
+    output: str = "full"
+
+    name = "gather-survivors"
+
+    def rewrite(self, graph: fx.Graph, facts: Facts) -> int:
+        last = facts.n_blocks - (self.output == "full")
+        from_mask = _from_mask_alone(graph, facts)
+        return sum(self._cut(graph, facts, select, last, from_mask) for select in selects(graph))
+
+    def _cut(self, graph: fx.Graph, facts: Facts, select: fx.Node, last: int, from_mask: set[fx.Node]) -> int:
+        results = {node.args[1]: node for node in select.users}
+        kept, renamed = results[0], {"positions": results[2], "real": results.get(4)}
+        if any(user.meta.get("simba_fx", {}).get("pass") == self.name for user in kept.users):
+            return 0
+        block = region(select)
+        beyond = lambda user: block < region(user) <= last and user.op != "output"  # noqa: E731
+        live = [node for node in graph.nodes if region(node) <= block and any(map(beyond, node.users))]
+        insert = Insert(graph, end_of(graph, block), block + 1, self.name)
+        for node in live:
+            role = node.meta.get("simba_fx", {}).get("role")
+            if node.op == "get_attr" or node in results.values() or role == "rows":
+                continue
+            if role in _BOOKKEEPING:
+                node.replace_all_uses_with(renamed[role], delete_user_cb=beyond)
+                continue
+            if not (dims := sequence_dims(node, facts)):
+                continue
+            carried = region(node) == block and role not in ("carried", "invariant") and node not in from_mask
+            gathered = self._gather(insert, node, dims, kept, carried)
+            if node in from_mask and renamed["real"] is not None:
+                gathered = self._blank_fillers(insert, gathered, dims, renamed["real"])
+                from_mask.add(gathered)
+            node.replace_all_uses_with(gathered, delete_user_cb=lambda user: beyond(user) and not _inserted_now(user))
+        self._shorten(graph, facts, insert, kept, live, beyond)
+        return 1
+
+    def _gather(self, insert: Insert, node: fx.Node, dims: tuple[int, ...], kept: fx.Node, carried: bool) -> fx.Node:
+        val = value(node)
+        if dims != (1,) or val.shape[0] != value(kept).shape[0]:
+            raise GraphError(
+                f"Node {node.name} in {where(node)} has shape {tuple(val.shape)} and crosses a cut; expected (B, L, ...) "
+                f"with L in dimension 1 alone, found it in {dims}. This layout cannot be gathered yet; keep the blocks "
+                "around it whole (give them the same share)."
+            )
+        role = "carried" if carried else "invariant"
+        if val.dim() == 2:
+            return insert(torch.ops.aten.gather.default, node, 1, kept, val=val, role=role, like=node)
+        rows = tracked(insert.graph, "rows")
+        name = f"survivors_{insert.region}"
+        return insert(torch.ops.aten.index.Tensor, node, [rows, kept], val=val, role=role, like=node, name=name)
+
+    def _blank_fillers(self, insert: Insert, gathered: fx.Node, dims: tuple[int, ...], real: fx.Node) -> fx.Node:
+        val = value(gathered)
+        for _ in range(val.dim() - 2):
+            real = insert(torch.ops.aten.unsqueeze.default, real, -1, val=value(real)[..., None])
+        target, name = torch.ops.aten.where.ScalarOther, f"mask_{insert.region}"
+        return insert(target, real, gathered, 0, val=val, role="invariant", like=gathered, name=name)
+
+    def _shorten(self, graph: fx.Graph, facts: Facts, insert: Insert, kept: fx.Node, live: Iterable[fx.Node],
+                 beyond: Any) -> None:  # fmt: skip
+        """Size arithmetic that is used beyond the cut starts from the new length. Selections count from the input's."""
+        clones: dict[fx.Node, fx.Node] = {}
+
+        def shorter(node: fx.Node) -> fx.Node:
+            if not depends_on_length(node, facts):
+                return node
+            if node not in clones and node.target is torch.ops.aten.sym_size.int:
+                clones[node] = insert(torch.ops.aten.sym_size.int, kept, 1, val=value(node))
+            elif node not in clones:
+                args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), shorter)
+                clones[node] = insert(node.target, *args, val=value(node), like=node, **kwargs)
+            return clones[node]
+
+        for node in live:
+            if depends_on_length(node, facts):
+                for user in [user for user in node.users if beyond(user) and not _counts_from_input(user)]:
+                    user.replace_input_with(node, shorter(node))
+
+
+def _inserted_now(user: fx.Node) -> bool:
+    return bool(user.meta.get("simba_fx", {}).get("pass") == GatherSurvivors.name)
+
+
+def _counts_from_input(user: fx.Node) -> bool:
+    """Selections and scores by position count from the input's length, whatever the length of their region."""
+    return user.meta.get("simba_fx", {}).get("pass") in ("select-tokens", "score-tokens", GatherSurvivors.name)
+
+
+def _from_mask_alone(graph: fx.Graph, facts: Facts) -> set[fx.Node]:
+    """Nodes computed from the padding mask and constants only."""
+    if facts.mask is None:
+        return set()
+    found = {placeholder(graph, facts.mask)}
+    for node in graph.nodes:
+        inputs = [n for n in node.all_input_nodes if isinstance(value(n), Tensor)]
+        if inputs and node.op == "call_function" and all(n in found for n in inputs):
+            if tracked(graph, "real") is not node and isinstance(value(node), Tensor):
+                found.add(node)
+    return found

@@ -1,0 +1,156 @@
+"""Pass `outline-blocks`: each block becomes one call; equal blocks share one code object (`compile="blocks"`)."""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor, fx
+
+from simba_fx.errors import GraphError
+from simba_fx.graphs import MARK, Facts, Insert, drop_dead_code, expression, is_size, nodes_of, value
+from simba_fx.program import Block
+
+_TOP = ("track-tokens", "select-tokens", "restore-length")
+"""Passes whose nodes stay at the top level: what connects blocks rather than computes in them."""
+
+
+@dataclass(frozen=True)
+class OutlineBlocks:
+    """Move each region's nodes into a module of its own.
+
+    Before: forty nodes per block. After, a few lines per block:
+
+        hidden_3, score_3 = block_3(hidden_2, kept_2, tail)
+        kept_3, dropped_3, positions_3, left_3 = select_tokens(score_3, positions_2, length, tail, 7, 10, 4)
+        exit_3 = hidden_3[rows, dropped_3]
+
+    1. A block's parameters are attributes of its module, named by their path inside the block. 2. Sizes are read again
+    from the block's own inputs, so that a length is never an argument. 3. Two regions with the same code become two
+    instances of one kind: `torch.compile` compiles that code once, for every depth and length.
+    """
+
+    attributes: dict[str, Any] = field(repr=False)
+    blocks: dict[str, Block] = field(repr=False, default_factory=dict)
+    """Filled by `rewrite`: the module that each `call_module` target stands for."""
+
+    name = "outline-blocks"
+
+    def rewrite(self, graph: fx.Graph, facts: Facts) -> int:
+        kinds: dict[Any, Block] = {}
+        changed = 0
+        for index in range(facts.n_blocks + 1):
+            inside = [node for node in nodes_of(graph, index) if not _at_top(node)]
+            if not any(node.op != "placeholder" and isinstance(value(node), Tensor) for node in inside):
+                continue
+            path = facts.blocks[index] if index < facts.n_blocks else ""
+            target = f"block_{index}" if index < facts.n_blocks else "after_blocks"
+            self.blocks[target] = self._outline(graph, facts, inside, path, target, kinds)
+            changed += 1
+        return changed
+
+    def _outline(self, graph: fx.Graph, facts: Facts, inside: list[fx.Node], path: str, target: str,
+                 kinds: dict[Any, Block]) -> Block:  # fmt: skip
+        members = set(inside)
+        outside = list(dict.fromkeys(n for node in inside for n in node.all_input_nodes if n not in members))
+        inputs = [node for node in outside if node.op != "get_attr" and not _recomputed(node)]
+        sub, env, owned = fx.Graph(), {}, {}
+        for node in inputs:
+            env[node] = sub.placeholder(re.sub(r"(_\d+)+$", "", node.name))
+            env[node].meta = dict(node.meta)
+        for node in outside:
+            if node.op == "get_attr":
+                name = _attribute_name(node.target, path)
+                owned[name] = self.attributes[node.target]
+                env[node] = sub.get_attr(name)
+                env[node].meta = dict(node.meta)
+
+        def size(node: fx.Node) -> fx.Node:
+            """A size from outside, read again from the inputs."""
+            if node in env:
+                return env[node]
+            if node.target is torch.ops.aten.sym_size.int:
+                source, dim = _source(expression(value(node)), inputs)
+                env[node] = sub.call_function(node.target, (env[source], dim))
+            else:
+                args, kwargs = fx.node.map_arg((node.args, node.kwargs), size)
+                env[node] = sub.create_node(node.op, node.target, args, kwargs)
+            env[node].meta = dict(node.meta)
+            return env[node]
+
+        for node in inside:
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: env[n] if n in env else size(n))
+            env[node] = sub.create_node(node.op, node.target, args, kwargs)
+            env[node].meta = dict(node.meta)
+        outputs = [node for node in inside if any(_reads(user, node) for user in node.users if user not in members)]
+        sub.output(tuple(env[node] for node in outputs) if len(outputs) > 1 else env[outputs[0]])
+        drop_dead_code(sub)
+        self._replace(graph, inside, inputs, outputs, target)
+        key = (sub.python_code("self").src, tuple(n.target for n in sub.nodes), tuple(_kind_of(owned)))
+        if key not in kinds:
+            kinds[key] = Block.kind(sub, owned, self._submodules(sub), name=f"Kind{len(kinds)}")
+        return kinds[key].instance(owned)
+
+    def _submodules(self, graph: fx.Graph) -> dict[str, Any]:
+        return {node.target: self.attributes[node.target] for node in graph.find_nodes(op="call_module")}
+
+    def _replace(self, graph: fx.Graph, inside: list[fx.Node], inputs: list[fx.Node], outputs: list[fx.Node],
+                 target: str) -> None:  # fmt: skip
+        """One call in place of the nodes inside."""
+        insert = Insert(graph, inside[0], inside[0].meta["region"], self.name)
+        vals = tuple(value(node) for node in outputs)
+        single = len(outputs) == 1
+        call = insert(target, *inputs, op="call_module", val=vals[0] if single else vals, role="block")
+        call.meta["nn_module_stack"] = inside[0].meta.get("nn_module_stack")
+        results = [call] if single else [insert(operator.getitem, call, i, val=vals[i]) for i in range(len(outputs))]
+        members = set(inside)
+        for node, result in zip(outputs, results):
+            node.replace_all_uses_with(result, delete_user_cb=lambda user: user not in members)
+            result.meta[MARK]["role"] = (node.meta.get(MARK) or {}).get("role", "")
+        for node in reversed(inside):
+            if not [user for user in node.users if user not in members]:
+                graph.erase_node(node)
+        for node, result in zip(outputs, results):
+            if node.meta.get(MARK):
+                result.name = node.name  # free again: the node itself is gone
+            else:
+                result.name = graph._graph_namespace.create_name(f"hidden_{insert.region}", None)
+
+
+def _at_top(node: fx.Node) -> bool:
+    mark = node.meta.get(MARK) or {}
+    by_position = node.target is torch.ops.simba_fx.position_score.default
+    return node.op in ("placeholder", "get_attr", "output") or mark.get("pass") in _TOP or by_position
+
+
+def _recomputed(node: fx.Node) -> bool:
+    """A size that a block reads from its own inputs; `tail` is a plain argument."""
+    return is_size(node) and node.op == "call_function"
+
+
+def _reads(user: fx.Node, node: fx.Node) -> bool:
+    return not is_size(node) or _at_top(user)
+
+
+def _source(symbol: sympy.Expr, inputs: Iterable[fx.Node]) -> tuple[fx.Node, int]:
+    for node in inputs:
+        if isinstance(value(node), Tensor):
+            for dim, size in enumerate(value(node).shape):
+                if expression(size) == symbol:
+                    return node, dim
+    raise GraphError(f"A block reads the size {symbol} but none of its inputs has it; use compile='whole'.")
+
+
+def _attribute_name(target: str, path: str) -> str:
+    inner = target[len(path) + 1 :] if path and target.startswith(path + ".") else target
+    return inner.replace(".", "_")
+
+
+def _kind_of(owned: dict[str, Any]) -> Iterable[Any]:
+    for name, tensor in owned.items():
+        yield name, type(tensor), tuple(tensor.shape), tensor.dtype, tensor.device, tensor.requires_grad

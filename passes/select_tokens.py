@@ -1,0 +1,54 @@
+"""Pass `select-tokens`: behind each score, the choice of the tokens that stay."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from simba_fx.graphs import Facts, Insert, end_of, nodes_of, selects, tracked, value
+from simba_fx.plan import Cut
+
+OUTPUTS = ("kept", "dropped", "positions", "left", "real")
+"""Names of a selection's results: region indices that stay and go, then their positions in the input, then realness."""
+
+
+@dataclass(frozen=True)
+class SelectTokens:
+    """Insert one selection per score.
+
+    Before: `score_3 = selective_token_score(...)`.
+    After: `kept_3, dropped_3, positions_3, left_3 = select_tokens(score_3, positions, length, tail, 7, 10, 4)`, with
+    `real_3` as a fifth result where rows may be padded. The count is a function of `length` alone (method.md
+    section 4), the results' shapes of shapes alone.
+    """
+
+    cuts: tuple[Cut, ...]
+    floor: int = 4
+
+    name = "select-tokens"
+
+    def rewrite(self, graph: fx.Graph, facts: Facts) -> int:
+        changed = 0
+        done = {node.args[0] for node in selects(graph)}
+        for cut in self.cuts:
+            score = next(n for n in nodes_of(graph, cut.block) if n.meta.get("simba_fx", {}).get("role") == "score")
+            if score in done:
+                continue
+            insert = Insert(graph, end_of(graph, cut.block), cut.block, self.name)
+            positions, real, lengths = (tracked(graph, role) for role in ("positions", "real", "lengths"))
+            rule = (tracked(graph, "length"), tracked(graph, "tail"))
+            share = (cut.share.numerator, cut.share.denominator, self.floor)
+            grid = value(positions)
+            vals = (grid, grid, grid, grid)
+            target, padding = torch.ops.simba_fx.select_tokens.default, ()
+            if real is not None:
+                target, padding, vals = torch.ops.simba_fx.select_real_tokens.default, (real, lengths), (*vals, value(real))
+            arguments = (score, positions, *padding, *rule, *share)
+            chosen = insert(target, *arguments, val=vals, role="select", like=score, name=f"chosen_{cut.block}")
+            for index, (name, val) in enumerate(zip(OUTPUTS, vals)):
+                insert(operator.getitem, chosen, index, val=val, role=name, name=f"{name}_{cut.block}")
+            changed += 1
+        return changed

@@ -1,0 +1,51 @@
+"""Pass `track-tokens`: the graph learns where each of its tokens stood in the input, and which are real."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from simba_fx.graphs import MARK, REGION, Facts, Insert, placeholder, tracked, value
+
+
+@dataclass(frozen=True)
+class TrackTokens:
+    """Add the bookkeeping that selections read and write.
+
+    Before: `def forward(inputs_embeds, attention_mask)`.
+    After: `def forward(inputs_embeds, attention_mask, tail)` and, before the first block,
+
+        rows = arange(batch).unsqueeze(1)                    # (B, 1) int64: x[rows, kept] picks tokens row by row
+        positions = arange(length).expand(batch, length)     # (B, L) int64
+        real = attention_mask != 0                           # (B, L) bool, only with a padding mask
+        lengths = real.sum(1)                                # (B,) int64, only with a padding mask
+    """
+
+    name = "track-tokens"
+
+    def rewrite(self, graph: fx.Graph, facts: Facts) -> int:
+        if tracked(graph, "tail") is not None:
+            return 0
+        last = [node for node in graph.nodes if node.op == "placeholder"][-1]
+        with graph.inserting_after(last):
+            tail = graph.placeholder("tail")
+        tail.meta = {"val": 1, REGION: -1, MARK: {"pass": self.name, "block": -1, "role": "tail"}}
+        lead = value(primary := placeholder(graph, facts.primary))
+        rows, columns = lead.shape[:2]
+        first = Insert(graph, tail.next, -1, self.name)
+        batch = first(torch.ops.aten.sym_size.int, primary, 0, val=rows, name="batch")
+        length = first(torch.ops.aten.sym_size.int, primary, 1, val=columns, role="length", name="input_length")
+        insert = Insert(graph, length.next, -1, self.name)
+        grid = lead.new_empty((rows, columns), dtype=torch.int64)
+        kind = {"dtype": torch.int64, "device": lead.device}
+        line = insert(torch.ops.aten.arange.default, batch, val=grid[:, 0], **kind)
+        insert(torch.ops.aten.unsqueeze.default, line, 1, val=grid[:, :1], role="rows", name="rows")
+        line = insert(torch.ops.aten.arange.default, length, val=grid[0], **kind)
+        insert(torch.ops.aten.expand.default, line, [batch, length], val=grid, role="positions", name="positions")
+        if facts.mask is not None:
+            mask = placeholder(graph, facts.mask)
+            real = insert(torch.ops.aten.ne.Scalar, mask, 0, val=grid.to(torch.bool), role="real", name="real")
+            insert(torch.ops.aten.sum.dim_IntList, real, [1], val=grid[:, 0], role="lengths", name="lengths")
+        return 1

@@ -1,0 +1,162 @@
+"""What the passes ask of a captured graph: sizes, blocks, provenance. Nothing here changes a graph but `insert`.
+
+A graph is a flat list of nodes in execution order. Every node belongs to one *region*, kept in `node.meta["region"]`:
+
+    -1              before the first block (masks, rotary tables)
+    0 … n-1         block i
+    n               after the last block (final norm)
+
+Placeholders, parameters (`get_attr`) and size arithmetic hoisted to the top are region -1. Regions never decrease
+along the list. Before the sequence is cut, every size that depends on the length is written in the one symbol
+`Facts.sequence`; while it is being cut, `meta["val"]` keeps meaning "in the length of my own region".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor, fx
+
+from simba_fx.errors import GraphError
+
+REGION = "region"
+MARK = "simba_fx"
+SCANS = (torch.ops.simba_fx.selective_scan.default, torch.ops.simba_fx.ssd_scan.default)
+SELECTS = (torch.ops.simba_fx.select_tokens.default, torch.ops.simba_fx.select_real_tokens.default)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of a captured graph and does not change while it is rewritten."""
+
+    sequence: sympy.Symbol
+    """The symbol of the input's length, L."""
+    batch: sympy.Symbol
+    """The symbol of the number of rows, B."""
+    primary: str
+    """The placeholder that B and L are read from, `(B, L, ...)`."""
+    mask: str | None
+    """The placeholder of the padding mask `(B, L)`, if the graph takes one."""
+    blocks: tuple[str, ...]
+    """The module path of each block, in order."""
+    values: int
+    """How many of the graph's flat outputs are the model's values; the others are cache states."""
+
+    @property
+    def n_blocks(self) -> int:
+        return len(self.blocks)
+
+
+def region(node: fx.Node) -> int:
+    return int(node.meta.get(REGION, -1))
+
+
+def value(node: fx.Node) -> Any:
+    return node.meta.get("val")
+
+
+def is_size(node: fx.Node) -> bool:
+    """Whether the node yields a (symbolic) number rather than tensors."""
+    return isinstance(value(node), int | torch.SymInt)
+
+
+def expression(size: int | torch.SymInt) -> sympy.Expr:
+    return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)
+
+
+def depends_on_length(node: fx.Node, facts: Facts) -> bool:
+    """Whether a size node is computed from the sequence length."""
+    return is_size(node) and facts.sequence in expression(value(node)).free_symbols
+
+
+def sequence_dims(node: fx.Node, facts: Facts) -> tuple[int, ...]:
+    """The dimensions of a tensor node whose size is the sequence length.
+
+    Raises:
+        GraphError: a dimension is computed from the length but is not the length itself (`2*s`, `s + 3`).
+    """
+    val = value(node)
+    if not isinstance(val, Tensor):
+        return ()
+    dims = []
+    for dim, size in enumerate(val.shape):
+        expr = expression(size)
+        if expr == facts.sequence:
+            dims.append(dim)
+        elif facts.sequence in expr.free_symbols:
+            raise GraphError(
+                f"Node {node.name} in {where(node)} has size {tuple(val.shape)} and crosses a cut; dimension {dim} is "
+                f"{expr}, computed from the sequence length {facts.sequence} but not equal to it, so survivors cannot "
+                "be gathered along it. Keep that block whole (give the next block the same share)."
+            )
+    return tuple(dims)
+
+
+def where(node: fx.Node) -> str:
+    """The path of the innermost module that a node came from."""
+    stack = node.meta.get("nn_module_stack") or {}
+    paths = [path for path, _ in stack.values() if path]
+    return paths[-1] if paths else "the model's own forward"
+
+
+def nodes_of(graph: fx.Graph, index: int) -> Iterator[fx.Node]:
+    return (node for node in graph.nodes if region(node) == index)
+
+
+def end_of(graph: fx.Graph, index: int) -> fx.Node:
+    """The first node after region `index`: what is inserted before it belongs to the region's end."""
+    return next(node for node in graph.nodes if region(node) > index)
+
+
+def scans_of(graph: fx.Graph, index: int) -> list[fx.Node]:
+    """The scans of block `index`. Changes nothing."""
+    return [node for node in nodes_of(graph, index) if node.target in SCANS]
+
+
+def selects(graph: fx.Graph) -> list[fx.Node]:
+    """The selections in the graph, first cut first."""
+    return [node for node in graph.nodes if node.target in SELECTS]
+
+
+def placeholder(graph: fx.Graph, name: str) -> fx.Node:
+    return next(node for node in graph.nodes if node.op == "placeholder" and node.name == name)
+
+
+def tracked(graph: fx.Graph, role: str) -> fx.Node | None:
+    """The bookkeeping node of that role (`track-tokens`): positions, real, lengths, length, tail."""
+    return next((node for node in graph.nodes if node.meta.get(MARK, {}).get("role") == role), None)
+
+
+def output_of(graph: fx.Graph) -> fx.Node:
+    return next(iter(graph.find_nodes(op="output")))
+
+
+def drop_dead_code(graph: fx.Graph) -> None:
+    """Remove what nothing reads. Calls of submodules stay: blocks, and a user's criterion."""
+    keep = ("placeholder", "output", "call_module")
+    graph.eliminate_dead_code(is_impure_node=lambda node: node.op in keep or node.is_impure())
+
+
+@dataclass(frozen=True)
+class Insert:
+    """Inserts nodes before `anchor`, in `region`, marked with the pass that made them and why."""
+
+    graph: fx.Graph
+    anchor: fx.Node
+    region: int
+    by: str
+
+    def __call__(self, target: Any, *args: Any, val: Any = None, role: str = "", name: str | None = None,
+                 like: fx.Node | None = None, op: str = "call_function", **kwargs: Any) -> fx.Node:  # fmt: skip
+        with self.graph.inserting_before(self.anchor):
+            node = self.graph.create_node(op, target, args, kwargs, name=name)
+        if like is not None:
+            node.meta.update({k: v for k, v in like.meta.items() if k in ("nn_module_stack", "stack_trace")})
+        node.meta["val"] = val
+        node.meta[REGION] = self.region
+        node.meta[MARK] = {"pass": self.by, "block": self.region, "role": role}
+        return node

@@ -1,0 +1,101 @@
+"""What a transformed graph runs as: one `Program`, and under it one `Block` per block.
+
+Both are ordinary `torch.fx.GraphModule`s: they print, pickle their code and run eagerly. What they add is how
+`torch.compile` meets them with `compile="blocks"`: the program's own frame is left to Python, and each *kind* of block
+is compiled once, because its instances share one code object and their lengths are marked as dynamic.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor, fx, nn
+
+from simba_fx.graphs import expression, value
+
+__all__ = ["Block", "Program"]
+
+
+def _frame_left_to_python(function: Any) -> Any:
+    """Dynamo runs this frame as it is, and goes on compiling the frames that it calls."""
+    return torch._dynamo.disable(function, recursive=False)
+
+
+class Block(fx.GraphModule):
+    """One block of a transformed model: its code belongs to its kind, its parameters are its own."""
+
+    _dynamic: tuple[tuple[int, int], ...] = ()
+
+    @staticmethod
+    def kind(graph: fx.Graph, owned: Mapping[str, Any], modules: Mapping[str, nn.Module], name: str) -> Block:
+        block = Block({**owned, **modules}, graph, class_name=name)
+        inputs = enumerate(graph.find_nodes(op="placeholder"))
+        block.__dict__["_dynamic"] = tuple(
+            (i, dim)
+            for i, node in inputs
+            if isinstance(value(node), Tensor)
+            for dim, size in enumerate(value(node).shape)
+            if isinstance(expression(size), sympy.Symbol)
+        )
+        type(block).__call__ = _frame_left_to_python(Block._run)  # type: ignore[method-assign]
+        return block
+
+    def instance(self, owned: Mapping[str, Any]) -> Block:
+        """The same code over other parameters."""
+        block: Block = object.__new__(type(self))
+        block.__dict__.update(self.__dict__)
+        block.__dict__["_parameters"] = {k: v for k, v in owned.items() if isinstance(v, nn.Parameter)}
+        block.__dict__["_buffers"] = {k: v for k, v in owned.items() if not isinstance(v, nn.Parameter)}
+        block.__dict__["_modules"] = dict(self._modules)
+        return block
+
+    def _run(self, *inputs: Any) -> Any:
+        if "torch._dynamo" in sys.modules:  # nobody compiles before this is imported
+            for i, dim in self._dynamic:
+                torch._dynamo.maybe_mark_dynamic(inputs[i], dim)
+        return self.forward(*inputs)
+
+
+class Program(fx.GraphModule):
+    """A captured and rewritten model over the original's own parameters.
+
+    Parameters and buffers are registered under the paths that they have in the original module; the blocks are reached
+    as attributes but hold no parameters of their own in `state_dict()`.
+    """
+
+    _left_to_python = False
+
+    def __init__(self, attributes: Mapping[str, Any], graph: fx.Graph, blocks: Mapping[str, Block],
+                 name: str = "Program") -> None:  # fmt: skip
+        super().__init__({**attributes, **blocks}, graph, class_name=name)
+        for target, block in blocks.items():
+            self._modules.pop(target)
+            self.__dict__[target] = block
+        for target, tensor in attributes.items():
+            _register(self, target, tensor)
+        self.__dict__["blocks"] = dict(blocks)
+        if blocks:
+            type(self)._left_to_python = True
+            self.recompile()
+
+    def recompile(self) -> Any:
+        code = super().recompile()
+        if self._left_to_python:
+            type(self).forward = _frame_left_to_python(type(self).forward)  # type: ignore[method-assign]
+        return code
+
+
+def _register(root: nn.Module, path: str, tensor: Any) -> None:
+    *parents, name = path.split(".")
+    for parent in parents:
+        if parent not in root._modules:
+            root.add_module(parent, nn.Module())
+        root = root._modules[parent]  # type: ignore[assignment]
+    if isinstance(tensor, nn.Parameter):
+        root.register_parameter(name, tensor)
+    elif isinstance(tensor, Tensor):
+        root.register_buffer(name, tensor)
