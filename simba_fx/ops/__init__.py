@@ -17,6 +17,7 @@ Where an argument is called B it is the projection; where a shape says `(B, ...)
 Importing this package compiles nothing and imports neither transformers nor mamba_ssm.
 """
 
+from simba_fx.ops.backends import kernel_path
 from simba_fx.ops.scan import causal_conv1d, selective_scan, ssd_scan
 from simba_fx.ops.score import CRITERIA, query_position, selective_token_score, ssd_token_score
 from simba_fx.ops.select import POSITION_CRITERIA, position_score, select_real_tokens, select_tokens
@@ -28,6 +29,7 @@ __all__ = [
     "POSITION_CRITERIA",
     "causal_conv1d",
     "flops",
+    "kernel_path",
     "position_score",
     "query_position",
     "select_real_tokens",

@@ -194,7 +194,8 @@ def ssd_scan(
     Returns:
         y `(B, L, H, P)` contiguous in x's dtype; the last state `(B, H, P, N)`, float32.
     """
-    return backends.ssd_scan(x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_min, dt_max, chunk_size)
+    step = chunked_ssd.ssd_step_size(dt, dt_bias, dt_softplus, dt_min, dt_max)
+    return backends.ssd_scan(x, step, A, B, C, D, z, chunk_size)
 
 
 @ssd_scan.register_fake

@@ -169,7 +169,7 @@ def ssd_token_score(
     until = _until(query, length)
     step = chunked_ssd.ssd_step_size(dt, dt_bias, dt_softplus, dt_min, dt_max)
     if criterion == "clip":
-        y, _ = backends.ssd_scan(x, dt, A, B, C, None, None, dt_bias, dt_softplus, dt_min, dt_max, 256)
+        y, _ = backends.ssd_scan(x, step, A, B, C, None, None, 256)
         score = y.float().clamp_(min=0).mean((2, 3))
     elif criterion == "delta-norm":
         score = step.norm(dim=2)
