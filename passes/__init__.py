@@ -1,0 +1,58 @@
+"""The passes, in the order in which they run. Imported as `simba_fx.passes`; each is one file and one frozen dataclass.
+
+    erase-sites       the markers of lifted calls go                       (kernels="auto"; else restore-kernels)
+    track-tokens      where each token stood in the input, which are real
+    score-tokens      one score per cut, at the block's end                needs the scans' operands
+    select-tokens     one selection per score                              needs the scores and the bookkeeping
+    gather-survivors  everything alive across a cut is gathered            needs every selection in place
+    restore-length    early exits and survivors back in their places       needs the gathers: they name the residual
+    restore-kernels   the model's own scan functions                       last, since it hides the scans
+    outline-blocks    one call per block, equal blocks share code          only compile="blocks"; sees the final nodes
+"""
+
+from __future__ import annotations
+
+if __name__ != "simba_fx.passes":
+    raise ImportError(
+        f"This folder was imported as {__name__!r}; expected 'simba_fx.passes'. Operators and passes must exist once: "
+        "write `from simba_fx import passes`."
+    )
+
+from typing import Any
+
+from simba_fx.passes.erase_sites import EraseSites
+from simba_fx.passes.gather_survivors import GatherSurvivors
+from simba_fx.passes.outline_blocks import OutlineBlocks
+from simba_fx.passes.restore_kernels import RestoreKernels
+from simba_fx.passes.restore_length import RestoreLength
+from simba_fx.passes.score_tokens import ScoreTokens
+from simba_fx.passes.select_tokens import SelectTokens
+from simba_fx.passes.track_tokens import TrackTokens
+from simba_fx.plan import Cut
+
+__all__ = [
+    "EraseSites",
+    "GatherSurvivors",
+    "OutlineBlocks",
+    "RestoreKernels",
+    "RestoreLength",
+    "ScoreTokens",
+    "SelectTokens",
+    "TrackTokens",
+    "pipeline",
+]
+
+
+def pipeline(cuts: tuple[Cut, ...], *, criterion: str = "simba", floor: int = 4, seed: int = 0, output: str = "full",
+             sites: tuple[Any, ...] = (), kernels: str = "auto") -> tuple[Any, ...]:  # fmt: skip
+    """The passes of one transform up to outlining, first to last."""
+    own_kernels = kernels == "model"
+    return (
+        *(() if own_kernels else (EraseSites(),)),
+        TrackTokens(),
+        ScoreTokens(cuts, criterion, floor, seed),
+        SelectTokens(cuts, floor),
+        GatherSurvivors(output),
+        RestoreLength(output),
+        *((RestoreKernels(sites),) if own_kernels else ()),
+    )

@@ -61,7 +61,7 @@ class OutlineBlocks:
         inputs = [node for node in outside if node.op != "get_attr" and not _recomputed(node)]
         sub, env, owned = fx.Graph(), {}, {}
         for node in inputs:
-            env[node] = sub.placeholder(re.sub(r"(_\d+)+$", "", node.name))
+            env[node] = sub.placeholder(_role(node, facts))
             env[node].meta = dict(node.meta)
         for node in outside:
             if node.op == "get_attr":
@@ -131,6 +131,12 @@ def _at_top(node: fx.Node) -> bool:
 def _recomputed(node: fx.Node) -> bool:
     """A size that a block reads from its own inputs; `tail` is a plain argument."""
     return is_size(node) and node.op == "call_function"
+
+
+def _role(node: fx.Node, facts: Facts) -> str:
+    """What an input is to a block, whichever block it is: equal blocks must name equal inputs alike."""
+    known = {facts.primary: "hidden", facts.mask: "mask"}
+    return known.get(node.name) or re.sub(r"(_\d+)+$", "", node.name)
 
 
 def _reads(user: fx.Node, node: fx.Node) -> bool:

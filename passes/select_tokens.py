@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from simba_fx.graphs import Facts, Insert, end_of, nodes_of, selects, tracked, value
+from simba_fx.graphs import Facts, Insert, end_of, nodes_of, output_of, selects, tracked, value
 from simba_fx.plan import Cut
 
 OUTPUTS = ("kept", "dropped", "positions", "left", "real")
@@ -22,7 +22,7 @@ class SelectTokens:
     Before: `score_3 = selective_token_score(...)`.
     After: `kept_3, dropped_3, positions_3, left_3 = select_tokens(score_3, positions, length, tail, 7, 10, 4)`, with
     `real_3` as a fifth result where rows may be padded. The count is a function of `length` alone (method.md
-    section 4), the results' shapes of shapes alone.
+    section 4), the results' shapes of shapes alone. The graph also returns every `positions_i` (and `real_i`).
     """
 
     cuts: tuple[Cut, ...]
@@ -49,6 +49,9 @@ class SelectTokens:
             arguments = (score, positions, *padding, *rule, *share)
             chosen = insert(target, *arguments, val=vals, role="select", like=score, name=f"chosen_{cut.block}")
             for index, (name, val) in enumerate(zip(OUTPUTS, vals)):
-                insert(operator.getitem, chosen, index, val=val, role=name, name=f"{name}_{cut.block}")
+                result = insert(operator.getitem, chosen, index, val=val, role=name, name=f"{name}_{cut.block}")
+                if name in ("positions", "real"):
+                    output = output_of(graph)
+                    output.args = ((*output.args[0], result),)
             changed += 1
         return changed

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,7 +61,7 @@ def _root(module: nn.Module, names: list[str]) -> nn.Module:
 
 
 def capture(module: nn.Module, owner: nn.Module, inputs: Mapping[str, Any], *, primary: str, mask: str | None = None,
-            prefix: str = "", values: int | None = None) -> Captured:  # fmt: skip
+            prefix: str = "", values: Callable[[], int] | None = None) -> Captured:  # fmt: skip
     """Trace `module(**inputs)` into a flat graph.
 
     Args:
@@ -70,7 +70,7 @@ def capture(module: nn.Module, owner: nn.Module, inputs: Mapping[str, Any], *, p
         inputs: example tensors by name, B ≠ L, both > 1; a first dimension of size B and later ones of size L become
             symbolic.
         primary: the name of the tensor `(B, L, ...)` that sizes are read from; `mask`: of the padding mask.
-        values: how many flat outputs are values (the others are cache states); None: all.
+        values: called after tracing; how many flat outputs are values (the others are cache states). None: all.
 
     Raises:
         ScanNotFoundError: no registered scan function ran.
@@ -111,7 +111,7 @@ def capture(module: nn.Module, owner: nn.Module, inputs: Mapping[str, Any], *, p
             f"symbols, found {tuple(shape)}. A Python loop over tokens fixes the length.{_advice(owner)}"
         )
     blocks = _assign_regions(graph, owner, sequence)
-    count = len(pytree.tree_leaves(output_of(graph).args[0])) if values is None else values
+    count = len(output_of(graph).args[0]) if values is None else values()
     facts = Facts(sequence, batch, primary, mask, blocks, count)
     _read_sizes_once(graph, facts)
     graph.lint()

@@ -17,10 +17,10 @@ from torch import Tensor, fx, nn
 
 from simba_fx.graphs import expression, value
 
-__all__ = ["Block", "Program"]
+__all__ = ["Block", "Program", "left_to_python"]
 
 
-def _frame_left_to_python(function: Any) -> Any:
+def left_to_python(function: Any) -> Any:
     """Dynamo runs this frame as it is, and goes on compiling the frames that it calls."""
     return torch._dynamo.disable(function, recursive=False)
 
@@ -41,7 +41,7 @@ class Block(fx.GraphModule):
             for dim, size in enumerate(value(node).shape)
             if isinstance(expression(size), sympy.Symbol)
         )
-        type(block).__call__ = _frame_left_to_python(Block._run)  # type: ignore[method-assign]
+        type(block).__call__ = left_to_python(Block._run)  # type: ignore[method-assign]
         return block
 
     def instance(self, owned: Mapping[str, Any]) -> Block:
@@ -85,7 +85,7 @@ class Program(fx.GraphModule):
     def recompile(self) -> Any:
         code = super().recompile()
         if self._left_to_python:
-            type(self).forward = _frame_left_to_python(type(self).forward)  # type: ignore[method-assign]
+            type(self).forward = left_to_python(type(self).forward)  # type: ignore[method-assign]
         return code
 
 

@@ -15,6 +15,11 @@ from torch import Tensor
 from simba_fx.ops.chunked import silu_gradient, split_groups, step_size, windows
 
 
+def _chunks(length: int, chunk_size: int, device: torch.device) -> list[slice]:
+    """Chunks of `chunk_size` tokens, but of 64 at most on CPU, where the quadratic part costs more than it saves."""
+    return windows(length, min(chunk_size, 64) if device.type == "cpu" else chunk_size)
+
+
 class _Chunk:
     """One chunk in float32: `x (B, T, G, R, P)`, `dt (B, T, G, R)`, `B`, `C (B, T, G, N)` and its decays."""
 
@@ -58,7 +63,7 @@ def ssd_scan(
     groups = B.shape[2]
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     h = torch.zeros(rows, groups, heads // groups, width, B.shape[3], device=x.device)
-    for at in windows(length, chunk_size):
+    for at in _chunks(length, chunk_size, x.device):
         chunk = _Chunk(at, x, dt, A, B, C)
         out = chunk.read(h).flatten(2, 3)
         if D is not None:
@@ -89,7 +94,7 @@ def ssd_scan_backward(
     """
     rows, length, heads, width = x.shape
     groups = B.shape[2]
-    spans = windows(length, chunk_size)
+    spans = _chunks(length, chunk_size, x.device)
     starts = [torch.zeros(rows, groups, heads // groups, width, B.shape[3], device=x.device)]
     for at in spans[:-1]:
         starts.append(_Chunk(at, x, dt, A, B, C).advance(starts[-1]))

@@ -87,7 +87,17 @@ inline Lanes load_or_zero(const float* at, int64_t stride, int count) {
   return v;
 }
 
-inline void store(float* at, Lanes v, int count) { std::memcpy(at, &v, 4 * count); }
+inline void store(float* at, Lanes v, int count) {
+  if (count == kLanes) std::memcpy(at, &v, sizeof v);
+  else std::memcpy(at, &v, 4 * count);
+}
+
+inline void add(float* at, Lanes v, int count) {
+  Lanes sum = {};
+  if (count == kLanes) std::memcpy(&sum, at, sizeof sum);
+  else std::memcpy(&sum, at, 4 * count);
+  store(at, sum + v, count);
+}
 
 // Lane n of the result is the sum over the lanes of v[n]: a transpose and an addition tree in fifteen steps.
 inline Lanes sums(Lanes* v) {
@@ -267,11 +277,8 @@ void backward_tile(const Selective& s, Tile tile, const Tokens& dy, const float*
           ddt += log_decay * w.rate[n];
           dA[n] += log_decay * dt;
         }
-        Lanes sumB = sums(forB), sumC = sums(forC);
-        for (int64_t j = 0; j < some; ++j) {
-          dB[t * states + base + j] += sumB[j];
-          dC[t * states + base + j] += sumC[j];
-        }
+        add(dB + t * states + base, sums(forB), int(some));
+        add(dC + t * states + base, sums(forC), int(some));
       }
       ddt = ddt * kLn2 + u * response;
       store(out.u + token, dt * response + w.skip * dout, count);

@@ -1,0 +1,151 @@
+"""`transform` and what can be asked of its result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from fractions import Fraction
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from simba_fx import huggingface, plain
+from simba_fx.build import Built, Criterion, Options
+from simba_fx.errors import SimbaError
+from simba_fx.flops import budget_cost
+from simba_fx.pipeline import diff
+from simba_fx.plan import reasons
+from simba_fx.schedule import Schedule, as_schedule
+
+__all__ = ["explain", "kept", "program", "tail", "transform"]
+
+ScheduleLike = str | float | Fraction | Sequence[Any] | Mapping[int, Any] | Callable[[int], Any] | Schedule
+
+
+def transform(model: nn.Module, schedule: ScheduleLike = "linear", *, criterion: str | Criterion = "simba",
+              output: Literal["full", "kept"] = "full", floor: int = 4, kernels: Literal["auto", "model"] = "auto",
+              compile: Literal["blocks", "whole"] = "blocks", seed: int = 0,
+              example_inputs: tuple[Any, ...] | Mapping[str, Any] | None = None) -> Any:  # fmt: skip
+    """A sparse twin of `model` over the same weights; `model` itself is untouched and stays dense.
+
+    Before: every block of `model` sees all L tokens. After: block i sees `kept_count(L, r_i)` of them, chosen by their
+    contribution to the scan's output at the query position (Simba, TMLR 2025; exactly what: README, "What is computed").
+
+    Args:
+        model: a transformers Mamba-style model, or any `nn.Module` that calls a registered scan function.
+        schedule: share of the tokens that enters each block: a name ("linear", "cosine", "constant", "dense"), a share
+            for all blocks, one share per block, a mapping block → share, a callable `n_blocks -> shares`, or an object
+            such as `Linear(final=0.1, every=1, start=0)` or `Budget(0.5)`.
+        criterion: "simba", "simba-abs", "no-decay", "delta-norm", "clip", "random", "stride", "recent", or a callable
+            `(scan operands, query (B,)) -> (B, L)`, higher = keep.
+        output: "full": results of the input's length, a dropped token with the hidden state it left with; "kept":
+            survivors only, see `kept`.
+        floor: least number of tokens kept before the tail.
+        kernels: "auto": the fastest scan there is for the device; "model": the model's own scan functions.
+        compile: how `torch.compile(result)` works: "blocks" compiles each kind of block once; "whole" gives one graph.
+        seed: of criterion "random".
+        example_inputs: for a plain `nn.Module`: its arguments, tensors `(B, L, ...)`, B ≠ L. Only shapes and dtypes are
+            read. A module that takes token ids needs none.
+
+    Returns:
+        For a transformers model a model of the same class; for a plain module a `torch.fx.GraphModule`.
+
+    Raises:
+        ScanNotFoundError: no registered scan was called; `register_scan` makes one known.
+        CaptureError: the model cannot be one graph with a symbolic length.
+        ScheduleError, CriterionError: an unknown name, shares that increase or lie outside (0, 1], a wrong count.
+        GraphError: a value crosses a cut that cannot be gathered.
+    """
+    if not isinstance(model, nn.Module):
+        raise SimbaError(f"transform expects a torch.nn.Module, found {type(model).__name__}.")
+    if runtime_of(model) is not None:
+        raise SimbaError(
+            f"This {type(model).__name__} is already the result of simba_fx.transform; expected a dense model. "
+            "Transform the original instead."
+        )
+    options = Options(as_schedule(schedule), criterion, output, floor, kernels, compile, seed)
+    if huggingface.is_pretrained(model):
+        return huggingface.install(model, options, budget_cost(model))
+    return plain.install(model, options, example_inputs, budget_cost(None))
+
+
+def runtime_of(model: nn.Module) -> Any:
+    return model.__dict__.get("_simba_stack")
+
+
+def _runtime(model: nn.Module) -> Any:
+    inner = getattr(model, "_orig_mod", model)  # what torch.compile wraps
+    runtime = runtime_of(inner) or next((r for m in inner.modules() if (r := runtime_of(m)) is not None), None)
+    if runtime is None:
+        raise SimbaError(f"Expected a model returned by simba_fx.transform, found a {type(model).__name__} without one.")
+    return runtime
+
+
+@contextmanager
+def tail(sparse: nn.Module, tokens: int) -> Iterator[None]:
+    """Protect each row's last `tokens` real tokens inside the `with` block, and score at the first of them.
+
+    For teacher-forced continuations: what is kept does not depend on the answer (method.md section 5).
+
+    Raises:
+        SimbaError: `tokens` is not a whole number of at least 1.
+    """
+    if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
+        raise SimbaError(f"tail expects a whole number of tokens, at least 1; found {tokens!r}.")
+    runtime = _runtime(sparse)
+    before, runtime.tail = runtime.tail, tokens
+    try:
+        yield
+    finally:
+        runtime.tail = before
+
+
+def kept(sparse: nn.Module) -> list[Tensor]:
+    """For each block, the original positions of the tokens that entered it in the last call.
+
+    Returns:
+        One `(B, k_i)` int64 tensor per block, ascending in each row, −1 where a row has fewer than the rectangle.
+
+    Raises:
+        SimbaError: the model has not been called yet.
+    """
+    runtime = _runtime(sparse)
+    if runtime.last is None:
+        raise SimbaError("kept() tells what the last call kept; expected a call of the model before it, found none.")
+    rows, length, built, positions, real, mask = runtime.last
+    device = positions[0].device if positions else None if mask is None else mask.device
+    current = torch.arange(length, device=device).expand(rows, length)
+    if mask is not None:
+        current = _ascending(torch.where(mask != 0, current, -1))
+    if built is None:
+        return [current] * runtime.any_built().captured.facts.n_blocks
+    blocks, after = [], {cut.block + 1: i for i, cut in enumerate(built.cuts)}
+    for block in range(built.captured.facts.n_blocks):
+        if (i := after.get(block)) is not None:
+            current = positions[i] if real is None else _ascending(torch.where(real[i], positions[i], -1))
+        blocks.append(current)
+    return blocks
+
+
+def _ascending(positions: Tensor) -> Tensor:
+    """Each row sorted; the −1 of fillers come first."""
+    return positions.sort(1).values
+
+
+def program(sparse: nn.Module) -> Built:
+    """The program of the last call (of the first capture, before any): its graphs, cuts, shares and history."""
+    built: Built = _runtime(sparse).any_built()
+    return built
+
+
+def explain(sparse: nn.Module) -> str:
+    """What each pass did to the graph, and why tokens do not leave where they do not."""
+    built = program(sparse)
+    facts, lines = built.captured.facts, []
+    lines.append(f"{facts.n_blocks} blocks, {sum(built.has_scan)} with a scan, {len(built.cuts)} cuts")
+    for before, after in zip(built.history, built.history[1:]):
+        lines += ["", f"== {after.by}: {after.changed} sites", diff(before, after)]
+    lines += ["", "== blocks after which no token leaves"]
+    lines += [f"{facts.blocks[block]}: {why}" for block, why in reasons(built.shares, built.has_scan).items()]
+    return "\n".join(lines)

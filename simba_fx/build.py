@@ -1,0 +1,121 @@
+"""Options of a transform, and the one function that turns a captured graph into a program."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from simba_fx import ops, passes, schedule
+from simba_fx.capture import Captured
+from simba_fx.errors import CriterionError, SimbaError
+from simba_fx.graphs import scans_of
+from simba_fx.lift import SelectiveScan, SSDScan
+from simba_fx.pipeline import Stage, run_passes
+from simba_fx.plan import Cut, cuts_of
+from simba_fx.program import Program
+
+__all__ = ["Built", "Options", "build"]
+
+Criterion = Callable[["SelectiveScan | SSDScan", Tensor], Tensor]
+CRITERIA = (*ops.CRITERIA, *ops.POSITION_CRITERIA)
+
+
+@dataclass(frozen=True)
+class Options:
+    """The arguments of `transform`, normalised."""
+
+    schedule: schedule.Schedule
+    criterion: str | Criterion = "simba"
+    output: Literal["full", "kept"] = "full"
+    floor: int = 4
+    kernels: Literal["auto", "model"] = "auto"
+    compile: Literal["blocks", "whole"] = "blocks"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.criterion, str) and self.criterion not in CRITERIA:
+            raise CriterionError(
+                f"Unknown criterion {self.criterion!r}: expected one of {', '.join(map(repr, CRITERIA))}, or a "
+                "callable (scan operands, query) -> (B, L)."
+            )
+        if not isinstance(self.criterion, str) and not callable(self.criterion):
+            raise CriterionError(f"Expected a criterion's name or a callable, found {type(self.criterion).__name__}.")
+        for name, known in (("output", ("full", "kept")), ("kernels", ("auto", "model")), ("compile", ("blocks", "whole"))):
+            if getattr(self, name) not in known:
+                choices = " or ".join(map(repr, known))
+                raise SimbaError(f"Unknown {name}={getattr(self, name)!r}: expected {choices}.")
+        if not isinstance(self.floor, int) or self.floor < 0:
+            raise SimbaError(f"floor is a number of tokens, at least 0; found {self.floor!r}.")
+
+
+@dataclass(frozen=True)
+class Built:
+    """A program and how it came about."""
+
+    program: Program
+    captured: Captured
+    graph: fx.Graph
+    """The rewritten graph, flat: what the program computes, before blocks were outlined."""
+    shares: tuple[Fraction, ...]
+    cuts: tuple[Cut, ...]
+    has_scan: tuple[bool, ...]
+    history: list[Stage]
+
+
+def build(captured: Captured, options: Options, cost: Callable[[Captured], schedule.Cost] | None = None) -> Built:
+    """Run the passes over a captured graph."""
+    facts = captured.facts
+    shares = schedule_shares(captured, options.schedule, cost)
+    has_scan = tuple(bool(scans_of(captured.graph, block)) for block in range(facts.n_blocks))
+    cuts = cuts_of(shares, has_scan)
+    attributes = dict(captured.attributes)
+    name = options.criterion if isinstance(options.criterion, str) else "custom"
+    if not isinstance(options.criterion, str):
+        attributes["criterion"] = CustomCriterion(options.criterion)
+    rewrites = passes.pipeline(cuts, criterion=name, floor=options.floor, seed=options.seed, output=options.output,
+                               sites=tuple(captured.sites), kernels=options.kernels)  # fmt: skip
+    graph, history = run_passes(captured.graph, facts, rewrites)
+    top, blocks = graph, {}
+    if options.compile == "blocks":
+        outline = passes.OutlineBlocks(attributes)
+        top, stages = run_passes(graph, facts, [outline])
+        history, blocks = history + stages[1:], outline.blocks
+    return Built(Program(attributes, top, blocks), captured, graph, shares, cuts, has_scan, history)
+
+
+def schedule_shares(captured: Captured, plan: schedule.Schedule, cost: Any) -> tuple[Fraction, ...]:
+    """The share of each block; a FLOP budget is solved against the captured graph's own FLOPs."""
+    n_blocks = captured.facts.n_blocks
+    if isinstance(plan, schedule.Budget):
+        return plan.solve(cost(captured), n_blocks)
+    return schedule.resolve_shares(plan, n_blocks)
+
+
+class CustomCriterion(nn.Module):
+    """A user's criterion as a node of the graph: rebuilds the operands, checks the result."""
+
+    def __init__(self, function: Criterion) -> None:
+        super().__init__()
+        self.function = function
+
+    @torch.no_grad()
+    def forward(self, kind: str, arguments: list[Any], real: Tensor | None, tail: int) -> Tensor:
+        operands = (SelectiveScan if kind == "selective_scan" else SSDScan)(*arguments)
+        first = arguments[0]
+        rows, length = first.shape[0], first.shape[2 if kind == "selective_scan" else 1]
+        query = ops.query_position(real, tail, rows=rows, length=length, device=first.device)
+        score = self.function(operands, query)
+        if not isinstance(score, Tensor) or score.shape != (rows, length):
+            found = tuple(score.shape) if isinstance(score, Tensor) else type(score).__name__
+            raise CriterionError(
+                f"The criterion {self.function!r} returned {found}; expected a tensor (B, L) = ({rows}, {length}), "
+                "higher = keep."
+            )
+        return score.float()

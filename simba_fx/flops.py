@@ -1,0 +1,3 @@
+"""placeholder"""
+def budget_cost(model):
+    return None

@@ -1,0 +1,432 @@
+"""Transformers models: which part is captured, how a call is bound to a graph, and what comes back.
+
+The block stack (transformers' backbone, `model.base_model`) is replaced in a shallow copy of the model by a shallow
+copy of itself whose class is a subclass of its own: `isinstance`, `state_dict` keys, hooks, `generate` and
+`save_pretrained` stay true, parameters stay the original's objects. Its `forward` chooses between a captured graph
+(prompts) and the class's own forward (decoding steps).
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from simba_fx.build import Built, Options, build
+from simba_fx.capture import Captured, capture
+from simba_fx.errors import CaptureError, InputError
+from simba_fx.program import left_to_python
+
+__all__ = ["SparseStack", "install", "is_pretrained"]
+
+_CACHE_NAMES = ("cache_params", "past_key_values")
+_ROWS, _LENGTH = 3, 24  # of the example that is traced: B ≠ L, no multiple of the other
+
+
+def is_pretrained(model: nn.Module) -> bool:
+    """Whether `model` is a transformers model; transformers is not imported to find out."""
+    return any(cls.__module__ == "transformers.modeling_utils" for cls in type(model).__mro__)
+
+
+def install(model: nn.Module, options: Options, cost: Any) -> nn.Module:
+    """A sparse twin of `model` over the same parameters; `model` is untouched.
+
+    Raises:
+        CaptureError, ScheduleError, GraphError: from the first capture, which happens here.
+    """
+    stack = model.base_model
+    refuse_eager_experts(model)
+    path = next(name for name, module in model.named_modules() if module is stack)
+    sparse = stack if not path else model
+    twin = _shallow(sparse)
+    inner = twin
+    for name in filter(None, path.split(".")):
+        inner._modules[name] = _shallow(inner._modules[name])
+        inner = inner._modules[name]
+    runtime = SparseStack(stack, options, cost)
+    inner.__class__ = _sparse_class(type(stack))
+    inner.__dict__["_simba"] = runtime
+    twin.__dict__["_simba_stack"] = runtime  # found from the outer module as well, without a walk
+    runtime.stack = inner
+    embeddings = stack.get_input_embeddings().weight
+    runtime.variant(Signature.default(stack, embeddings))
+    return twin
+
+
+def refuse_eager_experts(model: nn.Module) -> None:
+    has_experts = any(type(module).__name__.endswith("Experts") for module in model.modules())
+    if has_experts and getattr(model.config, "_experts_implementation", None) == "eager":
+        raise CaptureError(
+            "experts_implementation='eager' loops over experts in Python and cannot be captured; expected 'grouped_mm' "
+            "or 'batched_mm'. Load the model with experts_implementation='grouped_mm'."
+        )
+
+
+def _shallow(module: nn.Module) -> nn.Module:
+    """The same parameters, buffers, hooks and submodules in containers of its own."""
+    twin = copy.copy(module)
+    for name, held in twin.__dict__.items():
+        if type(held) in (dict, set) or (name.startswith("_") and hasattr(held, "copy") and "hooks" in name):
+            twin.__dict__[name] = copy.copy(held)
+    return twin
+
+
+@dataclass(frozen=True)
+class Signature:
+    """What a captured graph is specialised to. Sizes are not part of it."""
+
+    dtype: torch.dtype
+    device: torch.device
+    mask: torch.dtype | None
+    cache: bool
+    training: bool
+    hidden_states: bool
+    extra: tuple[tuple[str, Any], ...] = ()
+    """Tensors beside embeddings and mask, as (name, (dtype, dimensions that are B, that are L, other sizes))."""
+
+    @staticmethod
+    def default(stack: nn.Module, weight: Tensor) -> Signature:
+        cache = bool(stack.config.use_cache and not stack.training)
+        hidden = bool(getattr(stack.config, "output_hidden_states", False))
+        return Signature(weight.dtype, weight.device, None, cache, stack.training, hidden)
+
+
+@dataclass
+class Variant:
+    """One captured graph of the stack, as a program."""
+
+    built: Built
+    inputs: tuple[str, ...]
+    output_type: type
+    parameters: tuple[tuple[str, Any], ...]
+    spec: pytree.TreeSpec
+    states: tuple[tuple[int, str, int], ...]
+
+    def fresh(self, stack: nn.Module) -> bool:
+        """Whether the stack still holds the parameters that the program was built over."""
+        try:
+            return all(_look_up(stack, path) is tensor for path, tensor in self.parameters)
+        except AttributeError:
+            return False
+
+
+def _look_up(module: nn.Module, path: str) -> Any:
+    *parents, name = path.split(".")
+    for parent in parents:
+        module = module._modules[parent]  # type: ignore[assignment]
+    found = module._parameters.get(name)
+    return found if found is not None else module._buffers.get(name)
+
+
+@dataclass(eq=False)
+class SparseStack:
+    """The runtime of one transformed model: its options, its programs, and what its last call kept."""
+
+    stack: Any
+    options: Options
+    cost: Any
+    tail: int = 1
+    variants: dict[Signature, Variant] = field(default_factory=dict)
+    last: tuple[Any, ...] | None = None
+    """Of the last prompt: (batch, length, cuts, positions per cut, real per cut, mask)."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SparseStack:
+        """Programs hold the original's parameters: a copy captures its own."""
+        twin = SparseStack(copy.deepcopy(self.stack, memo), self.options, self.cost, self.tail)
+        memo[id(self)] = twin
+        return twin
+
+    def any_built(self) -> Built:
+        """Of the last call, or of the first capture before any call."""
+        built = self.last[2] if self.last is not None else None
+        return built if built is not None else next(iter(self.variants.values())).built
+
+    def variant(self, signature: Signature) -> Variant:
+        """The program for calls of this signature, captured on first use."""
+        found = self.variants.get(signature)
+        if found is None or not (torch.compiler.is_compiling() or found.fresh(self.stack)):
+            found = self.variants[signature] = self._capture(signature)
+        return found
+
+    @torch.compiler.disable
+    def _capture(self, signature: Signature) -> Variant:
+        stack = self.stack
+        width = stack.get_input_embeddings().weight.shape[1]
+        make = {"device": signature.device}
+        inputs = {"inputs_embeds": torch.zeros(_ROWS, _LENGTH, width, dtype=signature.dtype, **make)}
+        if signature.mask is not None:
+            inputs["attention_mask"] = torch.ones(_ROWS, _LENGTH, dtype=signature.mask, **make)
+        for name, (dtype, sizes) in signature.extra:
+            shape = [{"B": _ROWS, "L": _LENGTH}.get(size, size) for size in sizes]
+            inputs[name] = torch.zeros(shape, dtype=dtype, **make)
+        shell = _Shell(stack, signature)
+        captured = capture(shell, stack, inputs, primary="inputs_embeds", prefix="stack",
+                           mask="attention_mask" if signature.mask is not None else None,
+                           values=lambda: shell.observed.values)  # fmt: skip
+        built = build(captured, self.options, self.cost)
+        own = {path for path, _ in (*stack.named_parameters(), *stack.named_buffers())}
+        parameters = tuple((path, tensor) for path, tensor in captured.attributes.items() if path in own)
+        seen = shell.observed
+        return Variant(built, captured.inputs, seen.output_type, parameters, captured.out_spec, seen.states)
+
+    def run(self, signature: Signature, tensors: dict[str, Tensor], cache: Any) -> tuple[dict[str, Any], type]:
+        """Run the program; fill the cache; return the model's values by name and the type they belong in."""
+        variant = self.variant(signature)
+        flat = variant.built.program.forward(*(tensors[name] for name in variant.inputs), self.tail)
+        facts = variant.built.captured.facts
+        values, states = flat[: facts.values], flat[facts.values : facts.values + len(variant.states)]
+        kept = flat[facts.values + len(variant.states) :]
+        masked = facts.mask is not None
+        embeds = tensors["inputs_embeds"]
+        self.last = (embeds.shape[0], embeds.shape[1], variant.built, kept[:: 1 + masked], kept[1::2] if masked else None,
+                     tensors.get("attention_mask"))  # fmt: skip
+        if cache is not None:
+            _fill(cache, variant.states, states)
+        named, _ = pytree.tree_unflatten([*values, *states], variant.spec)
+        return named, variant.output_type
+
+
+@dataclass
+class _Observed:
+    """What a shell saw while it was traced. Not attributes of the module: export puts those back."""
+
+    output_type: type = dict
+    states: tuple[tuple[int, str, int], ...] = ()
+    values: int = 0
+
+
+class _Shell(nn.Module):
+    """The stack as a function of tensors: returns its values by name and what a cache would store."""
+
+    def __init__(self, stack: nn.Module, signature: Signature) -> None:
+        super().__init__()
+        self.stack = stack
+        self.training = stack.training
+        self.signature = signature
+        self.observed = _Observed()
+
+    def forward(self, **tensors: Tensor) -> Any:
+        options: dict[str, Any] = {"return_dict": True, "use_cache": self.signature.cache}
+        parameters = inspect.signature(_own_forward(self.stack)).parameters
+        if "output_hidden_states" in parameters:
+            options["output_hidden_states"] = self.signature.hidden_states
+        cache_name = cache_parameter(parameters)
+        cache = recording_cache(self.stack.config) if self.signature.cache else None
+        if cache is not None:
+            options[cache_name] = cache
+        output = _own_forward(self.stack)(**tensors, **options)
+        named = {name: value for name, value in output.items() if name != cache_name}
+        stored = cache.stored() if cache is not None else {}
+        observed = self.observed
+        observed.output_type, observed.states = type(output), tuple(stored)
+        observed.values = len(pytree.tree_leaves(named))
+        return named, list(stored.values())
+
+
+def cache_parameter(parameters: Any) -> str:
+    return next((name for name in _CACHE_NAMES if name in parameters), _CACHE_NAMES[-1])
+
+
+def _own_forward(stack: nn.Module) -> Callable[..., Any]:
+    """The forward that the model's class defines, also for a stack that is already sparse."""
+    cls = next(cls for cls in type(stack).__mro__ if not cls.__dict__.get("_simba_class"))
+    return cls.forward.__get__(stack)
+
+
+# --- caches ------------------------------------------------------------------------------------------------------
+
+
+def recording_cache(config: Any) -> Any:
+    """An empty cache of transformers' own class that notes what each layer would store, and changes nothing."""
+    from transformers import DynamicCache
+
+    class RecordingCache(DynamicCache):
+        def stored(self) -> dict[tuple[int, str, int], Tensor]:
+            return dict(sorted(self.notes.items()))
+
+        def update_conv_state(self, conv_states: Tensor, layer_idx: int, state_idx: int = 0,
+                              conv_kernel_size: int | None = None, **_: Any) -> Tensor:  # fmt: skip
+            width = conv_states.shape[-1] if conv_kernel_size is None else conv_kernel_size
+            padded = torch.nn.functional.pad(conv_states, (width, 0))
+            self.notes[layer_idx, "conv", state_idx] = padded[..., -width:]
+            return conv_states
+
+        def update_recurrent_state(self, recurrent_states: Tensor, layer_idx: int, state_idx: int = 0, **_: Any) -> Tensor:
+            self.notes[layer_idx, "recurrent", state_idx] = recurrent_states
+            return recurrent_states
+
+        def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> Any:
+            self.notes[layer_idx, "keys", 0] = key_states
+            self.notes[layer_idx, "values", 0] = value_states
+            return key_states, value_states
+
+    cache = RecordingCache(config=config)
+    cache.notes = {}
+    return cache
+
+
+def _fill(cache: Any, entries: tuple[tuple[int, str, int], ...], tensors: Any) -> None:
+    """Give a real cache, through its own methods, what each layer saw."""
+    stored = dict(zip(entries, tensors))
+    for (layer, kind, index), tensor in stored.items():
+        if kind == "conv":
+            cache.update_conv_state(tensor, layer, state_idx=index, conv_kernel_size=tensor.shape[-1])
+        elif kind == "recurrent":
+            cache.update_recurrent_state(tensor, layer, state_idx=index)
+        elif kind == "keys":
+            cache.update(tensor, stored[layer, "values", 0], layer)
+
+
+def is_warm(cache: Any) -> bool:
+    """Whether a cache already holds tokens."""
+    for layer in getattr(cache, "layers", ()):
+        started = getattr(layer, "has_previous_state", None)
+        if isinstance(started, dict) and any(started.values()):
+            return True
+        keys = getattr(layer, "keys", None)
+        if isinstance(keys, Tensor) and keys.numel():
+            return True
+    return False
+
+
+# --- the sparse class --------------------------------------------------------------------------------------------
+
+_classes: dict[type, type] = {}
+
+
+def _sparse_class(cls: type) -> type:
+    """A subclass of the stack's class, under its name, with our forward and its signature."""
+    if cls not in _classes:
+        own = cls.forward
+        names = tuple(name for name in inspect.signature(own).parameters if name != "self")
+
+        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+            given = dict(zip(names, args)) | kwargs
+            if self._simba.options.compile == "blocks":
+                return _call_blocks(self, own, given)
+            return _call(self, own, given)
+
+        forward.__signature__ = inspect.signature(own)  # type: ignore[attr-defined]
+        forward.__doc__ = own.__doc__
+        body = {"forward": forward, "_simba_class": True, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
+        _classes[cls] = type(cls.__name__, (cls,), body)
+    return _classes[cls]
+
+
+def _call(stack: Any, own: Callable[..., Any], given: dict[str, Any]) -> Any:
+    """One call of a sparse stack: a prompt runs its program, a decoding step the class's own forward."""
+    runtime: SparseStack = stack._simba
+    cache_name = cache_parameter(inspect_parameters(type(stack)))
+    cache = given.get(cache_name)
+    ids, embeds, mask = given.get("input_ids"), given.get("inputs_embeds"), given.get("attention_mask")
+    if (ids is None) == (embeds is None):
+        return own(stack, **given)  # the model's own message
+    length = (embeds if ids is None else ids).shape[1]
+    if cache is not None and is_warm(cache):
+        if length == 1:
+            return own(stack, **given)
+        raise InputError(
+            f"{type(stack).__name__} was called with {length} new tokens on a warm cache; expected a whole prompt with "
+            "an empty cache, or one new token. Pass the tokens one at a time, or start with an empty cache."
+        )
+    if length == 1:
+        runtime.last = (*(embeds if ids is None else ids).shape[:2], None, (), None, mask)
+        return own(stack, **given)
+    mask = check_mask(mask, length, runtime.tail)
+    use_cache = given.get("use_cache")
+    if use_cache is None:
+        use_cache = stack.config.use_cache and not stack.training
+    if stack.training and getattr(stack, "gradient_checkpointing", False):
+        use_cache = False
+    if embeds is None:
+        embeds = stack.get_input_embeddings()(ids)
+    hidden = given.get("output_hidden_states")
+    hidden = stack.config.output_hidden_states if hidden is None else hidden
+    known = ("input_ids", "inputs_embeds", "attention_mask", "use_cache", "output_hidden_states", "return_dict")
+    more = {k: v for k, v in given.items() if k not in (*known, cache_name) and v is not None}
+    extra = refuse_or_describe(stack, more, embeds)
+    tensors = {"inputs_embeds": embeds, **({} if mask is None else {"attention_mask": mask}), **more}
+    signature = Signature(embeds.dtype, embeds.device, None if mask is None else mask.dtype, bool(use_cache),
+                          stack.training, bool(hidden), extra)  # fmt: skip
+    if use_cache and cache is None:
+        cache = new_cache(stack.config)
+    values, output_type = runtime.run(signature, tensors, cache if use_cache else None)
+    if use_cache:
+        values[cache_name] = cache
+    output = output_type(**values)
+    return_dict = given.get("return_dict")
+    return output if (stack.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+
+
+_call_blocks = left_to_python(_call)
+
+
+def inspect_parameters(cls: type) -> Any:
+    return inspect.signature(cls.forward).parameters
+
+
+def new_cache(config: Any) -> Any:
+    from transformers import DynamicCache
+
+    return DynamicCache(config=config)
+
+
+def check_mask(mask: Tensor | None, length: int, tail: int) -> Tensor | None:
+    """A padding mask that can be used, or None where nothing is padded.
+
+    Raises:
+        InputError: not `(B, L)`; a row without a real token; a tail longer than a row. On a GPU the last two are
+            asserted on the device, without a synchronisation.
+    """
+    if tail > length:
+        raise InputError(
+            f"simba_fx.tail protects the last {tail} tokens, but the prompt has {length}; expected a tail of at most the "
+            "prompt's length. Lower the tail or pass a longer prompt."
+        )
+    if mask is None:
+        return None
+    if mask.dim() != 2 or mask.shape[1] != length:
+        raise InputError(
+            f"Expected an attention_mask (B, L) with L = {length}, 1 for real tokens and 0 for padding; found shape "
+            f"{tuple(mask.shape)}."
+        )
+    if torch.compiler.is_compiling():
+        return mask
+    shortest = (mask != 0).sum(1)
+    if mask.is_cuda:
+        torch._assert_async((shortest >= max(tail, 1)).all(), "a row has fewer real tokens than the protected tail")
+        return mask
+    row = int(shortest.argmin())
+    if (found := int(shortest[row])) == 0:
+        raise InputError(
+            f"Row {row} of attention_mask is all padding; expected at least one real token in every row. Remove the row."
+        )
+    if found < tail:
+        raise InputError(
+            f"simba_fx.tail protects the last {tail} tokens, but row {row} has {found} real tokens; expected a tail of "
+            "at most the shortest row's length. Lower the tail or remove the row."
+        )
+    return None if bool((mask == 1).all()) else mask
+
+
+def refuse_or_describe(stack: Any, more: dict[str, Any], embeds: Tensor) -> tuple[tuple[str, Any], ...]:
+    """Further tensor arguments become inputs of the graph; anything else is refused."""
+    rows, length = embeds.shape[:2]
+    described = []
+    for name, value in sorted(more.items()):
+        if not isinstance(value, Tensor):
+            raise InputError(
+                f"{type(stack).__name__} was called with {name}={value!r}, which a captured graph cannot take; expected "
+                "tensors, use_cache, output_hidden_states and return_dict. Leave the argument out."
+            )
+        sizes = tuple(
+            "B" if d == 0 and n == rows else "L" if d > 0 and n == length else int(n) for d, n in enumerate(value.shape)
+        )
+        described.append((name, (value.dtype, sizes)))
+    return tuple(described)
