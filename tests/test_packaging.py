@@ -61,7 +61,17 @@ def effects(statement: str, *preload: str) -> dict[str, Any]:
 
 
 def test_import_loads_no_optional_package_and_patches_nothing_in_torch() -> None:
-    assert effects("import simba_fx", "torch") == QUIET
+    # torch._inductor first: loading it, torch rewraps functions of its own (torch.manual_seed), which is not our doing.
+    assert effects("import simba_fx", "torch._inductor.compile_fx") == QUIET
+
+
+def test_import_of_the_folder_under_its_own_name_is_refused() -> None:
+    done = subprocess.run([sys.executable, "-c", "import passes"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == (
+        "ImportError: This folder was imported as 'passes'; expected 'simba_fx.passes'. Operators and passes must exist"
+        " once: write `from simba_fx import passes`."
+    )
 
 
 def test_import_patches_nothing_in_transformers() -> None:
