@@ -224,7 +224,7 @@ def causal_conv1d_backward(dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tenso
 
 
 def _vanishing_exp_(x: Tensor) -> Tensor:
-    """`exp(x)` in place, exactly 0 below -87: there float32 leaves the normal range, and MKL's exp is ten times slower."""
+    """`exp(x)` in place, exactly 0 below -87, where float32 turns subnormal and MKL's exp ten times slower."""
     gone = x < -87
     return x.clamp_(min=-87).exp_().masked_fill_(gone, 0.0)
 

@@ -35,16 +35,28 @@ def _token_output(like: Tensor) -> Tensor:
     return like.new_empty(rows, channels, length)
 
 
-def _absent(like: Tensor, operand: Tensor | None) -> Tensor:
-    """Room for the gradient of an optional operand; empty when there is no such operand."""
+def _room(like: Tensor, operand: Tensor | None) -> Tensor:
+    """Room for the gradient of an operand: contiguous, empty when there is no such operand."""
     return like.new_empty(0) if operand is None else torch.empty_like(operand, memory_format=torch.contiguous_format)
 
 
-def _like(gradient: Tensor, operand: Tensor | None) -> Tensor:
-    """`gradient` in the dtype, shape and contiguous layout of its operand; empty when there is no such operand."""
+def _token_room(like: Tensor, operand: Tensor | None) -> Tensor:
+    """Room for the gradient of a `(B, D, L)` operand, in the layout of `_token_output`."""
+    return like.new_empty(0) if operand is None else _token_output(operand)
+
+
+def _fit(gradient: Tensor, operand: Tensor | None) -> Tensor:
+    """`gradient` in the dtype and shape of its operand, as `_room` has it."""
     if operand is None:
         return gradient.new_empty(0)
     return gradient.reshape(operand.shape).to(operand.dtype).contiguous()
+
+
+def _fit_tokens(gradient: Tensor, operand: Tensor | None) -> Tensor:
+    """`gradient`, a transposed `(B, L, D)`, in the dtype of its operand, as `_token_room` has it."""
+    if operand is None:
+        return gradient.new_empty(0)
+    return backends.token_layout(gradient.transpose(1, 2).to(operand.dtype))
 
 
 # --- Mamba-1 ---------------------------------------------------------------------------------------------------------
@@ -110,12 +122,19 @@ def selective_scan_backward(
     delta_softplus: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of u, delta, A, B, C, D, z and delta_bias from those of y and last_state; empty for absent operands."""
-    operands = (u, delta, A, B, C, D, z, delta_bias)
-    gradients = backends.selective_scan_backward(
+    du, ddelta, dA, dB, dC, dD, dz, dbias = backends.selective_scan_backward(
         dy, dlast, u, delta, A, _grouped(B), _grouped(C), D, z, delta_bias, delta_softplus
     )
-    du, ddelta, dA, dB, dC, dD, dz, dbias = (_like(g, operand) for g, operand in zip(gradients, operands))
-    return du, ddelta, dA, dB, dC, dD, dz, dbias
+    return (
+        _fit_tokens(du, u),
+        _fit_tokens(ddelta, delta),
+        _fit(dA, A),
+        _fit(dB, B),
+        _fit(dC, C),
+        _fit(dD, D),
+        _fit_tokens(dz, z),
+        _fit(dbias, delta_bias),
+    )
 
 
 @selective_scan_backward.register_fake
@@ -132,7 +151,8 @@ def _(
     delta_bias: Tensor | None,
     delta_softplus: bool,
 ) -> tuple[Tensor, ...]:
-    return tuple(_absent(u, operand) for operand in (u, delta, A, B, C, D, z, delta_bias))
+    small = (_room(u, operand) for operand in (A, B, C, D))
+    return _token_room(u, u), _token_room(u, delta), *small, _token_room(u, z), _room(u, delta_bias)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -249,7 +269,7 @@ def ssd_scan_backward(
     if D is not None and D.dim() == 1:
         dD = dD.sum(1)
     gradients = (dx, draw, dA, dB, dC, dD, dz, draw.sum((0, 1)))
-    out = tuple(_like(g, operand) for g, operand in zip(gradients, (x, dt, A, B, C, D, z, dt_bias)))
+    out = tuple(_fit(g, operand) for g, operand in zip(gradients, (x, dt, A, B, C, D, z, dt_bias)))
     return out[0], out[1], out[2], out[3], out[4], out[5], out[6], out[7]
 
 
@@ -270,7 +290,7 @@ def _(
     dt_max: float,
     chunk_size: int,
 ) -> tuple[Tensor, ...]:
-    return tuple(_absent(x, operand) for operand in (x, dt, A, B, C, D, z, dt_bias))
+    return tuple(_room(x, operand) for operand in (x, dt, A, B, C, D, z, dt_bias))
 
 
 def _differentiate_ssd_scan(ctx: Any, dy: Tensor, dlast: Tensor) -> tuple[Tensor | None, ...]:
@@ -322,12 +342,12 @@ def causal_conv1d_backward(
     if _is_silu(activation):
         dpre = dpre * chunked.silu_gradient(chunked.causal_conv1d(x, weight, bias))
     dx, dweight, dbias = chunked.causal_conv1d_backward(dpre, x, weight)
-    return _like(dx.transpose(1, 2), x), _like(dweight, weight), _like(dbias, bias)
+    return _fit_tokens(dx.transpose(1, 2), x), _fit(dweight, weight), _fit(dbias, bias)
 
 
 @causal_conv1d_backward.register_fake
 def _(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> tuple[Tensor, Tensor, Tensor]:
-    return _absent(x, x), _absent(x, weight), _absent(x, bias)
+    return _token_room(x, x), _room(x, weight), _room(x, bias)
 
 
 def _differentiate_causal_conv1d(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
