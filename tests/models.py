@@ -74,8 +74,10 @@ def randomise(model: nn.Module, seed: int) -> None:
                 value = normal(p, 0.2, mean=1.0)
             elif p.ndim == 1:  # D and the other biases
                 value = normal(p, 0.5)
-            elif "embeddings" in role or "lm_head" in role:
+            elif "embeddings" in role:
                 value = normal(p, 1.0)
+            elif "out_proj" in role:  # blocks that speak louder than the embedding, else greedy decoding repeats itself
+                value = normal(p, 2 * p.shape[-1] ** -0.5)
             elif "conv1d" in role:
                 value = normal(p, 0.6)
             else:  # projections: unit gain
@@ -90,6 +92,7 @@ _COMMON: dict[str, Any] = {
     "bos_token_id": 0,
     "eos_token_id": None,
     "use_cache": True,
+    "tie_word_embeddings": False,  # tied, the random models only repeat their input
 }
 
 
@@ -120,7 +123,9 @@ REGISTRY: tuple[Entry, ...] = (
     Entry("mamba", _mamba, "selective", modeling_mamba),
     Entry(
         "mamba-residual-in-own-dtype",
-        functools.partial(_mamba, residual_in_fp32=False, num_hidden_layers=5, hidden_size=16, state_size=8),
+        functools.partial(
+            _mamba, residual_in_fp32=False, tie_word_embeddings=True, num_hidden_layers=5, hidden_size=16
+        ),
         "selective",
         modeling_mamba,
         seed=1,
@@ -173,8 +178,8 @@ def keep_all(blocks: int) -> tuple[Fraction, ...]:
 
 
 def tokens(seed: int, *shape: int, vocabulary: int = VOCABULARY) -> Tensor:
-    """Random token ids of `shape`, from a seed."""
-    return torch.randint(0, vocabulary, shape, generator=torch.Generator().manual_seed(seed))
+    """Random token ids of `shape`, from a seed; never 0, which `generate` takes for a pad when no mask is given."""
+    return torch.randint(1, vocabulary, shape, generator=torch.Generator().manual_seed(seed))
 
 
 def padded(rows: Sequence[Tensor], left: Sequence[int], right: Sequence[int], fill: int = 7) -> tuple[Tensor, Tensor]:

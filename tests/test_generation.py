@@ -84,7 +84,7 @@ def test_sampling_is_decided_by_torchs_seed(entry: Entry) -> None:
 
     def sample(seed: int, **options: Any) -> Tensor:
         torch.manual_seed(seed)
-        return pruned.generate(ids, max_new_tokens=12, do_sample=True, **options)
+        return pruned.generate(ids, max_new_tokens=12, do_sample=True, temperature=2.0, **options)
 
     assert sample(0).shape == (2, 52)
     assert torch.equal(sample(0), sample(0))
@@ -130,13 +130,17 @@ def test_one_beam_more_than_greedy_never_scores_worse() -> None:
 
 def test_generating_without_a_cache_prunes_every_call_anew() -> None:
     entry, new = FLOAT32[0], 4
-    ids = tokens(12, 30)
-    expected = ids
     with torch.no_grad():
-        for _ in range(new):
-            row = reference.run_row(dense(entry.name), expected, linear(entry))
-            assert row.margin > reference.CLEAR_MARGIN
-            expected = torch.cat([expected, row.logits[-1].argmax()[None]])
+        for seed in range(5):
+            ids = expected = tokens(seed, 30)
+            clear = True
+            for _ in range(new):
+                row = reference.run_row(dense(entry.name), expected, linear(entry))
+                clear = clear and DRAWS.clear(row)
+                expected = torch.cat([expected, row.logits[-1].argmax()[None]])
+            if clear:
+                break
+    assert clear
     found = sparse(entry.name, linear(entry)).generate(ids[None], max_new_tokens=new, do_sample=False, use_cache=False)
     assert found[0].tolist() == expected.tolist()
 
@@ -148,11 +152,10 @@ def test_generating_without_a_cache_prunes_every_call_anew() -> None:
 @pytest.mark.parametrize("length", [1, 2, 3, 40])
 def test_the_first_call_returns_the_real_cache_with_each_blocks_own_states(entry: Entry, length: int) -> None:
     """Prompts shorter than the convolution's window included."""
-    ids = tokens(60 + length, length)
     with torch.no_grad():
-        expected = reference.run_row(dense(entry.name), ids, linear(entry), use_cache=True)
-        found = sparse(entry.name, linear(entry), kernels="model")(input_ids=ids[None], use_cache=True)
-    assert DRAWS.clear(expected)
+        ids, _, batch = DRAWS.first(dense(entry.name), linear(entry), lambda s: tokens(s, 1, length), use_cache=True)
+        found = sparse(entry.name, linear(entry), kernels="model")(input_ids=ids, use_cache=True)
+    (expected,) = batch.rows
     assert type(found.cache_params) is DynamicCache
     assert torch.equal(found.logits[0], expected.logits)
     assert len(found.cache_params.layers) == n_blocks(dense(entry.name))
@@ -168,11 +171,10 @@ def test_the_first_call_returns_the_real_cache_with_each_blocks_own_states(entry
 
 @every_float32
 def test_our_kernels_leave_the_same_states_to_rounding(entry: Entry) -> None:
-    ids = tokens(71, 50)
     with torch.no_grad():
-        expected = reference.run_row(dense(entry.name), ids, linear(entry), use_cache=True)
-        found = sparse(entry.name, linear(entry))(input_ids=ids[None], use_cache=True).cache_params
-    assert DRAWS.clear(expected)
+        ids, _, batch = DRAWS.first(dense(entry.name), linear(entry), lambda s: tokens(s, 1, 50), use_cache=True)
+        found = sparse(entry.name, linear(entry))(input_ids=ids, use_cache=True).cache_params
+    (expected,) = batch.rows
     for i, (own, theirs) in enumerate(zip(found.layers, expected.cache.layers, strict=True)):
         for role in ("conv_states", "recurrent_states"):
             assert_close(
@@ -295,9 +297,7 @@ def test_the_backbone_alone_is_pruned_too() -> None:
     """`transform` of the model without its head, as feature extraction uses it."""
     entry = FLOAT32[0]
     backbone: nn.Module = entry.build().backbone
-    ids = tokens(14, 44)
     with torch.no_grad():
-        expected = reference.run_row(dense(entry.name), ids, linear(entry))
-        found = simba_fx.transform(backbone, linear(entry), kernels="model")(input_ids=ids[None])
-    assert expected.margin > reference.CLEAR_MARGIN
-    assert torch.equal(found.last_hidden_state[0], expected.hidden)
+        ids, _, expected = DRAWS.first(dense(entry.name), linear(entry), lambda seed: tokens(seed, 1, 44))
+        found = simba_fx.transform(backbone, linear(entry), kernels="model")(input_ids=ids)
+    assert torch.equal(found.last_hidden_state[0], expected.rows[0].hidden)

@@ -47,10 +47,8 @@ def assert_gradients_close(found: dict[str, Tensor], expected: dict[str, Tensor]
 def test_gradients_equal_the_references(entry: Entry, kernels: str, training: bool) -> None:
     """Through every output position, tokens that left early included."""
     model = entry.build()
-    ids = tokens(17, 1, 48)
     weights = torch.randn(48, model.config.vocab_size, generator=torch.Generator().manual_seed(1))
-    expected = reference.run(model, ids, linear(entry))
-    assert DRAWS.clear(expected)
+    ids, _, expected = DRAWS.first(model, linear(entry), lambda seed: tokens(seed, 1, 48))
     theirs = gradients((expected.rows[0].logits * weights).sum(), model)
     pruned = simba_fx.transform(model, linear(entry), kernels=kernels).train(training)
     found = pruned(input_ids=ids)
@@ -61,10 +59,12 @@ def test_gradients_equal_the_references(entry: Entry, kernels: str, training: bo
 @every_float32
 def test_the_loss_of_padded_rows_and_its_gradients_equal_the_references(entry: Entry) -> None:
     model = dense(entry.name)
-    ids, mask = padded([tokens(1, 33), tokens(2, 20), tokens(3, 32)], [0, 13, 0], [0, 0, 1])
+
+    def rows(seed: int) -> tuple[Tensor, Tensor]:
+        return padded([tokens(seed, 33), tokens(seed + 10, 20), tokens(seed + 20, 32)], [0, 13, 0], [0, 0, 1])
+
+    ids, mask, expected = DRAWS.first(model, linear(entry), rows)
     labels = ids.masked_fill(mask == 0, -100)
-    expected = reference.run(model, ids, linear(entry), mask)
-    assert DRAWS.clear(expected)
     # every real token predicts the next one of its row, the mean over all of them
     losses = [
         nn.functional.cross_entropy(row.logits[:-1], ids[b][expected.real[b]][1:], reduction="sum")
@@ -89,9 +89,8 @@ def mask_first(labels: Tensor, mask: Tensor) -> Tensor:
 @every_float32
 def test_a_protected_continuations_loss_has_the_references_gradients(entry: Entry) -> None:
     """Training on the answer alone: tail = its inputs, as method §5 has it."""
-    model, ids, tail = dense(entry.name), tokens(23, 1, 60), 10
-    expected = reference.run(model, ids, linear(entry), tail=tail)
-    assert DRAWS.clear(expected)
+    model, tail = dense(entry.name), 10
+    ids, _, expected = DRAWS.first(model, linear(entry), lambda seed: tokens(seed, 1, 60), tail=tail)
     pruned = sparse(entry.name, linear(entry))
     with simba_fx.tail(pruned, tail):
         found = pruned(input_ids=ids).logits
@@ -152,9 +151,8 @@ def test_steps_on_the_pruned_model_train_the_dense_one_too(entry: Entry) -> None
     with torch.no_grad():
         assert model(input_ids=ids, labels=ids).loss.item() < 0.95 * dense_before
         # what training left behind is a model like any other: it equals the reference on its new weights
-        expected = reference.run(model, ids, linear(entry))
+        ids, _, expected = DRAWS.first(model, linear(entry), lambda seed: tokens(seed, 2, 32))
         found = pruned(input_ids=ids)
-    assert DRAWS.clear(expected)
     for i, block in enumerate(simba_fx.kept(pruned)):
         assert block.tolist() == expected.kept[i]
     assert_close("logits", found.logits, expected.logits, reference.TOLERANCE[torch.float32])
