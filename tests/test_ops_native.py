@@ -1,0 +1,176 @@
+"""Building and loading the C++ kernels: what is cached, what happens without a compiler, what threads may change."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from simba_fx import ops
+from simba_fx.ops import native
+
+
+@pytest.fixture
+def undecided(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """`native.load` as in a new process with an empty cache: gives the cache directory."""
+    monkeypatch.setenv("SIMBA_FX_CACHE", str(tmp_path))
+    monkeypatch.delenv("SIMBA_FX_NATIVE", raising=False)
+    native.load.cache_clear()
+    yield tmp_path
+    native.load.cache_clear()
+
+
+needs_compiler = pytest.mark.skipif(native.kernels() is None, reason=f"no native kernels: {native.load()}")
+
+
+def script(path: Path, text: str) -> str:
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+def scan_runs() -> bool:
+    operands = (torch.ones(1, 3, 5), torch.ones(1, 3, 5), -torch.ones(3, 2), torch.ones(1, 2, 5), torch.ones(1, 2, 5))
+    return bool(ops.selective_scan(*operands)[0].isfinite().all())
+
+
+def test_switched_off(undecided: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SIMBA_FX_NATIVE", "0")
+    assert ops.kernel_path("cpu") == "torch (SIMBA_FX_NATIVE=0)"
+    assert scan_runs()
+    assert list(undecided.iterdir()) == []
+
+
+def test_a_compiler_that_is_not_there(undecided: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert ops.kernel_path("cpu") == "torch (no C++ compiler found: CXX=no-such-compiler is not on the path)"
+    assert scan_runs()
+
+
+def test_a_compiler_that_fails(undecided: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = script(
+        undecided / "c++", '[ "$1" = -dumpfullversion ] && echo 1.0 && exit; echo internal error >&2; exit 1'
+    )
+    monkeypatch.setenv("CXX", broken)
+    assert ops.kernel_path("cpu") == f"torch ({broken} failed: internal error)"
+    assert scan_runs()
+    assert list(undecided.glob("*.so")) == []
+
+
+@needs_compiler
+def test_a_flag_the_compiler_lacks_is_left_out(undecided: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = native._compiler()
+    picky = script(undecided / "c++", f'case "$*" in *-fopenmp*) exit 1;; esac; exec {real} "$@"')
+    monkeypatch.setenv("CXX", picky)
+    path = ops.kernel_path("cpu")
+    assert path.startswith("C++ (c++ ")
+    assert "OpenMP" not in path
+    assert scan_runs()
+
+
+@needs_compiler
+def test_kernels_are_built_once(undecided: Path) -> None:
+    assert ops.kernel_path("cpu").startswith("C++ (")
+    (built,) = undecided.glob("*.so")
+    assert list(undecided.iterdir()) == [built]
+    stamp = built.stat().st_mtime_ns
+    native.load.cache_clear()
+    assert native.kernels() is not None
+    assert built.stat().st_mtime_ns == stamp
+
+
+@needs_compiler
+def test_first_uses_may_race(tmp_path: Path) -> None:
+    environment = {**os.environ, "SIMBA_FX_CACHE": str(tmp_path)}
+    code = "from simba_fx import ops; assert ops.kernel_path('cpu').startswith('C++'), ops.kernel_path('cpu')"
+    racers = [subprocess.Popen([sys.executable, "-c", code], env=environment) for _ in range(3)]
+    assert [racer.wait() for racer in racers] == [0, 0, 0]
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_importing_builds_nothing(tmp_path: Path) -> None:
+    code = "import sys, simba_fx.ops; assert not {'transformers', 'mamba_ssm'} & set(sys.modules)"
+    environment = {**os.environ, "SIMBA_FX_CACHE": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("device", ["cuda", "mps"])
+def test_other_devices_say_what_they_run(device: str) -> None:
+    assert ops.kernel_path(device).startswith(("torch (", "mamba_ssm "))
+
+
+@needs_compiler
+def test_too_many_states_take_the_torch_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("the C++ kernel was called")
+
+    monkeypatch.setattr(native, "selective_scan", refuse)
+    u, B = torch.ones(1, 1, 2), torch.ones(1, 300, 2)
+    assert ops.selective_scan(u, u, -torch.ones(1, 300), B, B)[1].shape == (1, 1, 300)
+
+
+def scan_arguments(rows: int = 2, channels: int = 200, length: int = 70) -> tuple[torch.Tensor, ...]:
+    random = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=random)
+
+    tokens = (normal(rows, channels, length), normal(rows, channels, length))
+    return *tokens, -normal(channels, 16).abs(), normal(rows, 16, length), normal(rows, 16, length)
+
+
+def gradients() -> tuple[torch.Tensor, ...]:
+    leaves = [t.requires_grad_() for t in scan_arguments()]
+    y, last = ops.selective_scan(*leaves, None, None, None, True)
+    return torch.autograd.grad(y.sum() + last.sum(), leaves)
+
+
+def scores() -> tuple[torch.Tensor, ...]:
+    return (ops.selective_token_score(*scan_arguments(), None, True, None, 1, "simba"),)
+
+
+def outputs() -> tuple[torch.Tensor, ...]:
+    return tuple(ops.selective_scan(*scan_arguments(), None, None, None, True))
+
+
+@needs_compiler
+@pytest.mark.parametrize("compute", [outputs, gradients, scores])
+def test_results_do_not_depend_on_the_threads(compute: Callable[[], tuple[torch.Tensor, ...]]) -> None:
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = compute()
+        torch.set_num_threads(4)
+        four, again = compute(), compute()
+    finally:
+        torch.set_num_threads(threads)
+    for a, b, c in zip(one, four, again):
+        assert torch.equal(a, b)
+        assert torch.equal(b, c)
+
+
+@needs_compiler
+def test_rows_do_not_depend_on_their_batch() -> None:
+    arguments = scan_arguments(rows=3)
+    y, last = ops.selective_scan(*arguments, None, None, None, True)
+    alone = [t[1:2] if t.dim() == 3 else t for t in arguments]
+    y_alone, last_alone = ops.selective_scan(*alone, None, None, None, True)
+    assert torch.equal(y[1:2], y_alone)
+    assert torch.equal(last[1:2], last_alone)
+
+
+@needs_compiler
+def test_special_values_reach_the_output() -> None:
+    """NaN stays NaN in its channel and from its token on; infinite steps without softplus forget the past."""
+    u, delta, A, B, C = scan_arguments(rows=1, channels=20, length=8)
+    u[0, 3, 2] = float("nan")
+    y, _ = ops.selective_scan(u, delta.abs(), A, B, C)
+    nan = torch.zeros(20, 8, dtype=torch.bool)
+    nan[3, 2:] = True
+    assert torch.equal(y[0].isnan(), nan)
