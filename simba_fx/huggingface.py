@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,7 +22,7 @@ from torch.utils import _pytree as pytree
 from simba_fx.build import Built, Options, build
 from simba_fx.capture import Captured, capture
 from simba_fx.errors import CaptureError, InputError
-from simba_fx.program import left_to_python
+from simba_fx.program import dynamic_marker, left_alone, left_to_python
 
 __all__ = ["SparseStack", "install", "is_pretrained"]
 
@@ -50,9 +51,12 @@ def install(model: nn.Module, options: Options, cost: Any) -> nn.Module:
         inner._modules[name] = _shallow(inner._modules[name])
         inner = inner._modules[name]
     runtime = SparseStack(stack, options, cost)
-    inner.__class__ = _sparse_class(type(stack))
+    blocks = options.compile == "blocks"
+    inner.__class__ = _stack_class(type(stack), blocks)
     inner.__dict__["_simba"] = runtime
     twin.__dict__["_simba_stack"] = runtime  # found from the outer module as well, without a walk
+    if blocks and twin is not inner:
+        twin.__class__ = _outer_class(type(twin))
     runtime.stack = inner
     embeddings = stack.get_input_embeddings().weight
     runtime.variant(Signature.default(stack, embeddings))
@@ -154,7 +158,6 @@ class SparseStack:
             found = self.variants[signature] = self._capture(signature)
         return found
 
-    @torch.compiler.disable
     def _capture(self, signature: Signature) -> Variant:
         stack = self.stack
         width = stack.get_input_embeddings().weight.shape[1]
@@ -175,21 +178,20 @@ class SparseStack:
         seen = shell.observed
         return Variant(built, captured.inputs, seen.output_type, parameters, captured.out_spec, seen.states)
 
-    def run(self, signature: Signature, tensors: dict[str, Tensor], cache: Any) -> tuple[dict[str, Any], type]:
-        """Run the program; fill the cache; return the model's values by name and the type they belong in."""
-        variant = self.variant(signature)
-        flat = variant.built.program.forward(*(tensors[name] for name in variant.inputs), self.tail)
-        facts = variant.built.captured.facts
-        values, states = flat[: facts.values], flat[facts.values : facts.values + len(variant.states)]
-        kept = flat[facts.values + len(variant.states) :]
-        masked = facts.mask is not None
-        embeds = tensors["inputs_embeds"]
-        self.last = (embeds.shape[0], embeds.shape[1], variant.built, kept[:: 1 + masked], kept[1::2] if masked else None,
-                     tensors.get("attention_mask"))  # fmt: skip
-        if cache is not None:
-            _fill(cache, variant.states, states)
+    def finish(self, variant: Variant, call: Call, flat: Any) -> Any:
+        """Fill the cache; return the model's values as the model returns them."""
+        facts, n_states = variant.built.captured.facts, len(variant.states)
+        values, states = flat[: facts.values], flat[facts.values : facts.values + n_states]
+        kept, step = flat[facts.values + n_states :], 1 if facts.mask is None else 2
+        mask, embeds = call.tensors.get("attention_mask"), call.tensors["inputs_embeds"]
+        real = None if facts.mask is None else kept[1::2]
+        self.last = (embeds.shape[0], embeds.shape[1], variant.built, kept[::step], real, mask)
         named, _ = pytree.tree_unflatten([*values, *states], variant.spec)
-        return named, variant.output_type
+        if call.cache is not None:
+            _fill(call.cache, variant.states, states)
+            named[call.cache_name] = call.cache
+        output = variant.output_type(**named)
+        return output if call.return_dict else output.to_tuple()
 
 
 @dataclass
@@ -297,47 +299,84 @@ def is_warm(cache: Any) -> bool:
 
 # --- the sparse class --------------------------------------------------------------------------------------------
 
-_classes: dict[type, type] = {}
+_classes: dict[tuple[type, str], type] = {}
 
 
-def _sparse_class(cls: type) -> type:
-    """A subclass of the stack's class, under its name, with our forward and its signature."""
-    if cls not in _classes:
-        own = cls.forward
-        names = tuple(name for name in inspect.signature(own).parameters if name != "self")
+@dataclass
+class Call:
+    """One call of a sparse stack that runs a program."""
 
-        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-            given = dict(zip(names, args)) | kwargs
-            if self._simba.options.compile == "blocks":
-                return _call_blocks(self, own, given)
-            return _call(self, own, given)
-
-        forward.__signature__ = inspect.signature(own)  # type: ignore[attr-defined]
-        forward.__doc__ = own.__doc__
-        body = {"forward": forward, "_simba_class": True, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
-        _classes[cls] = type(cls.__name__, (cls,), body)
-    return _classes[cls]
+    signature: Signature
+    tensors: dict[str, Tensor]
+    cache: Any
+    cache_name: str
+    return_dict: bool
 
 
-def _call(stack: Any, own: Callable[..., Any], given: dict[str, Any]) -> Any:
-    """One call of a sparse stack: a prompt runs its program, a decoding step the class's own forward."""
+def _subclass(cls: type, kind: str, forward: Callable[..., Any]) -> type:
+    """A subclass of a model's class, under its name and with its signature, whose forward is ours."""
+    if (cls, kind) not in _classes:
+        forward.__signature__ = inspect.signature(cls.forward)  # type: ignore[attr-defined]
+        forward.__doc__ = cls.forward.__doc__
+        names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
+        _classes[cls, kind] = type(cls.__name__, (cls,), {"forward": forward, "_simba_class": True, **names})
+    return _classes[cls, kind]
+
+
+def _stack_class(cls: type, blocks: bool) -> type:
+    """The class of a sparse stack: a prompt runs its program, a decoding step the class's own forward."""
+    own = cls.forward
+    names = tuple(name for name in inspect.signature(own).parameters if name != "self")
+    python = left_alone if blocks else lambda function: function
+    prepare, finish = python(_prepare), python(SparseStack.finish)
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = dict(zip(names, args)) | kwargs
+        call = prepare(self, given)
+        if call is None:
+            return own(self, **given)
+        runtime = self._simba
+        variant = runtime.variant(call.signature) if not blocks else lookup(runtime, call.signature)
+        inputs = [call.tensors[name] for name in variant.inputs]
+        output = finish(runtime, variant, call, variant.built.program.forward(*inputs, runtime.tail))
+        if blocks:
+            mark((output[0],), ((0, 1),))
+        return output
+
+    lookup, mark = python(SparseStack.variant), dynamic_marker()
+    return _subclass(cls, "blocks" if blocks else "whole", left_to_python(forward) if blocks else forward)
+
+
+def _outer_class(cls: type) -> type:
+    """The class of what stands around a sparse stack: its own forward, compiled once for every batch and length."""
+    own, mark = cls.forward, dynamic_marker()
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        mark((*args, *kwargs.values()), itertools.repeat((0, 1)))
+        return own(self, *args, **kwargs)
+
+    return _subclass(cls, "outer", left_to_python(forward))
+
+
+def _prepare(stack: Any, given: dict[str, Any]) -> Call | None:
+    """What to run for a call; None: the class's own forward (a decoding step, a prompt of one token)."""
     runtime: SparseStack = stack._simba
     cache_name = cache_parameter(inspect_parameters(type(stack)))
     cache = given.get(cache_name)
     ids, embeds, mask = given.get("input_ids"), given.get("inputs_embeds"), given.get("attention_mask")
     if (ids is None) == (embeds is None):
-        return own(stack, **given)  # the model's own message
-    length = (embeds if ids is None else ids).shape[1]
+        return None  # the model's own message
+    rows, length = (embeds if ids is None else ids).shape[:2]
     if cache is not None and is_warm(cache):
         if length == 1:
-            return own(stack, **given)
+            return None
         raise InputError(
             f"{type(stack).__name__} was called with {length} new tokens on a warm cache; expected a whole prompt with "
             "an empty cache, or one new token. Pass the tokens one at a time, or start with an empty cache."
         )
     if length == 1:
-        runtime.last = (*(embeds if ids is None else ids).shape[:2], None, (), None, mask)
-        return own(stack, **given)
+        runtime.last = (rows, length, None, (), None, mask)
+        return None
     mask = check_mask(mask, length, runtime.tail)
     use_cache = given.get("use_cache")
     if use_cache is None:
@@ -356,15 +395,9 @@ def _call(stack: Any, own: Callable[..., Any], given: dict[str, Any]) -> Any:
                           stack.training, bool(hidden), extra)  # fmt: skip
     if use_cache and cache is None:
         cache = new_cache(stack.config)
-    values, output_type = runtime.run(signature, tensors, cache if use_cache else None)
-    if use_cache:
-        values[cache_name] = cache
-    output = output_type(**values)
     return_dict = given.get("return_dict")
-    return output if (stack.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
-
-
-_call_blocks = left_to_python(_call)
+    return_dict = bool(stack.config.return_dict if return_dict is None else return_dict)
+    return Call(signature, tensors, cache if use_cache else None, cache_name, return_dict)
 
 
 def inspect_parameters(cls: type) -> Any:

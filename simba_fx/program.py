@@ -7,8 +7,8 @@ is compiled once, because its instances share one code object and their lengths 
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import sympy
@@ -17,32 +17,60 @@ from torch import Tensor, fx, nn
 
 from simba_fx.graphs import expression, value
 
-__all__ = ["Block", "Program", "left_to_python"]
+__all__ = ["Block", "Program", "dynamic_marker", "left_alone", "left_to_python"]
 
 
 def left_to_python(function: Any) -> Any:
-    """Dynamo runs this frame as it is, and goes on compiling the frames that it calls."""
+    """Dynamo runs this frame as it is, and goes on compiling the frames that it calls. (Importing Dynamo takes a
+    second: called while a model is transformed, not at import.)"""
+    import torch._dynamo
+
     return torch._dynamo.disable(function, recursive=False)
+
+
+def left_alone(function: Any) -> Any:
+    """Dynamo compiles neither this frame nor those that it calls."""
+    import torch._dynamo
+
+    return torch._dynamo.disable(function)
+
+
+@functools.cache
+def dynamic_marker() -> Callable[[Iterable[Any], Iterable[tuple[int, ...]]], None]:
+    """A function that lets the first compilation serve every size of the given dimensions of the given tensors."""
+    import torch._dynamo
+
+    def mark(values: Iterable[Any], dims: Iterable[tuple[int, ...]]) -> None:
+        for tensor, dynamic in zip(values, dims):
+            if isinstance(tensor, Tensor):
+                for dim in dynamic[: tensor.dim()]:
+                    torch._dynamo.maybe_mark_dynamic(tensor, dim)
+
+    return left_alone(mark)  # type: ignore[no-any-return]
 
 
 class Block(fx.GraphModule):
     """One block of a transformed model: its code belongs to its kind, its parameters are its own."""
 
-    _dynamic: tuple[tuple[int, int], ...] = ()
+    _dynamic: tuple[tuple[int, ...], ...] = ()
+    """For each input, the dimensions that are B or L."""
 
     @staticmethod
     def kind(graph: fx.Graph, owned: Mapping[str, Any], modules: Mapping[str, nn.Module], name: str) -> Block:
         block = Block({**owned, **modules}, graph, class_name=name)
-        inputs = enumerate(graph.find_nodes(op="placeholder"))
-        block.__dict__["_dynamic"] = tuple(
-            (i, dim)
-            for i, node in inputs
-            if isinstance(value(node), Tensor)
-            for dim, size in enumerate(value(node).shape)
-            if isinstance(expression(size), sympy.Symbol)
-        )
-        type(block).__call__ = left_to_python(Block._run)  # type: ignore[method-assign]
+        block.__dict__["_dynamic"] = tuple(map(_symbolic_dims, graph.find_nodes(op="placeholder")))
         return block
+
+    def recompile(self) -> Any:
+        code = super().recompile()
+        mark = dynamic_marker()
+
+        def run(self: Block, *inputs: Any) -> Any:
+            mark(inputs, self._dynamic)
+            return self.forward(*inputs)
+
+        type(self).__call__ = left_to_python(run)  # type: ignore[method-assign]  # instead of GraphModule's wrapper
+        return code
 
     def instance(self, owned: Mapping[str, Any]) -> Block:
         """The same code over other parameters."""
@@ -53,11 +81,11 @@ class Block(fx.GraphModule):
         block.__dict__["_modules"] = dict(self._modules)
         return block
 
-    def _run(self, *inputs: Any) -> Any:
-        if "torch._dynamo" in sys.modules:  # nobody compiles before this is imported
-            for i, dim in self._dynamic:
-                torch._dynamo.maybe_mark_dynamic(inputs[i], dim)
-        return self.forward(*inputs)
+
+def _symbolic_dims(node: fx.Node) -> tuple[int, ...]:
+    val = value(node)
+    sizes = val.shape if isinstance(val, Tensor) else ()
+    return tuple(dim for dim, size in enumerate(sizes) if isinstance(expression(size), sympy.Symbol))
 
 
 class Program(fx.GraphModule):
