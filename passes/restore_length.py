@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,12 +28,12 @@ class RestoreLength:
     """Put survivors and early exits back in their places (method.md section 7, `output="full"`).
 
     Before: `h = block_11(...)` of length k, read by the final norm.
-    After: at each cut, `exit_3 = h_3[rows, dropped_3]`, and once after the last block
+    After: at each cut, `exit_3 = take_tokens(h_3, dropped_3)`, and once after the last block
 
-        full = new_empty(B, L, D); full[rows, cat([left_0, …, left_10, positions_10])] = cat([exit_0, …, exit_10, h])
+        full = restore_tokens([exit_0, …, exit_10, h], [left_0, …, left_10, positions_10], length)
 
-    1. Each token is written once: the positions are a permutation of 0 … L-1 (with padding, slot L takes what has no
-    place of its own, and is cut off). 2. Values of earlier blocks that are outputs (`output_hidden_states`) are restored
+    1. Each token is read once and written once: the places are a permutation of 0 … L-1 (with padding, place L takes
+    what has none of its own). 2. Values of earlier blocks that are outputs (`output_hidden_states`) are restored
     from the exits before them. 3. `output="kept"`: nothing to restore.
     """
 
@@ -98,31 +97,18 @@ class RestoreLength:
             p if value(p).dtype == dtype else insert(torch.ops.aten.to.dtype, p, dtype, val=value(p).to(dtype))
             for p in pieces
         ]
-        position, length = tracked(graph, "positions"), tracked(graph, "length")
-        rows, columns = value(position).shape
-        full = value(node).new_empty((rows, columns, *value(node).shape[2:]))
-        batch = insert(torch.ops.aten.sym_size.int, position, 0, val=rows)
-        slots = length
-        if tracked(graph, "real") is not None:
-            slots = insert(operator.add, length, 1, val=columns + 1)
-        line = tracked(graph, "rows")
-        place = insert(torch.ops.aten.cat.default, places, 1, val=value(position))
-        state = insert(torch.ops.aten.cat.default, [*pieces, node], 1, val=full)
-        shape = [batch, slots, *(int(size) for size in full.shape[2:])]
-        empty = insert(torch.ops.aten.new_empty.default, node, shape, val=full)
-        out = insert(torch.ops.aten.index_put.default, empty, [line, place], state, val=full, role="restored")
-        if slots is not length:
-            out = insert(torch.ops.aten.slice.Tensor, out, 1, 0, length, val=full, role="restored")
-        return out
+        length = tracked(graph, "length")
+        full = value(node).new_empty((*value(tracked(graph, "positions")).shape, *value(node).shape[2:]))
+        return insert(torch.ops.simba_fx.restore_tokens.default, [*pieces, node], places, length, val=full,
+                      role="restored")  # fmt: skip
 
     def _exit(self, graph: fx.Graph, cut: fx.Node, index: int) -> fx.Node:
         """What the tokens that leave at `cut` carry with them, `(B, m - k, D)`."""
         gathered = _carried(cut)[index]
         insert = Insert(graph, end_of(graph, region(cut)), region(cut), self.name)
-        dropped = _result(cut, 1)
-        arguments = (gathered.args[0], [tracked(graph, "rows"), dropped])
         name = f"exit_{region(cut)}" + (f"_{index}" if index else "")
-        return insert(torch.ops.aten.index.Tensor, *arguments, val=value(gathered), role="exit", name=name)
+        arguments = (gathered.args[0], _result(cut, 1))
+        return insert(torch.ops.simba_fx.take_tokens.default, *arguments, val=value(gathered), role="exit", name=name)
 
 
 def _carried(cut: fx.Node) -> list[fx.Node]:

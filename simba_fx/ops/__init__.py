@@ -18,6 +18,7 @@ Importing this package compiles nothing and imports neither transformers nor mam
 """
 
 from simba_fx.ops.backends import kernel_path
+from simba_fx.ops.restore import restore_tokens, take_tokens
 from simba_fx.ops.scan import causal_conv1d, selective_scan, ssd_scan
 from simba_fx.ops.score import CRITERIA, query_position, selective_token_score, ssd_token_score
 from simba_fx.ops.select import POSITION_CRITERIA, position_score, select_real_tokens, select_tokens
@@ -32,10 +33,12 @@ __all__ = [
     "kernel_path",
     "position_score",
     "query_position",
+    "restore_tokens",
     "select_real_tokens",
     "select_tokens",
     "selective_scan",
     "selective_token_score",
     "ssd_scan",
     "ssd_token_score",
+    "take_tokens",
 ]

@@ -19,11 +19,10 @@ POSITION_CRITERIA = ("recent", "random", "stride")
 
 
 def _kept(slots: int, length: int, tail: int, share_p: int, share_q: int, floor: int) -> int:
-    """k = min(m, count(length)), for ints and SymInts."""
+    """k = min(m, count(length)). For symbolic sizes the count alone: where shares do not increase along the blocks m is
+    never below it, and minima nested over sixty cuts are what makes a whole graph slow to compile."""
     count = kept_count(length, Fraction(share_p, share_q), tail, floor)
-    if isinstance(slots, int) and isinstance(count, int):
-        return min(slots, count)
-    return torch.sym_min(slots, count)
+    return min(slots, count) if isinstance(slots, int) and isinstance(count, int) else count
 
 
 def _ranking(score: Tensor) -> Tensor:

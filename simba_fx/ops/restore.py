@@ -1,0 +1,116 @@
+"""Early exits: tokens taken out of the stream at a cut, and put back in their places after the last block.
+
+Both are copies of whole rows. They are operators, not plain gathers, because none or one token may leave at a cut, and a
+compiler that sees tensors of such sizes compiles them apart. Letters: see `simba_fx.ops`; m slots of a region, d
+tokens that leave.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def _rows(index: Tensor, stride: int) -> Tensor:
+    """Slots `(B, d)` as rows of a `(B * stride, ...)` matrix, flat."""
+    first = torch.arange(index.shape[0], device=index.device) * stride
+    return (index + first[:, None]).flatten()
+
+
+@torch.library.custom_op("simba_fx::take_tokens", mutates_args=())
+def take_tokens(hidden: Tensor, index: Tensor) -> Tensor:
+    """`hidden[b, index[b, j]]`: `(B, m, ...)` and `(B, d)` int64 to `(B, d, ...)`."""
+    taken = hidden.flatten(0, 1).index_select(0, _rows(index, hidden.shape[1]))
+    return taken.view(*index.shape, *hidden.shape[2:])
+
+
+@take_tokens.register_fake
+def _(hidden: Tensor, index: Tensor) -> Tensor:
+    return hidden.new_empty(*index.shape, *hidden.shape[2:])
+
+
+@torch.library.custom_op("simba_fx::take_tokens_backward", mutates_args=())
+def take_tokens_backward(grad: Tensor, index: Tensor, slots: int) -> Tensor:
+    """The gradient of `hidden`, `(B, m, ...)`; an index that occurs twice adds up."""
+    out = grad.new_zeros(grad.shape[0] * slots, *grad.shape[2:])
+    out.index_add_(0, _rows(index, slots), grad.flatten(0, 1))
+    return out.view(grad.shape[0], slots, *grad.shape[2:])
+
+
+@take_tokens_backward.register_fake
+def _(grad: Tensor, index: Tensor, slots: int) -> Tensor:
+    return grad.new_empty(grad.shape[0], slots, *grad.shape[2:])
+
+
+def _save_index(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    hidden, index = inputs
+    ctx.save_for_backward(index)
+    ctx.slots = hidden.shape[1]
+
+
+def _take_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    (index,) = ctx.saved_tensors
+    return torch.ops.simba_fx.take_tokens_backward(grad, index, ctx.slots), None
+
+
+take_tokens.register_autograd(_take_backward, setup_context=_save_index)
+
+
+@torch.library.custom_op("simba_fx::restore_tokens", mutates_args=())
+def restore_tokens(pieces: list[Tensor], places: list[Tensor], length: int) -> Tensor:
+    """Rows back in their places: `out[b, places[i][b, j]] = pieces[i][b, j]`.
+
+    Args:
+        pieces: tensors `(B, d_i, ...)` of one dtype. places: `(B, d_i)` int64; together they name each of 0 … length-1
+            exactly once per row, and `length`, a place outside the result, any number of times.
+        length: tokens of the result, L.
+
+    Returns:
+        `(B, L, ...)`.
+    """
+    rows, inner = pieces[0].shape[0], pieces[0].shape[2:]
+    out = pieces[0].new_empty(rows * length + 1, *inner)  # one row more, for what has no place
+    for piece, place in zip(pieces, places):
+        out.index_copy_(0, _flat_places(place, length), piece.flatten(0, 1))
+    return out[:-1].view(rows, length, *inner)
+
+
+def _flat_places(place: Tensor, length: int) -> Tensor:
+    return torch.where(place.flatten() == length, place.shape[0] * length, _rows(place, length))
+
+
+@restore_tokens.register_fake
+def _(pieces: list[Tensor], places: list[Tensor], length: int) -> Tensor:
+    return pieces[0].new_empty(pieces[0].shape[0], length, *pieces[0].shape[2:])
+
+
+@torch.library.custom_op("simba_fx::restore_tokens_backward", mutates_args=())
+def restore_tokens_backward(grad: Tensor, places: list[Tensor]) -> list[Tensor]:
+    """The gradient of each piece; zero for what had no place."""
+    length = grad.shape[1]
+    grads = []
+    for place in places:
+        nowhere = place == length
+        taken = grad.flatten(0, 1).index_select(0, _rows(place.masked_fill(nowhere, 0), length))
+        taken = taken.view(*place.shape, *grad.shape[2:])
+        grads.append(taken.masked_fill_(nowhere.view(*place.shape, *(1,) * (grad.dim() - 2)), 0))
+    return grads
+
+
+@restore_tokens_backward.register_fake
+def _(grad: Tensor, places: list[Tensor]) -> list[Tensor]:
+    return [grad.new_empty(*place.shape, *grad.shape[2:]) for place in places]
+
+
+def _save_places(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[1])
+
+
+def _restore_backward(ctx: Any, grad: Tensor) -> tuple[list[Tensor], list[None], None]:
+    places = list(ctx.saved_tensors)
+    return torch.ops.simba_fx.restore_tokens_backward(grad, places), [None] * len(places), None
+
+
+restore_tokens.register_autograd(_restore_backward, setup_context=_save_places)
