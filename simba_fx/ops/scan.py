@@ -56,7 +56,7 @@ def _fit_tokens(gradient: Tensor, operand: Tensor | None) -> Tensor:
     """`gradient`, a transposed `(B, L, D)`, in the dtype of its operand, as `_token_room` has it."""
     if operand is None:
         return gradient.new_empty(0)
-    return backends.token_layout(gradient.transpose(1, 2).to(operand.dtype))
+    return backends.token_layout(gradient.transpose(1, 2).to(operand.dtype).contiguous())
 
 
 # --- Mamba-1 ---------------------------------------------------------------------------------------------------------
