@@ -9,6 +9,7 @@ Importing this package patches nothing, touches no device and imports neither tr
 from simba_fx import errors
 from simba_fx.api import explain, kept, program, tail, transform
 from simba_fx.lift import SelectiveScan, SSDScan, register_scan
+from simba_fx.report import report
 from simba_fx.schedule import Budget, Constant, Cosine, Dense, Linear, Stages
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "kept",
     "program",
     "register_scan",
+    "report",
     "tail",
     "transform",
 ]

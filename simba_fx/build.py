@@ -69,10 +69,10 @@ class Built:
     history: list[Stage]
 
 
-def build(captured: Captured, options: Options, cost: Callable[[Captured], schedule.Cost] | None = None) -> Built:
-    """Run the passes over a captured graph."""
+def build(captured: Captured, options: Options, cost: Callable[..., schedule.Cost] | None = None) -> Built:
+    """Run the passes over a captured graph; `cost(captured, options, length)` prices schedules for a FLOP budget."""
     facts = captured.facts
-    shares = schedule_shares(captured, options.schedule, cost)
+    shares = schedule_shares(captured, options, cost)
     has_scan = tuple(bool(scans_of(captured.graph, block)) for block in range(facts.n_blocks))
     cuts = cuts_of(shares, has_scan)
     attributes = dict(captured.attributes)
@@ -90,12 +90,11 @@ def build(captured: Captured, options: Options, cost: Callable[[Captured], sched
     return Built(Program(attributes, top, blocks), captured, graph, shares, cuts, has_scan, history)
 
 
-def schedule_shares(captured: Captured, plan: schedule.Schedule, cost: Any) -> tuple[Fraction, ...]:
+def schedule_shares(captured: Captured, options: Options, cost: Any) -> tuple[Fraction, ...]:
     """The share of each block; a FLOP budget is solved against the captured graph's own FLOPs."""
-    n_blocks = captured.facts.n_blocks
-    if isinstance(plan, schedule.Budget):
-        return plan.solve(cost(captured), n_blocks)
-    return schedule.resolve_shares(plan, n_blocks)
+    plan = options.schedule
+    price = cost(captured, options, plan.length) if isinstance(plan, schedule.Budget) and cost is not None else None
+    return schedule.resolve_shares(plan, captured.facts.n_blocks, price)
 
 
 class CustomCriterion(nn.Module):
