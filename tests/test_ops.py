@@ -501,10 +501,10 @@ def test_select_tokens_by_brute_force(data: st.DataObject, slots: int, share: Fr
     earlier = order_by_definition(scores, list(range(max(0, slots - tail))))
     expected = sorted(protected + earlier[: k - len(protected)]) if tail <= slots else list(range(slots))
     assert kept[0].tolist() == expected
-    assert dropped[0].tolist() == sorted(set(range(slots)) - set(expected))
+    assert dropped[0].tolist() == [*sorted(set(range(slots)) - set(expected)), 0, 0]
     assert (kept_at[0].tolist(), dropped_at[0].tolist()) == (
         positions[0, kept[0]].tolist(),
-        positions[0, dropped[0]].tolist(),
+        [*positions[0, dropped[0, :-2]].tolist(), length, length],
     )
 
 
@@ -514,7 +514,7 @@ def test_the_kept_count_for_every_length(slots: int) -> None:
         count = (slots, tail, share.numerator, share.denominator, floor)
         kept, dropped, _, _ = ops.select_tokens(torch.rand(2, slots), torch.arange(slots).repeat(2, 1), *count)
         assert kept.shape[1] == kept_count(slots, share, tail, floor)
-        assert kept.shape[1] + dropped.shape[1] == slots
+        assert kept.shape[1] + dropped.shape[1] == slots + 2
 
 
 @given(order=st.permutations(range(12)), share=SHARES)
@@ -578,7 +578,7 @@ def follow(chain: Chain) -> int:
         kept, dropped, kept_at, dropped_at, kept_real = ops.select_real_tokens(score, positions, real, lengths, *count)
         k = min(slots, kept_count(length, share, chain.tail, chain.floor))
         assert kept.shape == kept_real.shape == (rows, k)
-        assert dropped.shape == dropped_at.shape == (rows, slots - k + 1)
+        assert dropped.shape == dropped_at.shape == (rows, slots - k + 2)
         for b in range(rows):
             own = chain.lengths[b]
             at = alone[b] + int(start[b])
@@ -589,14 +589,15 @@ def follow(chain: Chain) -> int:
             assert ghosts in ([], [0] if real[b, -1] else [k - 1])
             in_order = [int(i) for j, i in enumerate(kept[b]) if j not in ghosts]
             assert in_order == sorted(in_order)
-            assert dropped[b, :-1].tolist() == sorted(set(range(slots)) - set(kept[b].tolist()))
+            assert (int(dropped[b, -1]), int(dropped_at[b, -1])) == (0, length)
+            assert dropped[b, :-2].tolist() == sorted(set(range(slots)) - set(kept[b].tolist()))
             met += len(ghosts)
             if ghosts:
                 ghost = int(kept[b, ghosts[0]])
-                assert (int(kept_at[b, ghosts[0]]), int(dropped[b, -1])) == (length, ghost)
-                assert int(dropped_at[b, -1]) == int(positions[b, ghost])
+                assert (int(kept_at[b, ghosts[0]]), int(dropped[b, -2])) == (length, ghost)
+                assert int(dropped_at[b, -2]) == int(positions[b, ghost])
             else:
-                assert (int(dropped[b, -1]), int(dropped_at[b, -1])) == (0, length)
+                assert (int(dropped[b, -2]), int(dropped_at[b, -2])) == (0, length)
             written[b] += dropped_at[b].tolist()
         if k == slots and not any(len(alone[b][0]) < int(real[b].sum()) for b in range(rows)):
             assert kept.tolist() == torch.arange(slots).expand(rows, -1).tolist()

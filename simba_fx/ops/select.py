@@ -18,6 +18,10 @@ POSITION_CRITERIA = ("recent", "random", "stride")
 """Criteria that look at positions only: keep the last ones, seeded uniform, evenly spaced."""
 
 
+SPARE = 2
+"""Columns of a list of dropped tokens beyond the tokens themselves: a list of none or one would be compiled apart."""
+
+
 def _kept(slots: int, length: int, tail: int, share_p: int, share_q: int, floor: int) -> int:
     """k = min(m, count(length)). For symbolic sizes the count alone: where shares do not increase along the blocks m is
     never below it, and minima nested over sixty cuts are what makes a whole graph slow to compile."""
@@ -43,14 +47,17 @@ def select_tokens(
         length: tokens in the input; k = min(m, kept_count(length, share_p / share_q, tail, floor)).
 
     Returns:
-        kept `(B, k)` and dropped `(B, m - k)`, slots in ascending order, then the positions of both.
+        kept `(B, k)` and dropped `(B, m - k + 2)`, slots in ascending order, then the positions of both. The last two
+        columns of dropped are spare (`SPARE`): slot 0, position `length`.
     """
     slots = score.shape[1]
     k = _kept(slots, length, tail, share_p, share_q, floor)
     protected = torch.arange(slots, device=score.device) >= slots - tail
     order = _ranking(score.masked_fill(protected, torch.inf))
     kept, dropped = order[:, :k].sort(1).values, order[:, k:].sort(1).values
-    return kept, dropped, positions.gather(1, kept), positions.gather(1, dropped)
+    kept_positions, dropped_positions = positions.gather(1, kept), positions.gather(1, dropped)
+    spare = kept.new_zeros(score.shape[0], SPARE)
+    return kept, torch.cat((dropped, spare), 1), kept_positions, torch.cat((dropped_positions, spare + length), 1)
 
 
 @select_tokens.register_fake
@@ -59,7 +66,7 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows, slots = score.shape
     k = _kept(slots, length, tail, share_p, share_q, floor)
-    sizes = (k, slots - k, k, slots - k)
+    sizes = (k, slots - k + SPARE, k, slots - k + SPARE)
     kept, dropped, kept_at, dropped_at = (positions.new_empty(rows, size) for size in sizes)
     return kept, dropped, kept_at, dropped_at
 
@@ -90,8 +97,8 @@ def select_real_tokens(
         length: padded length of the input.
 
     Returns:
-        kept `(B, k)`, slots ascending but for a ghost; dropped `(B, m - k + 1)`: slots ascending, then the ghost's
-        slot or 0; kept positions; dropped positions, `length` in the last column of a row without ghost; kept_real
+        kept `(B, k)`, slots ascending but for a ghost; dropped `(B, m - k + 2)`: slots ascending, then the ghost's
+        slot or 0, then 0; kept positions; dropped positions, `length` in place of a ghost and in the last column; kept_real
         `(B, k)`. Over a chain of cuts, all dropped and the last kept positions name every position exactly once, and
         `length` any number of times.
     """
@@ -117,10 +124,12 @@ def select_real_tokens(
     )
     gone = torch.where(stays, slots, slot).argsort(dim=1, stable=True)[:, : slots - k]
     has_ghost = ghost.any(1, keepdim=True)
-    dropped = torch.cat((gone, ghost.long().argmax(1, keepdim=True)), 1)
+    spare = gone.new_zeros(score.shape[0], SPARE - 1)
+    dropped = torch.cat((gone, ghost.long().argmax(1, keepdim=True), spare), 1)
     kept_positions = positions.masked_fill(ghost, length).gather(1, kept)
     dropped_positions = positions.gather(1, dropped)
-    dropped_positions[:, -1:].masked_fill_(~has_ghost, length)
+    dropped_positions[:, slots - k : slots - k + 1].masked_fill_(~has_ghost, length)
+    dropped_positions[:, slots - k + 1 :] = length
     return kept, dropped, kept_positions, dropped_positions, stays_real.gather(1, kept)
 
 
@@ -138,7 +147,7 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     rows, slots = score.shape
     k = _kept(slots, length, tail, share_p, share_q, floor)
-    sizes = (k, slots - k + 1, k, slots - k + 1)
+    sizes = (k, slots - k + SPARE, k, slots - k + SPARE)
     kept, dropped, kept_at, dropped_at = (positions.new_empty(rows, size) for size in sizes)
     return kept, dropped, kept_at, dropped_at, real.new_empty(rows, k)
 
