@@ -1,0 +1,344 @@
+"""torch.compile of a transformed model: compiled once, for every length, batch and depth, with eager's values.
+
+Graphs are counted with a backend that runs them as they are (`CompileCounterWithBackend("eager")`): what Dynamo
+captures, and when it captures again, does not depend on the backend. Inductor itself runs on the smallest models.
+"""
+
+from __future__ import annotations
+
+import importlib
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import reference
+import torch
+from models import BY_NAME, VOCABULARY, padded, randomise, schedules, tokens
+from reference import GRADIENT_TOLERANCE, TOLERANCE, assert_close
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.utils import counters
+from torch._inductor.utils import fresh_cache
+
+import simba_fx
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
+own_model: Any = importlib.import_module("own_model")
+
+DRAWS = reference.Draws()
+FAMILIES = ("mamba", "mamba2-one-group")
+every_family = pytest.mark.parametrize("family", FAMILIES)
+every_mode = pytest.mark.parametrize("mode", ["blocks", "whole"])
+every_masking = pytest.mark.parametrize("masked", [False, True], ids=["no mask", "left-padded"])
+
+# Each batch from 2 to 20 and a spread of lengths from 9 to 300: the extremes, and the short ones one by one, where
+# counts reach the floor and where one token leaves, or none.
+SIZES = (
+    *((2 + i, 9 + 16 * i) for i in range(19)),
+    *((20 - i % 19, length) for i, length in enumerate(range(9, 25))),
+    (2, 300),
+    (20, 300),
+    (20, 9),
+    (2, 9),
+)
+FEW_SIZES = ((2, 9), (20, 300), (5, 17), (3, 12), (20, 9), (2, 300))
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo() -> Iterator[None]:
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _most_draws_are_used() -> Iterator[None]:
+    yield
+    DRAWS.check()
+
+
+def dense(family: str, blocks: int = 4, **changes: Any) -> nn.Module:
+    model = BY_NAME[family].make(num_hidden_layers=blocks, **changes)  # type: ignore[call-arg]
+    randomise(model, seed=7)
+    return model.eval()
+
+
+def left_padded(seed: int, rows: int, length: int) -> tuple[Tensor, Tensor]:
+    """Ids and mask: row b has b % 4 pads on its left, the first row none."""
+    sizes = [length - b % 4 for b in range(rows)]
+    contents = [tokens(seed + b, size) for b, size in enumerate(sizes)]
+    return padded(contents, [length - size for size in sizes], [0] * rows)
+
+
+def inputs(seed: int, rows: int, length: int, masked: bool) -> dict[str, Tensor]:
+    if not masked:
+        return {"input_ids": tokens(seed, rows, length)}
+    ids, mask = left_padded(seed, rows, length)
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def clear_inputs(model: nn.Module, rows: int, length: int, masked: bool) -> dict[str, Tensor]:
+    """Inputs for which no decision is too close to call: rounding cannot change what is kept."""
+    shares = reference.linear(len(model.backbone.layers))
+
+    def make(seed: int) -> Any:
+        return left_padded(seed, rows, length) if masked else tokens(seed, rows, length)
+
+    ids, mask, _ = DRAWS.first(model, shares, make)
+    return {"input_ids": ids} if mask is None else {"input_ids": ids, "attention_mask": mask}
+
+
+def first_call(compiled: Any, masked: bool) -> None:
+    """The call that compiles; every later recompilation is an error (`error_on_recompile`)."""
+    compiled(**inputs(0, 3, 20, masked))
+
+
+def compiled_for_counting(sparse: nn.Module, mode: str) -> tuple[Any, Any]:
+    counting = CompileCounterWithBackend("eager")
+    whole = {"fullgraph": True, "dynamic": True} if mode == "whole" else {}
+    return torch.compile(sparse, backend=counting, **whole), counting
+
+
+# No recompilation.
+
+
+@every_masking
+@every_mode
+@every_family
+def test_one_compilation_serves_every_batch_and_length(family: str, mode: str, masked: bool) -> None:
+    sparse = simba_fx.transform(dense(family), "linear", compile=mode)
+    compiled, counting = compiled_for_counting(sparse, mode)
+    recompiled = []
+    with torch.no_grad():
+        first_call(compiled, masked)
+        graphs = counting.frame_count
+        for rows, length in SIZES:
+            call = inputs(rows, rows, length, masked)
+            assert compiled(**call).logits.shape == (rows, length, VOCABULARY)
+            if counting.frame_count > graphs:
+                recompiled.append((rows, length))
+                graphs = counting.frame_count
+    assert recompiled == [], f"(batch, length) that compiled anew, after a first call of (3, 20): {recompiled}"
+
+
+@every_family
+def test_no_frame_is_compiled_twice_from_the_first_call_on(family: str) -> None:
+    """Not even while the first call runs: equal blocks meet code that is compiled already."""
+    sparse = simba_fx.transform(dense(family, blocks=6), "linear")
+    compiled, _ = compiled_for_counting(sparse, "blocks")
+    with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
+        for rows, length in ((3, 20), *FEW_SIZES):
+            compiled(**inputs(1, rows, length, masked=False))
+
+
+@every_family
+def test_the_number_of_graphs_does_not_depend_on_depth(family: str) -> None:
+    counts = []
+    for blocks in (4, 10):
+        torch._dynamo.reset()
+        sparse = simba_fx.transform(dense(family, blocks=blocks), "linear")
+        compiled, counting = compiled_for_counting(sparse, "blocks")
+        with torch.no_grad():
+            first_call(compiled, masked=False)
+        counts.append(counting.frame_count)
+    assert counts[0] == counts[1]
+    assert counts[0] <= 6  # embedding, first block, block, last block, what follows, head
+
+
+@every_masking
+@every_family
+def test_whole_is_one_graph_without_a_break(family: str, masked: bool) -> None:
+    sparse = simba_fx.transform(dense(family), "linear", compile="whole")
+    with torch.no_grad():
+        sparse(**inputs(0, 3, 20, masked))  # captures the masked graph: Dynamo does not trace a capture
+        found = torch._dynamo.explain(sparse)(**inputs(0, 3, 20, masked))
+    assert found.graph_count == 1
+    assert found.graph_break_count == 0, found.break_reasons
+
+
+@every_masking
+def test_fullgraph_needs_no_call_before_it(masked: bool) -> None:
+    """The first call of a compiled model may be the first of its signature: with a mask, say."""
+    sparse = simba_fx.transform(dense("mamba"), "linear", compile="whole")
+    compiled, counting = compiled_for_counting(sparse, "whole")
+    with torch.no_grad():
+        first_call(compiled, masked)
+    assert counting.frame_count == 1
+
+
+@every_mode
+def test_a_protected_tail_is_honoured_by_compiled_code(mode: str) -> None:
+    sparse = simba_fx.transform(dense("mamba"), "linear", compile=mode)
+    compiled, _ = compiled_for_counting(sparse, mode)
+    ids = tokens(3, 2, 61)
+    with torch.no_grad():
+        compiled(ids)
+        for tail in (5, 20):
+            with simba_fx.tail(compiled, tail):
+                found = compiled(ids).logits
+                kept = simba_fx.kept(compiled)
+                assert_close("logits", found, sparse(ids).logits, 1e-6)
+            counts = reference.counts(61, reference.linear(4), tail)
+            assert [block.shape for block in kept] == [(2, k) for k in counts]
+
+
+# Inductor.
+
+
+@every_masking
+@every_family
+def test_blocks_with_inductor_recompile_nothing_and_equal_eager(family: str, masked: bool) -> None:
+    model = dense(family)
+    sparse = simba_fx.transform(model, "linear")
+    compiled = torch.compile(sparse)
+    with torch.no_grad():
+        first_call(compiled, masked)
+        graphs = counters["stats"]["unique_graphs"]
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            for rows, length in FEW_SIZES:
+                compiled(**inputs(1, rows, length, masked))
+            for rows, length in ((2, 61), (4, 30)):
+                call = clear_inputs(model, rows, length, masked)
+                found = compiled(**call).logits
+                kept = simba_fx.kept(compiled)
+                assert_close(f"logits ({rows}, {length})", found, sparse(**call).logits, TOLERANCE[torch.float32])
+                assert all(torch.equal(a, b) for a, b in zip(kept, simba_fx.kept(sparse), strict=True))
+        assert counters["stats"]["unique_graphs"] == graphs
+
+
+@every_family
+def test_whole_with_inductor_equals_eager(family: str) -> None:
+    model = dense(family, blocks=3)
+    sparse = simba_fx.transform(model, "linear", compile="whole")
+    compiled = torch.compile(sparse, fullgraph=True, dynamic=True)
+    with torch.no_grad():
+        for rows, length in ((2, 61), (4, 30)):
+            call = clear_inputs(model, rows, length, masked=False)
+            found = compiled(**call).logits
+            assert_close(f"logits ({rows}, {length})", found, sparse(**call).logits, TOLERANCE[torch.float32])
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
+
+
+@every_family
+def test_gradients_through_the_compiled_model_equal_eager(family: str) -> None:
+    model = dense(family, blocks=3)
+    sparse = simba_fx.transform(model, "linear").train()
+    call = clear_inputs(model, 2, 40, masked=False)
+
+    def gradients(run: Any) -> dict[str, Tensor]:
+        sparse.zero_grad(set_to_none=True)
+        run(**call, labels=call["input_ids"]).loss.backward()
+        return {name: p.grad.clone() for name, p in sparse.named_parameters() if p.grad is not None}
+
+    expected = gradients(sparse)
+    found = gradients(torch.compile(sparse))
+    assert found.keys() == expected.keys() == dict(sparse.named_parameters()).keys()
+    for name, gradient in expected.items():
+        assert_close(name, found[name], gradient, GRADIENT_TOLERANCE[torch.float32])
+
+
+def test_generate_runs_on_a_compiled_model() -> None:
+    model = dense("mamba", blocks=3)
+    sparse = simba_fx.transform(model, "linear")
+    call = clear_inputs(model, 2, 30, masked=True)
+    options = {"max_new_tokens": 5, "do_sample": False}
+    expected = sparse.generate(**call, **options)
+    assert torch.equal(torch.compile(sparse).generate(**call, **options), expected)
+    compiled_in_place = simba_fx.transform(model, "linear")
+    compiled_in_place.compile(backend="eager")
+    assert torch.equal(compiled_in_place.generate(**call, **options), expected)
+    assert counters["stats"]["unique_graphs"] > 0
+
+
+# Depth costs nothing.
+
+
+def seconds_of_cpu() -> float:
+    """Of this process and of the compilers it has waited for."""
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + children.ru_utime + children.ru_stime
+
+
+def many_blocks(blocks: int) -> nn.Module:
+    return dense("mamba", blocks, hidden_size=16, state_size=4, time_step_rank=2)
+
+
+@pytest.mark.parametrize(("blocks", "allowed"), [(24, 6), (64, 15)])
+def test_transform_is_quick(blocks: int, allowed: float) -> None:
+    """CPU seconds: they do not count what else the machine does, and transform runs on one thread."""
+    model = many_blocks(blocks)
+    simba_fx.transform(dense("mamba", 2), "linear")  # imports
+    start = time.process_time()
+    sparse = simba_fx.transform(model, "linear")
+    taken = time.process_time() - start
+    assert len(simba_fx.program(sparse).cuts) == blocks - 1
+    assert taken < allowed, f"{taken:.1f} s"
+
+
+def test_sixty_four_blocks_compile_in_seconds() -> None:
+    sparse = simba_fx.transform(many_blocks(64), "linear")
+    assert len(simba_fx.program(sparse).cuts) == 63
+    compiled = torch.compile(sparse)
+    with torch.no_grad(), fresh_cache(), torch._inductor.config.patch(compile_threads=1):  # compilers: our children
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(5))  # Inductor's own start: imports, compiler flags, headers
+        start = seconds_of_cpu()
+        compiled(tokens(1, 2, 200))
+        taken = seconds_of_cpu() - start
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            compiled(tokens(2, 3, 77))
+    assert taken <= 15, f"{taken:.1f} CPU seconds"
+
+
+# Plain modules.
+
+
+@pytest.fixture(scope="module")
+def plain() -> nn.Module:
+    torch.manual_seed(0)
+    model: nn.Module = own_model.MyMamba(vocabulary=VOCABULARY, width=16, states=4, depth=4).eval()
+    return model
+
+
+@every_mode
+def test_a_plain_module_compiles_once_for_every_batch_and_length(plain: nn.Module, mode: str) -> None:
+    sparse = simba_fx.transform(plain, "linear", compile=mode)
+    compiled, counting = compiled_for_counting(sparse, mode)
+    with torch.no_grad():
+        compiled(tokens(0, 3, 20))
+        graphs = counting.frame_count
+        assert graphs == 1 if mode == "whole" else graphs <= 6
+        for rows, length in SIZES:
+            found = compiled(tokens(rows, rows, length))
+            assert found.shape == (rows, length, VOCABULARY)
+            assert counting.frame_count == graphs, f"({rows}, {length}) compiled anew"
+        ids = tokens(1, 4, 50)
+        assert_close("logits", compiled(ids), sparse(ids), 1e-6)
+
+
+@every_mode
+def test_a_plain_module_compiles_with_inductor(plain: nn.Module, mode: str) -> None:
+    sparse = simba_fx.transform(plain, "linear", criterion="recent", compile=mode)  # ties and near ties cannot flip
+    compiled = torch.compile(sparse, dynamic=True if mode == "whole" else None, fullgraph=mode == "whole")
+    ids = tokens(1, 4, 50)
+    with torch.no_grad():
+        assert_close("logits", compiled(ids), sparse(ids), TOLERANCE[torch.float32])
+
+
+# The model's own kernels.
+
+
+@every_mode
+def test_the_models_own_kernels_compile(mode: str) -> None:
+    """transformers' fallback loops over tokens, so it may compile once per length; its values stay."""
+    shares = schedules(3)["one late cut"]
+    sparse = simba_fx.transform(dense("mamba", blocks=3), shares, kernels="model", compile=mode)
+    compiled = torch.compile(sparse, backend="eager", fullgraph=mode == "whole")
+    ids = tokens(1, 2, 12)
+    with torch.no_grad():
+        assert_close("logits", compiled(ids).logits, sparse(ids).logits, TOLERANCE[torch.float32])

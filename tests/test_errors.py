@@ -1,0 +1,654 @@
+"""Every message a caller can meet, word for word; and a refusal changes nothing.
+
+What is refused before a graph exists is tested on `transform`, the rest on calls of its result. Messages of schedules
+alone: test_schedule.py.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import dense, schedules, tokens
+from torch import Tensor, nn
+from transformers.models.mamba import modeling_mamba
+
+import simba_fx
+from simba_fx.errors import (
+    CaptureError,
+    CriterionError,
+    GraphError,
+    InputError,
+    ScanNotFoundError,
+    ScheduleError,
+    SimbaError,
+)
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
+own_model: Any = importlib.import_module("own_model")
+
+LINEAR = schedules(4)["linear"]
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    return dense("mamba")
+
+
+@pytest.fixture(scope="module")
+def sparse(model: nn.Module) -> Any:
+    made = simba_fx.transform(model, LINEAR)
+    with torch.no_grad():
+        made(tokens(0, 2, 20))
+    return made
+
+
+@pytest.fixture(scope="module")
+def own() -> nn.Module:
+    torch.manual_seed(0)
+    made: nn.Module = own_model.MyMamba(vocabulary=53, width=16, states=4, depth=4).eval()
+    return made
+
+
+def runtimes(model: nn.Module) -> list[Any]:
+    return [
+        r for m in model.modules() for r in (m.__dict__.get("_simba_stack"), m.__dict__.get("_simba")) if r is not None
+    ]
+
+
+def state(model: nn.Module) -> dict[str, Any]:
+    """What a refusal must leave as it is, beside what a call returns."""
+    return {
+        "weights": {name: (id(p), p._version) for name, p in (*model.named_parameters(), *model.named_buffers())},
+        "modules": {name: (id(m), type(m), m.training) for name, m in model.named_modules()},
+        "names": {name: id(value) for owner in (modeling_mamba, own_model) for name, value in vars(owner).items()},
+        "runtimes": [
+            (r.tail, id(r.last), {k: id(v) for k, v in getattr(r, "variants", {}).items()}) for r in runtimes(model)
+        ],
+    }
+
+
+def output(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        found = model(tokens(0, 2, 20))
+    return found if isinstance(found, Tensor) else found.logits
+
+
+@contextmanager
+def refused(error: type[SimbaError], message: str, *models: nn.Module) -> Iterator[None]:
+    """The body raises exactly that, and the models are and do what they were and did."""
+    outputs = [output(model) for model in models]
+    before = [state(model) for model in models]
+    with pytest.raises(SimbaError) as caught:
+        yield
+    assert str(caught.value) == message
+    assert type(caught.value) is error
+    assert [state(model) for model in models] == before
+    assert all(torch.equal(output(model), logits) for model, logits in zip(models, outputs))
+
+
+# Arguments of transform.
+
+
+def three_numbers(operands: Any, query: Tensor) -> Tensor:
+    return torch.zeros(3)
+
+
+def one_number(operands: Any, query: Tensor) -> Any:
+    return 3
+
+
+SHARES = "a share is the part of the input's tokens that enters the block."
+ARGUMENTS: dict[str, tuple[dict[str, Any], type[SimbaError], str]] = {
+    "schedule name": (
+        {"schedule": "lineal"},
+        ScheduleError,
+        "expected a schedule name, one of linear, constant, cosine, dense; found 'lineal'.",
+    ),
+    "schedule type": (
+        {"schedule": None},
+        ScheduleError,
+        "expected a schedule (a name, share, mapping, function, sequence or object), found None;"
+        " write for example schedule='linear' or schedule=Linear(final=0.1).",
+    ),
+    "criterion name": (
+        {"criterion": "simbo"},
+        CriterionError,
+        "Unknown criterion 'simbo': expected one of 'simba', 'simba-abs', 'no-decay', 'delta-norm', 'clip', 'recent',"
+        " 'random', 'stride', or a callable (scan operands, query) -> (B, L).",
+    ),
+    "criterion type": (
+        {"criterion": 3},
+        CriterionError,
+        "Expected a criterion's name or a callable, found int.",
+    ),
+    "increasing shares": (
+        {"schedule": [1, 0.5, 0.6, 0.1]},
+        ScheduleError,
+        "Explicit(values=(1, 0.5, 0.6, 0.1)): expected shares that never increase, found 0.6 at block 2 after 0.5; a"
+        " token that left cannot come back, so lower this share or raise those before it.",
+    ),
+    "share of zero": (
+        {"schedule": [1, 0.5, 0, 0]},
+        ScheduleError,
+        f"Explicit(values=(1, 0.5, 0, 0)): expected shares in (0, 1], found 0 at block 2; {SHARES}",
+    ),
+    "share above one": (
+        {"schedule": lambda n: [1.2] * n},
+        ScheduleError,
+        f"Custom(<lambda>): expected shares in (0, 1], found 1.2 at block 0; {SHARES}",
+    ),
+    "ratio above one": (
+        {"schedule": 1.5},
+        ScheduleError,
+        "Constant(share=1.5, start=1): expected share in (0, 1], found 1.5.",
+    ),
+    "first share": (
+        {"schedule": [0.9, 0.5, 0.4, 0.1]},
+        ScheduleError,
+        "Explicit(values=(0.9, 0.5, 0.4, 0.1)): expected share 1 at block 0, found 0.9; every token enters the first"
+        " block, so begin with 1.",
+    ),
+    "count of shares": (
+        {"schedule": [1, 0.5]},
+        ScheduleError,
+        "Explicit(values=(1, 0.5)): expected 4 shares, one per block, found 2; write 4 shares or a mapping block ->"
+        " share.",
+    ),
+    "no such block": (
+        {"schedule": {9: 0.5}},
+        ScheduleError,
+        "Stages({9: 0.5}): expected blocks 0 to 3, found block 9; the model has 4 blocks.",
+    ),
+    "output": ({"output": "all"}, SimbaError, "Unknown output='all': expected 'full' or 'kept'."),
+    "kernels": ({"kernels": "fast"}, SimbaError, "Unknown kernels='fast': expected 'auto' or 'model'."),
+    "compile": ({"compile": True}, SimbaError, "Unknown compile=True: expected 'blocks' or 'whole'."),
+    "negative floor": ({"floor": -1}, SimbaError, "floor is a number of tokens, at least 0; found -1."),
+    "fractional floor": ({"floor": 1.5}, SimbaError, "floor is a number of tokens, at least 0; found 1.5."),
+    "boolean floor": ({"floor": True}, SimbaError, "floor is a number of tokens, at least 0; found True."),
+}
+
+
+@pytest.mark.parametrize(("options", "error", "message"), ARGUMENTS.values(), ids=list(ARGUMENTS))
+def test_arguments(model: nn.Module, options: dict[str, Any], error: type[SimbaError], message: str) -> None:
+    with refused(error, message, model):
+        simba_fx.transform(model, **options)
+
+
+@pytest.mark.parametrize("family", ["transformers", "plain"])
+def test_a_wrong_argument_is_refused_whatever_the_model(model: nn.Module, own: nn.Module, family: str) -> None:
+    dense_model = model if family == "transformers" else own
+    with refused(*ARGUMENTS["criterion name"][1:], dense_model):
+        simba_fx.transform(dense_model, criterion="simbo")
+    with refused(*ARGUMENTS["count of shares"][1:], dense_model):
+        simba_fx.transform(dense_model, [1, 0.5])
+
+
+def test_an_unknown_keyword_is_refused(model: nn.Module) -> None:
+    with pytest.raises(TypeError, match="unexpected keyword argument 'shedule'"):
+        simba_fx.transform(model, shedule="linear")  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="positional argument"):
+        simba_fx.transform(model, "linear", "simba")  # type: ignore[misc]
+
+
+def test_a_seed_that_is_no_number_is_refused_at_once(model: nn.Module) -> None:
+    with pytest.raises(SimbaError, match=r"seed.*found 'a'"):
+        simba_fx.transform(model, "linear", criterion="random", seed="a")  # type: ignore[arg-type]
+
+
+# What is transformed.
+
+
+def test_not_a_module() -> None:
+    with refused(SimbaError, "transform expects a torch.nn.Module, found function."):
+        simba_fx.transform(lambda x: x)  # type: ignore[arg-type]
+
+
+ALREADY = "This {} is already the result of simba_fx.transform; expected a dense model. Transform the original instead."
+
+
+def test_a_transformed_model(sparse: Any) -> None:
+    with refused(SimbaError, ALREADY.format("MambaForCausalLM"), sparse):
+        simba_fx.transform(sparse)
+
+
+def test_the_stack_of_a_transformed_model(sparse: Any) -> None:
+    with refused(SimbaError, ALREADY.format("MambaModel"), sparse):
+        simba_fx.transform(sparse.backbone)
+
+
+def test_a_transformed_model_behind_torch_compile(sparse: Any) -> None:
+    with refused(SimbaError, ALREADY.format("MambaForCausalLM"), sparse):
+        simba_fx.transform(torch.compile(sparse))
+
+
+def test_a_transformed_plain_module(own: nn.Module) -> None:
+    made = simba_fx.transform(own, LINEAR)
+    with refused(SimbaError, ALREADY.format("Program"), made):
+        simba_fx.transform(made)
+
+
+REGISTER = (
+    " If the model runs its scan in a function of its own, register it: simba_fx.register_scan(function, adapter)."
+)
+
+
+def test_no_recurrence_at_all() -> None:
+    message = (
+        "No scan was found in Sequential: expected at least one call of a registered scan function while it was traced, found"
+        " none." + REGISTER
+    )
+    with refused(ScanNotFoundError, message):
+        simba_fx.transform(nn.Sequential(nn.Embedding(53, 8), nn.Linear(8, 53)))
+
+
+def unregistered_scan(x: Tensor, A: Tensor) -> Tensor:
+    return torch.cumsum(x * A, 1)
+
+
+class Mixer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.A_log = nn.Parameter(torch.zeros(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + unregistered_scan(x, -self.A_log.exp())
+
+
+class Unregistered(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(53, 8)
+        self.mixers = nn.ModuleList(Mixer() for _ in range(2))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x: Tensor = self.embedding(ids)
+        for mixer in self.mixers:
+            x = mixer(x)
+        return x
+
+
+def test_a_function_that_is_not_registered() -> None:
+    message = (
+        "No scan was found in Unregistered: expected at least one call of a registered scan function while it was"
+        " traced, found none. Functions of its code that look like scans and are not registered:"
+        f" {__name__}.unregistered_scan. Register the one that runs the scan:"
+        " simba_fx.register_scan(function, adapter)."
+    )
+    bad = Unregistered()
+    with refused(ScanNotFoundError, message, bad):
+        simba_fx.transform(bad)
+
+
+class HalfRegistered(nn.Module):
+    """One block whose recurrence is known, one whose is not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(53, 8)
+        self.blocks = nn.ModuleList([own_model.Block(8, 2), Mixer()])
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x: Tensor = self.embedding(ids)
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def test_one_mixer_of_several_is_not_registered() -> None:
+    message = (
+        "blocks.1 (Mixer) holds the weights of a scan (A_log) but called no registered scan function while it was"
+        f" traced. Functions of its code that look like scans and are not registered: {__name__}.unregistered_scan."
+        " Register the one that runs the scan: simba_fx.register_scan(function, adapter)."
+    )
+    bad = HalfRegistered()
+    with refused(CaptureError, message, bad):
+        simba_fx.transform(bad)
+
+
+class FixedLength(own_model.MyMamba):  # type: ignore[misc, name-defined]
+    """Python that needs the length as a number."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        weights = torch.tensor([1.0 / (t + 1) for t in range(ids.shape[1])])
+        hidden = self.embedding(ids) * weights[:, None]
+        for block in self.blocks:
+            hidden = block(hidden)
+        return self.head(self.norm(hidden))
+
+
+def test_a_length_that_does_not_stay_symbolic() -> None:
+    """One sentence of ours: what was expected, what fixed the length, and what to do; no page of torch's."""
+    bad = FixedLength(vocabulary=53, width=8, states=2, depth=2).eval()
+    logits = output(bad)
+    before = state(bad)
+    with pytest.raises(CaptureError) as caught:
+        simba_fx.transform(bad)
+    message = str(caught.value)
+    assert "FixedLength" in message
+    assert "length" in message
+    assert "symbol" in message
+    assert "\n" not in message
+    assert len(message) < 700
+    assert state(bad) == before
+    assert torch.equal(output(bad), logits)
+
+
+def test_experts_in_a_python_loop() -> None:
+    from transformers import JambaConfig, JambaForCausalLM
+
+    config = JambaConfig(
+        vocab_size=53, hidden_size=16, intermediate_size=16, num_hidden_layers=4, num_attention_heads=2,
+        num_key_value_heads=1, attn_layer_period=4, attn_layer_offset=3, expert_layer_period=2, expert_layer_offset=1,
+        num_experts=2, num_experts_per_tok=1, mamba_d_state=4, mamba_dt_rank=2, use_mamba_kernels=False, pad_token_id=0,
+    )  # fmt: skip
+    config._experts_implementation = "eager"
+    bad = JambaForCausalLM(config).eval()
+    message = (
+        "experts_implementation='eager' loops over experts in Python and cannot be captured; expected 'grouped_mm' or"
+        " 'batched_mm'. Load the model with experts_implementation='grouped_mm'."
+    )
+    with refused(CaptureError, message, bad):
+        simba_fx.transform(bad)
+
+
+# Plain modules and their example.
+
+
+def test_a_plain_module_without_an_embedding_needs_an_example() -> None:
+    message = (
+        "Block is a plain module without an embedding; expected example_inputs=(tensor, ...) with the arguments of its"
+        " forward, (B, L, ...) with B ≠ L. Pass them to transform."
+    )
+    with refused(CaptureError, message):
+        simba_fx.transform(own_model.Block(8, 2))
+
+
+def test_an_example_without_a_sequence() -> None:
+    message = "example_inputs must hold at least one tensor (B, L, ...); found {'hidden': 'int'}."
+    with refused(CaptureError, message):
+        simba_fx.transform(own_model.Block(8, 2), example_inputs=(3,))
+
+
+def test_a_plain_module_called_with_other_arguments() -> None:
+    made = simba_fx.transform(OptionalScale(vocabulary=53, width=8, states=2, depth=4).eval(), LINEAR)
+    again = "Transform the module again with example_inputs like this call's."
+    before = f"This program was captured with the arguments ids; found also ['scale'], without []. {again}"
+    with refused(InputError, before, made):
+        made(tokens(0, 2, 20), scale=torch.ones(()))
+    before = f"This program was captured with the arguments ids; found also [], without ['ids']. {again}"
+    with refused(InputError, before, made):
+        made(None)
+
+
+class OptionalScale(own_model.MyMamba):  # type: ignore[misc, name-defined]
+    def forward(self, ids: Tensor, scale: Tensor | None = None) -> Tensor:
+        hidden = self.embedding(ids)
+        for block in self.blocks:
+            hidden = block(hidden)
+        return self.head(hidden if scale is None else hidden * scale)
+
+
+# Registering.
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((3, len), "register_scan expects a callable function, found int."),
+        ((len, None), "register_scan expects a callable adapter, found NoneType."),
+    ],
+    ids=["function", "adapter"],
+)
+def test_registering_what_cannot_be_called(arguments: tuple[Any, Any], message: str) -> None:
+    with refused(SimbaError, message):
+        simba_fx.register_scan(*arguments)
+
+
+def first_tokens(x: Tensor, length: int) -> Tensor:
+    return x.cumsum(1)[:, :length]
+
+
+class Other(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(53, 8)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x: Tensor = self.embedding(ids)
+        return x + first_tokens(x, ids.shape[1])
+
+
+@pytest.fixture
+def register(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """`register_scan`, undone after the test."""
+    from simba_fx import lift
+
+    monkeypatch.setattr(lift, "_registered", dict(lift._registered))
+    return simba_fx.register_scan
+
+
+def test_an_adapter_that_names_no_operands(register: Callable[..., None]) -> None:
+    register(first_tokens, lambda x, length: x)
+    message = (
+        "The adapter registered for first_tokens returned FakeTensor; expected a simba_fx.SelectiveScan or a"
+        " simba_fx.SSDScan. Correct the call of simba_fx.register_scan."
+    )
+    bad = Other()
+    with refused(CaptureError, message, bad):
+        simba_fx.transform(bad)
+
+
+def test_a_length_given_to_the_function(register: Callable[..., None]) -> None:
+    def adapter(x: Tensor, length: int) -> Any:
+        u = x.transpose(1, 2)
+        return simba_fx.SelectiveScan(u, u, -torch.ones(8, 2), u[:, :2], u[:, :2]), lambda y, _: y.transpose(1, 2)
+
+    register(first_tokens, adapter)
+    message = (
+        "first_tokens was called with a length as a plain number; expected tensors and constants. Read the length from a"
+        " tensor inside the function."
+    )
+    bad = Other()
+    with refused(CaptureError, message, bad):
+        simba_fx.transform(bad)
+
+
+# Calls of a transformed model.
+
+
+def test_a_prompt_shorter_than_the_tail(sparse: Any) -> None:
+    message = (
+        "simba_fx.tail protects the last 21 tokens, but the prompt has 20; expected a tail of at most the prompt's"
+        " length. Lower the tail or pass a longer prompt."
+    )
+    with refused(InputError, message, sparse), simba_fx.tail(sparse, 21):
+        sparse(tokens(0, 2, 20))
+
+
+def test_a_row_shorter_than_the_tail(sparse: Any) -> None:
+    mask = torch.ones(2, 20, dtype=torch.int64)
+    mask[1, :12] = 0
+    message = (
+        "simba_fx.tail protects the last 9 tokens, but row 1 has 8 real tokens; expected a tail of at most the shortest"
+        " row's length. Lower the tail or remove the row."
+    )
+    with refused(InputError, message, sparse), simba_fx.tail(sparse, 9):
+        sparse(tokens(0, 2, 20), attention_mask=mask)
+
+
+def test_a_one_token_prompt_shorter_than_the_tail(sparse: Any) -> None:
+    message = (
+        "simba_fx.tail protects the last 2 tokens, but the prompt has 1; expected a tail of at most the prompt's"
+        " length. Lower the tail or pass a longer prompt."
+    )
+    with refused(InputError, message, sparse), simba_fx.tail(sparse, 2):
+        sparse(tokens(0, 2, 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float32])
+def test_a_row_of_pads_alone(sparse: Any, dtype: torch.dtype) -> None:
+    mask = torch.ones(2, 20, dtype=dtype)
+    mask[1] = 0
+    message = "Row 1 of attention_mask is all padding; expected at least one real token in every row. Remove the row."
+    with refused(InputError, message, sparse):
+        sparse(tokens(0, 2, 20), attention_mask=mask)
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 20, 20), (2, 19)])
+def test_a_mask_of_another_shape(sparse: Any, shape: tuple[int, ...]) -> None:
+    message = (
+        f"Expected an attention_mask (B, L) with L = 20, 1 for real tokens and 0 for padding; found shape {shape}."
+    )
+    with refused(InputError, message, sparse):
+        sparse(tokens(0, 2, 20), attention_mask=torch.ones(shape))
+
+
+def test_a_mask_of_another_batch(sparse: Any) -> None:
+    with refused(
+        InputError,
+        "Expected an attention_mask (B, L) = (2, 20), 1 for real tokens and 0 for padding; found shape (3, 20).",
+        sparse,
+    ):
+        sparse(tokens(0, 2, 20), attention_mask=torch.ones(3, 20))
+
+
+def test_several_tokens_on_a_warm_cache(sparse: Any) -> None:
+    with torch.no_grad():
+        cache = sparse(tokens(1, 2, 20), use_cache=True).cache_params
+    states = copy.deepcopy([layer.recurrent_states for layer in cache.layers])
+    message = (
+        "MambaModel was called with 3 new tokens on a warm cache; expected a whole prompt with an empty cache, or one"
+        " new token. Pass the tokens one at a time, or start with an empty cache."
+    )
+    with refused(InputError, message, sparse), torch.no_grad():
+        sparse(tokens(2, 2, 3), cache_params=cache, use_cache=True)
+    for before, layer in zip(states, cache.layers, strict=True):
+        assert all(torch.equal(before[key], layer.recurrent_states[key]) for key in before)
+
+
+def test_an_argument_that_is_no_tensor(sparse: Any) -> None:
+    message = (
+        "MambaModel was called with packed=True, which a captured graph cannot take; expected tensors, use_cache,"
+        " output_hidden_states and return_dict. Leave the argument out."
+    )
+    with refused(InputError, message, sparse):
+        sparse.backbone(tokens(0, 2, 20), packed=True)
+
+
+def test_ids_and_embeddings_together_meet_the_models_own_message(sparse: Any) -> None:
+    with pytest.raises(ValueError, match="exactly one of input_ids or inputs_embeds"):
+        sparse(tokens(0, 2, 20), inputs_embeds=torch.zeros(2, 20, 20))
+
+
+@pytest.mark.parametrize("tail", [0, -1, 1.5, "3", True, None])
+def test_a_tail_that_is_no_count(sparse: Any, tail: Any) -> None:
+    message = f"tail expects a whole number of tokens, at least 1; found {tail!r}."
+    with refused(SimbaError, message, sparse), simba_fx.tail(sparse, tail):
+        pass
+
+
+WITHOUT = "Expected a model returned by simba_fx.transform, found a MambaForCausalLM without one."
+
+
+@pytest.mark.parametrize("ask", [simba_fx.kept, simba_fx.explain, simba_fx.program], ids=lambda f: f.__name__)
+def test_questions_about_a_dense_model(model: nn.Module, ask: Callable[[nn.Module], Any]) -> None:
+    with refused(SimbaError, WITHOUT, model):
+        ask(model)
+
+
+def test_a_tail_on_a_dense_model(model: nn.Module) -> None:
+    with refused(SimbaError, WITHOUT, model), simba_fx.tail(model, 2):
+        pass
+
+
+@pytest.mark.parametrize("family", ["transformers", "plain"])
+def test_kept_before_any_call(model: nn.Module, own: nn.Module, family: str) -> None:
+    made = simba_fx.transform(model if family == "transformers" else own, LINEAR)
+    with refused(
+        SimbaError, "kept() tells what the last call kept; expected a call of the model before it, found none."
+    ):
+        simba_fx.kept(made)
+    assert output(made).shape == (2, 20, 53)
+    assert len(simba_fx.kept(made)) == 4
+
+
+# A user's criterion.
+
+
+@pytest.mark.parametrize("compile", ["blocks", "whole"])
+@pytest.mark.parametrize(("criterion", "found"), [(three_numbers, "(3,)"), (one_number, "int")], ids=["shape", "type"])
+def test_a_criterion_of_the_wrong_shape(model: nn.Module, compile: Any, criterion: Any, found: str) -> None:
+    made = simba_fx.transform(model, LINEAR, criterion=criterion, compile=compile)
+    message = f"The criterion {criterion.__name__} returned {found}; expected a tensor (B, L) = (2, 20), higher = keep."
+    with refused(CriterionError, message, model):
+        output(made)
+
+
+# Graphs that cannot be cut.
+
+
+class Widened(own_model.MyMamba):  # type: ignore[misc, name-defined]
+    """Carries a value of L + 3 from block to block."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        hidden = self.embedding(ids)
+        wide = nn.functional.pad(hidden, (0, 0, 3, 0))
+        for block in self.blocks:
+            hidden = block(hidden) + wide[:, 3:]
+        return self.head(hidden)
+
+
+def message_of_refused_graph(bad: nn.Module) -> str:
+    """Symbols of sizes, which torch numbers as it likes, read `s`; the pass must be named beside the message."""
+    logits, before = output(bad), state(bad)
+    with pytest.raises(GraphError) as caught:
+        simba_fx.transform(bad)
+    assert caught.value.__notes__ == ["while simba_fx ran the pass GatherSurvivors(output='full')"]
+    assert state(bad) == before
+    assert torch.equal(output(bad), logits)
+    return re.sub(r"\bs\d+\b", "s", str(caught.value))
+
+
+def test_a_value_computed_from_the_length_crosses_a_cut() -> None:
+    assert message_of_refused_graph(Widened(vocabulary=53, width=8, states=2, depth=3).eval()) == (
+        "Node pad in the model's own forward has size (s, s + 3, 8) and crosses a cut; dimension 1 is s + 3,"
+        " computed from the sequence length s but not equal to it, so survivors cannot be gathered along it. Keep"
+        " that block whole (give the next block the same share)."
+    )
+
+
+class ChannelsFirstBlock(own_model.Block):  # type: ignore[misc, name-defined]
+    def forward(self, hidden: Tensor) -> Tensor:
+        found: Tensor = super().forward(hidden.transpose(1, 2)).transpose(1, 2)
+        return found.contiguous()
+
+
+class ChannelsFirst(own_model.MyMamba):  # type: ignore[misc, name-defined]
+    """Carries `(B, D, L)` from block to block."""
+
+    def __init__(self) -> None:
+        super().__init__(vocabulary=53, width=8, states=2, depth=3)
+        self.blocks = nn.ModuleList(ChannelsFirstBlock(8, 2) for _ in range(3))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        hidden = self.embedding(ids).transpose(1, 2)
+        for block in self.blocks:
+            hidden = block(hidden)
+        return self.head(hidden.transpose(1, 2))
+
+
+def test_a_layout_that_cannot_be_gathered() -> None:
+    assert message_of_refused_graph(ChannelsFirst().eval()) == (
+        "Node contiguous in blocks.0 has shape (s, 8, s) and crosses a cut; expected (B, L, ...) with L in dimension 1"
+        " alone, found it in (2,). This layout cannot be gathered yet; keep the blocks around it whole (give them the"
+        " same share)."
+    )
