@@ -83,9 +83,9 @@ class GatherSurvivors:
         val = value(node)
         if dims != (1,) or val.shape[0] != value(kept).shape[0]:
             raise GraphError(
-                f"Node {node.name} in {where(node)} has shape {tuple(val.shape)} and crosses a cut; expected (B, L, ...) "
-                f"with L in dimension 1 alone, found it in {dims}. This layout cannot be gathered yet; keep the blocks "
-                "around it whole (give them the same share)."
+                f"Node {node.name} in {where(node)} has shape {tuple(val.shape)} and crosses a cut; expected "
+                f"(B, L, ...) with L in dimension 1 alone, found it in {dims}. This layout cannot be gathered yet; keep "
+                "the blocks around it whole (give them the same share)."
             )
         role = "carried" if carried else "invariant"
         if val.dim() == 2:
@@ -138,7 +138,7 @@ def _from_mask_alone(graph: fx.Graph, facts: Facts) -> set[fx.Node]:
     found = {placeholder(graph, facts.mask)}
     for node in graph.nodes:
         inputs = [n for n in node.all_input_nodes if isinstance(value(n), Tensor)]
-        if inputs and node.op == "call_function" and all(n in found for n in inputs):
-            if tracked(graph, "real") is not node and isinstance(value(node), Tensor):
-                found.add(node)
+        bookkeeping = node.meta.get("simba_fx", {}).get("role") == "real"
+        if inputs and isinstance(value(node), Tensor) and not bookkeeping and all(n in found for n in inputs):
+            found.add(node)
     return found

@@ -36,7 +36,7 @@ class RestoreKernels:
         for node in list(graph.nodes):
             if node.target is not _EXIT:
                 continue
-            result, index, leaf = node.args
+            _, index, leaf = node.args
             site = self.sites[index]
             insert = Insert(graph, node, region(node), self.name)
             if index not in calls:

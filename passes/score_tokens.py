@@ -24,7 +24,8 @@ class ScoreTokens:
     """Insert one score per cut, `(B, k)` float32, higher = keep (method.md section 2).
 
     Before: `y, state = selective_scan(u, delta, A, B, C, D, z, delta_bias, True)`.
-    After, at the block's end: `score = selective_token_score(u, delta, A, B, C, delta_bias, True, real, tail, 'simba')`.
+    After, at the block's end: `score_3 = selective_token_score(u, delta, A, B, C, delta_bias, True, real, tail,
+    'simba')`.
 
     1. One scan in the block: its score. 2. Several: the maximum over them. 3. A criterion that looks at positions
     only ("recent", "random", "stride") reads no scan. 4. A user's criterion is the graph's submodule `criterion`.

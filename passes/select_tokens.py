@@ -43,10 +43,11 @@ class SelectTokens:
             share = (cut.share.numerator, cut.share.denominator, self.floor)
             grid = value(positions)
             vals = (grid, grid, grid, grid)
-            target, padding = torch.ops.simba_fx.select_tokens.default, ()
+            target, arguments = torch.ops.simba_fx.select_tokens.default, (score, positions)
             if real is not None:
-                target, padding, vals = torch.ops.simba_fx.select_real_tokens.default, (real, lengths), (*vals, value(real))
-            arguments = (score, positions, *padding, *rule, *share)
+                target, arguments = torch.ops.simba_fx.select_real_tokens.default, (score, positions, real, lengths)
+                vals = (*vals, value(real))
+            arguments = (*arguments, *rule, *share)
             chosen = insert(target, *arguments, val=vals, role="select", like=score, name=f"chosen_{cut.block}")
             for index, (name, val) in enumerate(zip(OUTPUTS, vals)):
                 result = insert(operator.getitem, chosen, index, val=val, role=name, name=f"{name}_{cut.block}")

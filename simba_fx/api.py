@@ -30,7 +30,7 @@ def transform(model: nn.Module, schedule: ScheduleLike = "linear", *, criterion:
     """A sparse twin of `model` over the same weights; `model` itself is untouched and stays dense.
 
     Before: every block of `model` sees all L tokens. After: block i sees `kept_count(L, r_i)` of them, chosen by their
-    contribution to the scan's output at the query position (Simba, TMLR 2025; exactly what: README, "What is computed").
+    contribution to the scan's output at the query position (Simba, TMLR 2025).
 
     Args:
         model: a transformers Mamba-style model, or any `nn.Module` that calls a registered scan function.
@@ -78,7 +78,8 @@ def _runtime(model: nn.Module) -> Any:
     inner = getattr(model, "_orig_mod", model)  # what torch.compile wraps
     runtime = runtime_of(inner) or next((r for m in inner.modules() if (r := runtime_of(m)) is not None), None)
     if runtime is None:
-        raise SimbaError(f"Expected a model returned by simba_fx.transform, found a {type(model).__name__} without one.")
+        name = type(model).__name__
+        raise SimbaError(f"Expected a model returned by simba_fx.transform, found a {name} without one.")
     return runtime
 
 

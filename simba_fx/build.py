@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
@@ -10,7 +9,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from simba_fx import ops, passes, schedule
 from simba_fx.capture import Captured
@@ -47,10 +45,10 @@ class Options:
             )
         if not isinstance(self.criterion, str) and not callable(self.criterion):
             raise CriterionError(f"Expected a criterion's name or a callable, found {type(self.criterion).__name__}.")
-        for name, known in (("output", ("full", "kept")), ("kernels", ("auto", "model")), ("compile", ("blocks", "whole"))):
+        choices = {"output": ("full", "kept"), "kernels": ("auto", "model"), "compile": ("blocks", "whole")}
+        for name, known in choices.items():
             if getattr(self, name) not in known:
-                choices = " or ".join(map(repr, known))
-                raise SimbaError(f"Unknown {name}={getattr(self, name)!r}: expected {choices}.")
+                raise SimbaError(f"Unknown {name}={getattr(self, name)!r}: expected {' or '.join(map(repr, known))}.")
         if not isinstance(self.floor, int) or self.floor < 0:
             raise SimbaError(f"floor is a number of tokens, at least 0; found {self.floor!r}.")
 

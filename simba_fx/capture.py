@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import copy
 import inspect
+import itertools
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -122,7 +124,9 @@ def _example_sizes(inputs: Mapping[str, Any], primary: str) -> tuple[int, int]:
     lead = inputs.get(primary)
     if not isinstance(lead, Tensor) or lead.dim() < 2 or len({1, *lead.shape[:2]}) < 3:
         found = tuple(lead.shape) if isinstance(lead, Tensor) else type(lead).__name__
-        raise CaptureError(f"Capture expects an example {primary} of shape (B, L, ...), B ≠ L, both > 1; found {found}.")
+        raise CaptureError(
+            f"Capture expects an example {primary} of shape (B, L, ...), B ≠ L, both > 1; found {found}."
+        )
     return int(lead.shape[0]), int(lead.shape[1])
 
 
@@ -142,7 +146,8 @@ def _explained(error: Exception, owner: nn.Module) -> Exception:
         cause = cause.__cause__ or cause.__context__
     first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return CaptureError(
-        f"{type(owner).__name__} could not be captured as one graph with a symbolic length: {first[:300]}{_advice(owner)}"
+        f"{type(owner).__name__} could not be captured as one graph with a symbolic length: "
+        f"{first[:300]}{_advice(owner)}"
     )
 
 
@@ -191,18 +196,22 @@ def _attribute(module: nn.Module, target: str) -> Any:
 
 def _drop_no_ops(graph: fx.Graph) -> None:
     for node in list(graph.nodes):
-        name = getattr(node.target, "_opname", "")
-        if name in _ASSERTIONS or (node.op == "call_module" and "guards" in str(node.target)):
+        if getattr(node.target, "_opname", "") in _ASSERTIONS:
             graph.erase_node(node)
-        elif node.target is torch.ops.aten.to.dtype and len(node.args) == 2 and not node.kwargs:
-            if value(node.args[0]).dtype == node.args[1]:
-                node.replace_all_uses_with(node.args[0])
-                graph.erase_node(node)
-        elif node.target is torch.ops.aten.slice.Tensor and len(node.args) == 4 and node.args[2] == 0:
-            if isinstance(node.args[3], int) and node.args[3] > _EVERYTHING:
-                node.replace_all_uses_with(node.args[0])
-                graph.erase_node(node)
+        elif _is_no_op(node):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
     drop_dead_code(graph)
+
+
+def _is_no_op(node: fx.Node) -> bool:
+    """A cast to the dtype that its input has, or a slice that takes everything."""
+    if node.target is torch.ops.aten.to.dtype:
+        return len(node.args) == 2 and not node.kwargs and bool(value(node.args[0]).dtype == node.args[1])
+    if node.target is torch.ops.aten.slice.Tensor and len(node.args) == 4:
+        _, _, start, end = node.args
+        return start == 0 and isinstance(end, int) and end > _EVERYTHING
+    return False
 
 
 def _read_sizes_once(graph: fx.Graph, facts: Facts) -> None:
@@ -282,28 +291,32 @@ def _narrowest_regions(graph: fx.Graph, scans: list[fx.Node], sequence: sympy.Sy
     """No list of blocks: cut between two scans where the fewest bytes that depend on the length are alive."""
     nodes = list(graph.nodes)
     at = {node: i for i, node in enumerate(nodes)}
-    last_use = {node: max((at[user] for user in node.users if user.op != "output"), default=at[node]) for node in nodes}
     alive = [0] * (len(nodes) + 1)
     for node in nodes:
-        val = value(node)
-        if node.op != "placeholder" and isinstance(val, Tensor) and any(
-            sequence in expression(size).free_symbols for size in val.shape
-        ):
-            size = val.element_size() * int(torch.Size(int(expression(s).subs(sequence, 64).subs(
-                {symbol: 2 for symbol in expression(s).free_symbols})) for s in val.shape).numel())  # fmt: skip
-            for i in range(at[node] + 1, last_use[node] + 1):
-                alive[i] += size
-    ends, widest = [], 0
-    for scan, following in zip(scans, scans[1:]):
-        span = range(at[scan] + 1, at[following] + 1)
-        ends.append(min(span, key=lambda i: alive[i]))
-        widest = max(widest, alive[ends[-1]])
-    tail = range(at[scans[-1]] + 1, len(nodes))
-    ends.append(next((i for i in tail if alive[i] <= widest), tail[-1] if tail else len(nodes) - 1))
-    first = min((at[node] for node in nodes if node.op not in ("placeholder", "get_attr")), default=0)
-    current = 0
+        last_use = max((at[user] for user in node.users if user.op != "output"), default=at[node])
+        for i in range(at[node] + 1, last_use + 1 if node.op != "placeholder" else 0):
+            alive[i] += _sequence_bytes(node, sequence)
+    ends = [
+        min(range(at[scan] + 1, at[following] + 1), key=alive.__getitem__)
+        for scan, following in itertools.pairwise(scans)
+    ]
+    widest = max((alive[end] for end in ends), default=0)
+    rest = range(at[scans[-1]] + 1, len(nodes))
+    ends.append(next((i for i in rest if alive[i] <= widest), len(nodes) - 1))
     for i, node in enumerate(nodes):
-        while current < len(ends) and i >= ends[current]:
-            current += 1
-        node.meta[REGION] = -1 if i < first or node.op in ("placeholder", "get_attr") else current
+        hoisted = node.op in ("placeholder", "get_attr")
+        node.meta[REGION] = -1 if hoisted else sum(i >= end for end in ends)
     return tuple(where(scan) for scan in scans)
+
+
+def _sequence_bytes(node: fx.Node, sequence: sympy.Symbol, length: int = 64) -> int:
+    """Bytes of one row of a tensor that has the length among its sizes, for a prompt of `length` tokens; else 0."""
+    val = value(node)
+    if not isinstance(val, Tensor):
+        return 0
+    sizes = [expression(size) for size in val.shape]
+    if not any(sequence in size.free_symbols for size in sizes):
+        return 0
+    numbers = {symbol: length if symbol == sequence else 1 for size in sizes for symbol in size.free_symbols}
+    concrete = [int(size.subs(numbers)) for size in sizes]
+    return math.prod(concrete) * val.element_size()

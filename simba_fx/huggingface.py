@@ -20,8 +20,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from simba_fx.build import Built, Options, build
-from simba_fx.capture import Captured, capture
+from simba_fx.caches import Entry, fill, is_warm, new_cache, recording_cache
+from simba_fx.capture import capture
 from simba_fx.errors import CaptureError, InputError
+from simba_fx.inputs import check_mask
 from simba_fx.program import dynamic_marker, left_alone, left_to_python
 
 __all__ = ["SparseStack", "install", "is_pretrained"]
@@ -110,7 +112,7 @@ class Variant:
     output_type: type
     parameters: tuple[tuple[str, Any], ...]
     spec: pytree.TreeSpec
-    states: tuple[tuple[int, str, int], ...]
+    states: tuple[Entry, ...]
 
     def fresh(self, stack: nn.Module) -> bool:
         """Whether the stack still holds the parameters that the program was built over."""
@@ -188,7 +190,7 @@ class SparseStack:
         self.last = (embeds.shape[0], embeds.shape[1], variant.built, kept[::step], real, mask)
         named, _ = pytree.tree_unflatten([*values, *states], variant.spec)
         if call.cache is not None:
-            _fill(call.cache, variant.states, states)
+            fill(call.cache, variant.states, states)
             named[call.cache_name] = call.cache
         output = variant.output_type(**named)
         return output if call.return_dict else output.to_tuple()
@@ -199,7 +201,7 @@ class _Observed:
     """What a shell saw while it was traced. Not attributes of the module: export puts those back."""
 
     output_type: type = dict
-    states: tuple[tuple[int, str, int], ...] = ()
+    states: tuple[Entry, ...] = ()
     values: int = 0
 
 
@@ -239,62 +241,6 @@ def _own_forward(stack: nn.Module) -> Callable[..., Any]:
     """The forward that the model's class defines, also for a stack that is already sparse."""
     cls = next(cls for cls in type(stack).__mro__ if not cls.__dict__.get("_simba_class"))
     return cls.forward.__get__(stack)
-
-
-# --- caches ------------------------------------------------------------------------------------------------------
-
-
-def recording_cache(config: Any) -> Any:
-    """An empty cache of transformers' own class that notes what each layer would store, and changes nothing."""
-    from transformers import DynamicCache
-
-    class RecordingCache(DynamicCache):
-        def stored(self) -> dict[tuple[int, str, int], Tensor]:
-            return dict(sorted(self.notes.items()))
-
-        def update_conv_state(self, conv_states: Tensor, layer_idx: int, state_idx: int = 0,
-                              conv_kernel_size: int | None = None, **_: Any) -> Tensor:  # fmt: skip
-            width = conv_states.shape[-1] if conv_kernel_size is None else conv_kernel_size
-            padded = torch.nn.functional.pad(conv_states, (width, 0))
-            self.notes[layer_idx, "conv", state_idx] = padded[..., -width:]
-            return conv_states
-
-        def update_recurrent_state(self, recurrent_states: Tensor, layer_idx: int, state_idx: int = 0, **_: Any) -> Tensor:
-            self.notes[layer_idx, "recurrent", state_idx] = recurrent_states
-            return recurrent_states
-
-        def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> Any:
-            self.notes[layer_idx, "keys", 0] = key_states
-            self.notes[layer_idx, "values", 0] = value_states
-            return key_states, value_states
-
-    cache = RecordingCache(config=config)
-    cache.notes = {}
-    return cache
-
-
-def _fill(cache: Any, entries: tuple[tuple[int, str, int], ...], tensors: Any) -> None:
-    """Give a real cache, through its own methods, what each layer saw."""
-    stored = dict(zip(entries, tensors))
-    for (layer, kind, index), tensor in stored.items():
-        if kind == "conv":
-            cache.update_conv_state(tensor, layer, state_idx=index, conv_kernel_size=tensor.shape[-1])
-        elif kind == "recurrent":
-            cache.update_recurrent_state(tensor, layer, state_idx=index)
-        elif kind == "keys":
-            cache.update(tensor, stored[layer, "values", 0], layer)
-
-
-def is_warm(cache: Any) -> bool:
-    """Whether a cache already holds tokens."""
-    for layer in getattr(cache, "layers", ()):
-        started = getattr(layer, "has_previous_state", None)
-        if isinstance(started, dict) and any(started.values()):
-            return True
-        keys = getattr(layer, "keys", None)
-        if isinstance(keys, Tensor) and keys.numel():
-            return True
-    return False
 
 
 # --- the sparse class --------------------------------------------------------------------------------------------
@@ -404,50 +350,6 @@ def inspect_parameters(cls: type) -> Any:
     return inspect.signature(cls.forward).parameters
 
 
-def new_cache(config: Any) -> Any:
-    from transformers import DynamicCache
-
-    return DynamicCache(config=config)
-
-
-def check_mask(mask: Tensor | None, length: int, tail: int) -> Tensor | None:
-    """A padding mask that can be used, or None where nothing is padded.
-
-    Raises:
-        InputError: not `(B, L)`; a row without a real token; a tail longer than a row. On a GPU the last two are
-            asserted on the device, without a synchronisation.
-    """
-    if tail > length:
-        raise InputError(
-            f"simba_fx.tail protects the last {tail} tokens, but the prompt has {length}; expected a tail of at most the "
-            "prompt's length. Lower the tail or pass a longer prompt."
-        )
-    if mask is None:
-        return None
-    if mask.dim() != 2 or mask.shape[1] != length:
-        raise InputError(
-            f"Expected an attention_mask (B, L) with L = {length}, 1 for real tokens and 0 for padding; found shape "
-            f"{tuple(mask.shape)}."
-        )
-    if torch.compiler.is_compiling():
-        return mask
-    shortest = (mask != 0).sum(1)
-    if mask.is_cuda:
-        torch._assert_async((shortest >= max(tail, 1)).all(), "a row has fewer real tokens than the protected tail")
-        return mask
-    row = int(shortest.argmin())
-    if (found := int(shortest[row])) == 0:
-        raise InputError(
-            f"Row {row} of attention_mask is all padding; expected at least one real token in every row. Remove the row."
-        )
-    if found < tail:
-        raise InputError(
-            f"simba_fx.tail protects the last {tail} tokens, but row {row} has {found} real tokens; expected a tail of "
-            "at most the shortest row's length. Lower the tail or remove the row."
-        )
-    return None if bool((mask == 1).all()) else mask
-
-
 def refuse_or_describe(stack: Any, more: dict[str, Any], embeds: Tensor) -> tuple[tuple[str, Any], ...]:
     """Further tensor arguments become inputs of the graph; anything else is refused."""
     rows, length = embeds.shape[:2]
@@ -455,8 +357,8 @@ def refuse_or_describe(stack: Any, more: dict[str, Any], embeds: Tensor) -> tupl
     for name, value in sorted(more.items()):
         if not isinstance(value, Tensor):
             raise InputError(
-                f"{type(stack).__name__} was called with {name}={value!r}, which a captured graph cannot take; expected "
-                "tensors, use_cache, output_hidden_states and return_dict. Leave the argument out."
+                f"{type(stack).__name__} was called with {name}={value!r}, which a captured graph cannot take; "
+                "expected tensors, use_cache, output_hidden_states and return_dict. Leave the argument out."
             )
         sizes = tuple(
             "B" if d == 0 and n == rows else "L" if d > 0 and n == length else int(n) for d, n in enumerate(value.shape)

@@ -19,16 +19,15 @@ import dataclasses
 import inspect
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from simba_fx import ops
 from simba_fx.errors import CaptureError, SimbaError
 
 __all__ = ["Adapter", "CallSite", "CausalConv", "SSDScan", "SelectiveScan", "lifted", "register_scan"]

@@ -12,13 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils import _pytree as pytree
 
-from simba_fx.errors import GraphError
-from simba_fx.graphs import MARK, Facts, drop_dead_code, value
+from simba_fx.graphs import MARK, Facts, drop_dead_code
 
 __all__ = ["Pass", "Stage", "run_passes"]
 
@@ -48,7 +44,8 @@ def run_passes(graph: fx.Graph, facts: Facts, passes: Sequence[Pass]) -> tuple[f
     """Rewrite a copy of `graph`.
 
     Returns:
-        The rewritten graph, `meta["val"]` true for every node, and one stage per pass, after a first one, "capture".
+        The rewritten graph and one stage per pass, after a first one, "capture". Every node's `meta["val"]` is true
+        in the length of its own region (`simba_fx.graphs`).
 
     Raises:
         GraphError and whatever a pass raises, with a note that names the pass.
@@ -89,41 +86,5 @@ def _short(argument: Any) -> str:
 
 def diff(before: Stage, after: Stage, context: int = 1) -> str:
     """Unified diff of two stages' graphs."""
-    lines = difflib.unified_diff(before.text.splitlines(), after.text.splitlines(), "before", after.by, lineterm="", n=context)
-    return "\n".join(lines)
-
-
-def refresh_values(graph: fx.Graph, attributes: dict[str, Any]) -> None:
-    """Recompute every `meta["val"]` from the placeholders' by running the graph on fake tensors.
-
-    Raises:
-        GraphError: an operator refuses its inputs' shapes, so the rewrite was wrong.
-    """
-    modes = [v.fake_mode for node in graph.find_nodes(op="placeholder") if hasattr(v := value(node), "fake_mode")]
-    mode: FakeTensorMode = modes[0]
-
-    class Refresh(fx.Interpreter):
-        def run_node(self, node: fx.Node) -> Any:
-            try:
-                node.meta["val"] = result = super().run_node(node)
-            except Exception as error:
-                raise GraphError(
-                    f"Node {node.name} ({node.target}) no longer fits its inputs after the rewrite: {error}"
-                ) from error
-            return result
-
-    fake = {k: mode.from_tensor(v, static_shapes=True) if isinstance(v, torch.Tensor) else v for k, v in attributes.items()}
-    module = fx.GraphModule(fake, graph)
-    inputs = [value(node) for node in graph.find_nodes(op="placeholder")]
-    with mode, torch.no_grad():
-        Refresh(module, garbage_collect_values=False).run(*inputs)
-
-
-def same_values(graph: fx.Graph, other: fx.Graph) -> bool:
-    """Whether two graphs with equal nodes agree in every value's shape, dtype and device."""
-    flat = lambda g: [pytree.tree_map(_signature, value(node)) for node in g.nodes]  # noqa: E731
-    return flat(graph) == flat(other)
-
-
-def _signature(leaf: Any) -> Any:
-    return (tuple(map(str, leaf.shape)), leaf.dtype, str(leaf.device)) if isinstance(leaf, torch.Tensor) else str(leaf)
+    old, new = before.text.splitlines(), after.text.splitlines()
+    return "\n".join(difflib.unified_diff(old, new, before.by, after.by, lineterm="", n=context))

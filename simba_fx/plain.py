@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from simba_fx.build import Built, Options, build
 from simba_fx.capture import capture
 from simba_fx.errors import CaptureError, InputError
-from simba_fx.huggingface import check_mask
+from simba_fx.inputs import check_mask
 from simba_fx.program import Program, left_to_python
 
 __all__ = ["PlainRuntime", "install"]
@@ -48,15 +48,13 @@ class PlainRuntime:
                 f"{missing}. Transform the module again with example_inputs like this call's."
             )
         lead = bound[facts.primary]
-        mask = bound.get(facts.mask) if facts.mask else None
-        if facts.mask:
-            check_mask(mask, lead.shape[1], self.tail)
-        else:
-            check_mask(None, lead.shape[1], self.tail)
+        rows, length = lead.shape[:2]
+        mask = bound[facts.mask] if facts.mask else None
+        check_mask(mask, length, self.tail)
         flat = forward(*(bound[name] for name in self.names), self.tail)
         values, kept = flat[: facts.values], flat[facts.values :]
-        masked = facts.mask is not None
-        self.last = (lead.shape[0], lead.shape[1], self.built, kept[:: 1 + masked], kept[1::2] if masked else None, mask)
+        real, step = (None, 1) if mask is None else (kept[1::2], 2)
+        self.last = (rows, length, self.built, kept[::step], real, mask)
         return pytree.tree_unflatten(list(values), self.spec)
 
 
@@ -111,5 +109,7 @@ def _examples(model: nn.Module, signature: inspect.Signature, example: Any) -> d
 def _resized(value: Any, rows: int, length: int) -> Any:
     if not isinstance(value, Tensor):
         return value
-    sizes = [_ROWS if d == 0 and n == rows else _LENGTH if d > 0 and n == length else n for d, n in enumerate(value.shape)]
+    sizes = [_LENGTH if d > 0 and n == length else n for d, n in enumerate(value.shape)]
+    if sizes and sizes[0] == rows:
+        sizes[0] = _ROWS
     return torch.zeros(sizes, dtype=value.dtype, device=value.device)

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import sympy
-import torch
 from torch import Tensor, fx, nn
 
 from simba_fx.graphs import expression, value

@@ -1,8 +1,8 @@
 """Early exits: tokens taken out of the stream at a cut, and put back in their places after the last block.
 
-Both are copies of whole rows. They are operators, not plain gathers, because none or one token may leave at a cut, and a
-compiler that sees tensors of such sizes compiles them apart. Letters: see `simba_fx.ops`; m slots of a region, d
-tokens that leave.
+Both are copies of whole rows, and operators rather than plain gathers: at the top level of a program, which is left to
+Python, each is one call, and nothing of what leaves is copied twice. Letters: see `simba_fx.ops`; m slots of a
+region, d tokens that leave.
 """
 
 from __future__ import annotations

@@ -98,7 +98,7 @@ def select_real_tokens(
 
     Returns:
         kept `(B, k)`, slots ascending but for a ghost; dropped `(B, m - k + 2)`: slots ascending, then the ghost's
-        slot or 0, then 0; kept positions; dropped positions, `length` in place of a ghost and in the last column; kept_real
+        slot or 0, then 0; kept positions; dropped positions, `length` where there is no ghost and last; kept_real
         `(B, k)`. Over a chain of cuts, all dropped and the last kept positions name every position exactly once, and
         `length` any number of times.
     """

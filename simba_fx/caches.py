@@ -1,0 +1,72 @@
+"""What transformers' caches hold after a prompt: recorded while a graph is captured, filled in after it has run.
+
+A layer's state is named by an entry `(layer, kind, index)`; kind is "conv" `(B, D, W)`, "recurrent" (as the scan leaves
+it), "keys" or "values" `(B, heads, k, width)`. transformers is imported inside, when a model of its kind is at hand.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Entry = tuple[int, str, int]
+
+def recording_cache(config: Any) -> Any:
+    """An empty cache of transformers' own class that notes what each layer would store, and changes nothing."""
+    from transformers import DynamicCache
+
+    class RecordingCache(DynamicCache):
+        def stored(self) -> dict[Entry, Tensor]:
+            return dict(sorted(self.notes.items()))
+
+        def update_conv_state(self, conv_states: Tensor, layer_idx: int, state_idx: int = 0,
+                              conv_kernel_size: int | None = None, **_: Any) -> Tensor:  # fmt: skip
+            width = conv_states.shape[-1] if conv_kernel_size is None else conv_kernel_size
+            padded = torch.nn.functional.pad(conv_states, (width, 0))
+            self.notes[layer_idx, "conv", state_idx] = padded[..., -width:]
+            return conv_states
+
+        def update_recurrent_state(self, states: Tensor, layer_idx: int, state_idx: int = 0, **_: Any) -> Tensor:
+            self.notes[layer_idx, "recurrent", state_idx] = states
+            return states
+
+        def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> Any:
+            self.notes[layer_idx, "keys", 0] = key_states
+            self.notes[layer_idx, "values", 0] = value_states
+            return key_states, value_states
+
+    cache: Any = RecordingCache(config=config)
+    cache.notes = {}
+    return cache
+
+
+def fill(cache: Any, entries: tuple[Entry, ...], tensors: Any) -> None:
+    """Give a real cache, through its own methods, what each layer saw."""
+    stored = dict(zip(entries, tensors))
+    for (layer, kind, index), tensor in stored.items():
+        if kind == "conv":
+            cache.update_conv_state(tensor, layer, state_idx=index, conv_kernel_size=tensor.shape[-1])
+        elif kind == "recurrent":
+            cache.update_recurrent_state(tensor, layer, state_idx=index)
+        elif kind == "keys":
+            cache.update(tensor, stored[layer, "values", 0], layer)
+
+
+def is_warm(cache: Any) -> bool:
+    """Whether a cache already holds tokens."""
+    for layer in getattr(cache, "layers", ()):
+        started = getattr(layer, "has_previous_state", None)
+        if isinstance(started, dict) and any(started.values()):
+            return True
+        keys = getattr(layer, "keys", None)
+        if isinstance(keys, Tensor) and keys.numel():
+            return True
+    return False
+
+
+def new_cache(config: Any) -> Any:
+    from transformers import DynamicCache
+
+    return DynamicCache(config=config)

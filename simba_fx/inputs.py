@@ -1,0 +1,47 @@
+"""Checks of what a transformed model is called with."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from simba_fx.errors import InputError
+
+
+def check_mask(mask: Tensor | None, length: int, tail: int) -> Tensor | None:
+    """A padding mask that can be used, or None where nothing is padded.
+
+    Raises:
+        InputError: not `(B, L)`; a row without a real token; a tail longer than a row. On a GPU the last two are
+            asserted on the device, without a synchronisation.
+    """
+    if tail > length:
+        raise InputError(
+            f"simba_fx.tail protects the last {tail} tokens, but the prompt has {length}; expected a tail of at most "
+            "the prompt's length. Lower the tail or pass a longer prompt."
+        )
+    if mask is None:
+        return None
+    if mask.dim() != 2 or mask.shape[1] != length:
+        raise InputError(
+            f"Expected an attention_mask (B, L) with L = {length}, 1 for real tokens and 0 for padding; found shape "
+            f"{tuple(mask.shape)}."
+        )
+    if torch.compiler.is_compiling():
+        return mask
+    shortest = (mask != 0).sum(1)
+    if mask.is_cuda:
+        torch._assert_async((shortest >= max(tail, 1)).all(), "a row has fewer real tokens than the protected tail")
+        return mask
+    row = int(shortest.argmin())
+    if (found := int(shortest[row])) == 0:
+        raise InputError(
+            f"Row {row} of attention_mask is all padding; expected at least one real token in every row. "
+            "Remove the row."
+        )
+    if found < tail:
+        raise InputError(
+            f"simba_fx.tail protects the last {tail} tokens, but row {row} has {found} real tokens; expected a tail of "
+            "at most the shortest row's length. Lower the tail or remove the row."
+        )
+    return None if bool((mask == 1).all()) else mask
