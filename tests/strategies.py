@@ -6,16 +6,22 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 import torch
+from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from models import padded, tokens
 from torch import Tensor
 
-DTYPES = (torch.float32, torch.bfloat16)
 MASK_DTYPES = (torch.bool, torch.int64, torch.float32)
+
+
+def examples(n: int) -> settings:
+    """Settings of a whole-model property: `n` examples, no shrinking, since each step of it may cost a capture."""
+    phases = (Phase.explicit, Phase.reuse, Phase.generate)
+    return settings(deadline=None, max_examples=n, phases=phases, print_blob=True)
+
 
 seeds = st.integers(0, 2**31 - 1)
 lengths = st.integers(1, 200)
-dtypes = st.sampled_from(DTYPES)
 mask_dtypes = st.sampled_from(MASK_DTYPES)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import itertools
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import pytest
 import reference
 import strategies as domain
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from models import (
     BY_NAME,
@@ -139,10 +140,18 @@ def test_keeping_everything_gives_the_dense_bits(entry: Entry, masked: bool, use
 
 @every_entry
 @every_masking
-@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-def test_keeping_everything_gives_the_dense_gradients_bits(entry: Entry, masked: bool, training: bool) -> None:
-    model = entry.build().train(training)
-    pruned = simba_fx.transform(model, keep_all(n_blocks(model)), kernels="model")
+def test_keeping_everything_gives_the_dense_gradients_bits(entry: Entry, masked: bool) -> None:
+    model = dense(entry.name)
+    check_gradients_bits(model, sparse(entry.name, keep_all(n_blocks(model)), kernels="model"), masked)
+
+
+@pytest.mark.parametrize("name", ["mamba", "mamba2-two-groups"])
+def test_keeping_everything_gives_the_dense_gradients_bits_in_training(name: str) -> None:
+    model = BY_NAME[name].build().train()
+    check_gradients_bits(model, simba_fx.transform(model, keep_all(n_blocks(model)), kernels="model"), masked=True)
+
+
+def check_gradients_bits(model: nn.Module, pruned: nn.Module, masked: bool) -> None:
     inputs = three_rows(masked)
     weights = torch.randn(3, 37, model.config.vocab_size, generator=torch.Generator().manual_seed(0))
     parameters = dict(model.named_parameters())
@@ -156,27 +165,44 @@ def test_keeping_everything_gives_the_dense_gradients_bits(entry: Entry, masked:
         assert torch.equal(own, theirs), name
 
 
-@every_entry
+def results_of(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = None) -> dict[str, Tensor]:
+    """Everything a call computes, by name: logits of real tokens, states, gradients of a loss on the logits."""
+    real = torch.ones_like(input_ids).bool() if attention_mask is None else attention_mask.bool()
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        cache = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=True).cache_params
+    logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits[real]
+    gradients = torch.autograd.grad(logits.square().mean(), list(parameters.values()))
+    named = {f"gradient of {name}": gradient for name, gradient in zip(parameters, gradients)}
+    return {"logits": logits, **dict(states(cache)), **named}
+
+
+@every_float32
 @every_masking
 def test_our_kernels_equal_the_models_to_rounding(entry: Entry, masked: bool) -> None:
     model = dense(entry.name)
-    pruned = sparse(entry.name, keep_all(n_blocks(model)), kernels="auto")
-    inputs = three_rows(masked)
-    real = inputs.get("attention_mask", torch.ones(3, 37)).bool()
-    parameters = dict(model.named_parameters())
+    found = results_of(sparse(entry.name, keep_all(n_blocks(model)), kernels="auto"), **three_rows(masked))
+    for name, theirs in results_of(model, **three_rows(masked)).items():
+        table = GRADIENT_TOLERANCE if name.startswith("gradient") else TOLERANCE
+        assert_close(name, found[name], theirs, table[entry.dtype])
 
-    def results(one: nn.Module) -> tuple[Tensor, Any, tuple[Tensor, ...]]:
-        with torch.no_grad():
-            cache = one(**inputs, use_cache=True).cache_params
-        logits = one(**inputs, use_cache=False).logits
-        return logits, cache, torch.autograd.grad(logits[real].square().mean(), list(parameters.values()))
 
-    (logits, cache, gradients), (logits_, cache_, gradients_) = results(pruned), results(model)
-    assert_close("logits", logits[real], logits_[real], TOLERANCE[entry.dtype])
-    for (name, own), (_, theirs) in zip(states(cache), states(cache_), strict=True):
-        assert_close(name, own, theirs, TOLERANCE[entry.dtype])
-    for name, own, theirs in zip(parameters, gradients, gradients_):
-        assert_close(f"gradient of {name}", own, theirs, GRADIENT_TOLERANCE[entry.dtype])
+@pytest.mark.parametrize("name", [entry.name for entry in REGISTRY if entry not in FLOAT32])
+def test_in_low_precision_our_kernels_are_as_near_to_float32_as_the_models_own(name: str) -> None:
+    """Two roundings of one truth may differ by more than either is off, so both are measured against float32.
+
+    One tensor's luck proves nothing: what counts is the mean ratio of the two errors over all tensors.
+    """
+    model, truth_model = dense(name), BY_NAME[name].build().float()
+    pruned = sparse(name, keep_all(n_blocks(model)), kernels="auto")
+    ratios = []
+    for inputs in ({"input_ids": tokens(50, 3, 37)}, {"input_ids": tokens(51, 3, 40)}, three_rows(True)):
+        truth, found = results_of(truth_model, **inputs), results_of(pruned, **inputs)
+        for what, theirs in results_of(model, **inputs).items():
+            ours, own = (reference.relative_rms(x, truth[what]) for x in (found[what], theirs))
+            assert ours <= 6 * own + 1e-3, f"{what}: {ours:.3g} off where the model's own kernels are {own:.3g} off"
+            ratios.append(math.log(ours / own))
+    assert math.exp(sum(ratios) / len(ratios)) < 1.2
 
 
 @every_float32
@@ -216,7 +242,7 @@ def check_against_reference(
 
 
 @every_float32
-@settings(deadline=None, max_examples=14)
+@domain.examples(14)
 @given(data=st.data())
 def test_the_whole_model_equals_the_reference(entry: Entry, data: st.DataObject) -> None:
     shares = data.draw(st.sampled_from(list(schedules(n_blocks(dense(entry.name))).values())))
@@ -227,7 +253,7 @@ def test_the_whole_model_equals_the_reference(entry: Entry, data: st.DataObject)
 
 
 @every_entry
-@settings(deadline=None, max_examples=10)
+@domain.examples(10)
 @given(data=st.data())
 def test_with_the_models_kernels_one_row_has_the_references_bits(entry: Entry, data: st.DataObject) -> None:
     """The same functions on the same shapes in the same order: not one bit may differ, in any dtype."""
@@ -238,7 +264,7 @@ def test_with_the_models_kernels_one_row_has_the_references_bits(entry: Entry, d
 
 
 @pytest.mark.parametrize("name", ["mamba", "mamba2-two-groups"])
-@settings(deadline=None, max_examples=5)
+@domain.examples(5)
 @given(data=st.data())
 def test_any_schedule_equals_the_reference(name: str, data: st.DataObject) -> None:
     """Schedules drawn anew: each example is a capture."""
@@ -251,7 +277,7 @@ def test_any_schedule_equals_the_reference(name: str, data: st.DataObject) -> No
 
 @every_float32
 @pytest.mark.parametrize("criterion", [c for c in reference.CRITERIA if c != "simba"])
-@settings(deadline=None, max_examples=4)
+@domain.examples(4)
 @given(data=st.data())
 def test_every_criterion_equals_the_reference(entry: Entry, criterion: str, data: st.DataObject) -> None:
     shares = schedules(n_blocks(dense(entry.name)))["linear"]
@@ -263,7 +289,7 @@ def test_every_criterion_equals_the_reference(entry: Entry, criterion: str, data
 
 @pytest.mark.parametrize("criterion", ["random", "stride"])
 @pytest.mark.parametrize("name", ["mamba", "mamba2-one-group"])
-@settings(deadline=None, max_examples=8)
+@domain.examples(8)
 @given(data=st.data())
 def test_random_and_stride_keep_what_any_criterion_promises(criterion: str, name: str, data: st.DataObject) -> None:
     shares = schedules(n_blocks(dense(name)))["linear"]

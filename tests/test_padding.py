@@ -10,7 +10,7 @@ import pytest
 import reference
 import strategies as domain
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from models import FLOAT32, Entry, dense, n_blocks, names, padded, schedules, sparse, tokens
 from reference import TOLERANCE, assert_close
@@ -59,7 +59,7 @@ def check(entry: Entry, shares: Any, ids: Tensor, mask: Tensor, tail: int, *, ke
 
 
 @every_float32
-@settings(deadline=None, max_examples=12)
+@domain.examples(12)
 @given(data=st.data())
 def test_a_row_in_a_batch_equals_the_row_alone(entry: Entry, data: st.DataObject) -> None:
     shares = data.draw(st.sampled_from(list(schedules(n_blocks(dense(entry.name))).values())))
@@ -71,7 +71,7 @@ def test_a_row_in_a_batch_equals_the_row_alone(entry: Entry, data: st.DataObject
 @pytest.mark.parametrize(
     "entry", [e for e in FLOAT32 if e.name in ("mamba", "mamba2-two-groups")], ids=lambda e: e.name
 )
-@settings(deadline=None, max_examples=6)
+@domain.examples(6)
 @given(data=st.data())
 def test_the_same_with_the_models_own_kernels(entry: Entry, data: st.DataObject) -> None:
     shares = data.draw(st.sampled_from(list(schedules(n_blocks(dense(entry.name))).values())))
