@@ -243,8 +243,8 @@ REGISTER = (
 
 def test_no_recurrence_at_all() -> None:
     message = (
-        "No scan was found in Sequential: expected at least one call of a registered scan function while it was traced, found"
-        " none." + REGISTER
+        "No scan was found in Sequential: expected at least one call of a registered scan function while it was"
+        " traced, found none." + REGISTER
     )
     with refused(ScanNotFoundError, message):
         simba_fx.transform(nn.Sequential(nn.Embedding(53, 8), nn.Linear(8, 53)))
@@ -454,8 +454,8 @@ def test_a_length_given_to_the_function(register: Callable[..., None]) -> None:
 
     register(first_tokens, adapter)
     message = (
-        "first_tokens was called with a length as a plain number; expected tensors and constants. Read the length from a"
-        " tensor inside the function."
+        "first_tokens was called with a length as a plain number; expected tensors and constants. Read the length from"
+        " a tensor inside the function."
     )
     bad = Other()
     with refused(CaptureError, message, bad):
