@@ -113,7 +113,7 @@ class OutlineBlocks:
             node.replace_all_uses_with(result, delete_user_cb=lambda user: user not in members)
             result.meta[MARK]["role"] = (node.meta.get(MARK) or {}).get("role", "")
         for node in reversed(inside):
-            if not [user for user in node.users if user not in members]:
+            if not node.users:  # a size that a later block reads stays until that block reads it from its own inputs
                 graph.erase_node(node)
         for node, result in zip(outputs, results):
             if node.meta.get(MARK):

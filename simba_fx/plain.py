@@ -28,6 +28,7 @@ class PlainRuntime:
     """The runtime of one transformed plain module."""
 
     built: Built
+    options: Options
     names: tuple[str, ...]
     signature: inspect.Signature
     spec: pytree.TreeSpec
@@ -67,7 +68,7 @@ def install(model: nn.Module, options: Options, example: Any, cost: Any) -> fx.G
     captured = capture(model, model, inputs, primary=primary, mask=mask)
     built = build(captured, options, cost)
     sparse = built.program
-    runtime = PlainRuntime(built, captured.inputs, signature, captured.out_spec)
+    runtime = PlainRuntime(built, options, captured.inputs, signature, captured.out_spec)
     sparse.__dict__["_simba_stack"] = runtime
     sparse.train(model.training)
     _wrap(sparse, runtime, options)

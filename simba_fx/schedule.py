@@ -266,7 +266,9 @@ class Budget:
 
     It knows no FLOPs itself: `solve` is given the cost of a schedule for an input of `length` tokens, and looks for the
     largest final share, in steps of 1/10000, that stays within the budget. `shape` is "linear" or "cosine" (ramps with
-    `every` and `start`) or "constant" (one cut, at block `max(start, 1)`; `every` stays 1).
+    `every` and `start`) or "constant" (one cut, at block `max(start, 1)`; `every` stays 1). A ramp down to the last
+    block alone costs about half of dense; for less, it is made steeper and stays at its lowest share (1/10000) from
+    where it gets there, so that `Budget(0.5)` and below can be met.
 
     Raises: ScheduleError if a field is out of range or `shape` unknown, and from `solve` if the budget is out of reach.
     """
@@ -294,16 +296,17 @@ class Budget:
     def solve(self, cost: Cost, n_blocks: int) -> Shares:
         """Shares of the largest final share with `cost(shares) <= flops`; `cost` must not fall as shares grow.
 
-        Bisection, at most 15 calls of `cost`. Raises: ScheduleError if the cheapest schedule of this shape costs more.
+        Bisection, at most 16 calls of `cost`. Raises: ScheduleError if the cheapest schedule of this shape costs more.
         """
-        cheapest = cost(self._shares(1, n_blocks))
+        met = 1 if self.shape == "constant" else -_BUDGET_STEPS
+        cheapest = cost(self._shares(met, n_blocks))
         if cheapest > self.flops:
             reachable = math.ceil(cheapest * 1000) / 1000
             raise ScheduleError(
-                f"{self} cannot be met: even with final=0.0001 the forward costs {reachable:.3g} of dense; ask for a"
-                f" budget from {reachable:.3g} to 1, or prune earlier (smaller start or every, or shape='constant')."
+                f"{self} cannot be met: even with share 0.0001 from the first cut on the forward costs {reachable:.3g}"
+                f" of dense; ask for a budget from {reachable:.3g} to 1, or prune earlier (smaller start or every)."
             )
-        met, missed = 1, _BUDGET_STEPS + 1
+        missed = _BUDGET_STEPS + 1
         while missed - met > 1:
             middle = (met + missed) // 2
             if cost(self._shares(middle, n_blocks)) <= self.flops:
@@ -313,11 +316,14 @@ class Budget:
         return self._shares(met, n_blocks)
 
     def _shares(self, steps: int, n_blocks: int) -> Shares:
-        final = Fraction(steps, _BUDGET_STEPS)
+        """1 … 10000: final = steps / 10000. Below: final 1/10000, and a ramp up to n times as steep."""
+        final = Fraction(max(steps, 1), _BUDGET_STEPS)
         if self.shape == "constant":
             return Constant(final, self.start).shares(n_blocks)
         ramp = Linear if self.shape == "linear" else Cosine
-        return ramp(final, self.every, self.start).shares(n_blocks)
+        shares = ramp(final, self.every, self.start).shares(n_blocks)
+        steeper = 1 + Fraction(n_blocks * (1 - min(steps, 1)), _BUDGET_STEPS)
+        return tuple(max(final, 1 - steeper * (1 - share)) for share in shares)
 
 
 _NAMES: Mapping[str, Callable[[], Schedule]] = MappingProxyType(

@@ -282,7 +282,15 @@ def test_budget_finds_the_final_share_that_costs_it(steps: int, n_blocks: int) -
         return overhead_plus_mean(candidate)
 
     assert Budget(overhead_plus_mean(shares)).solve(cost, n_blocks) == shares
-    assert len(calls) <= 15
+    assert len(calls) <= 16
+
+
+@pytest.mark.parametrize("shape", ["linear", "cosine"])
+def test_a_budget_below_any_ramp_is_met_by_a_steeper_one(shape: str) -> None:
+    shares = resolve_shares(Budget(0.5, shape), 12, overhead_plus_mean)
+    assert 0.49 < overhead_plus_mean(shares) <= 0.5
+    assert shares[0] == 1
+    assert shares[-1] == shares[-2] == Fraction(1, 10_000)
 
 
 ERRORS: list[tuple[Callable[[], object], str]] = [
@@ -378,10 +386,10 @@ ERRORS: list[tuple[Callable[[], object], str]] = [
         " solve(cost, 12) instead.",
     ),
     (
-        lambda: resolve_shares(Budget(0.3), 12, overhead_plus_mean),
-        "Budget(flops=0.3, shape='linear', every=1, start=0, length=2048) cannot be met: even with final=0.0001 the"
-        " forward costs 0.601 of dense; ask for a budget from 0.601 to 1, or prune earlier (smaller start or every, or"
-        " shape='constant').",
+        lambda: resolve_shares(Budget(0.2), 12, overhead_plus_mean),
+        "Budget(flops=0.2, shape='linear', every=1, start=0, length=2048) cannot be met: even with share 0.0001 from the"
+        " first cut on the forward costs 0.267 of dense; ask for a budget from 0.267 to 1, or prune earlier (smaller"
+        " start or every).",
     ),
 ]
 
