@@ -144,6 +144,9 @@ REGISTRY: tuple[Entry, ...] = (
 )
 FLOAT32: tuple[Entry, ...] = tuple(entry for entry in REGISTRY if entry.dtype is torch.float32)
 BY_NAME: dict[str, Entry] = {entry.name: entry for entry in REGISTRY}
+# For tests that need many captures: one float32 entry per modeling file, and one per kind of scan.
+PER_FAMILY: tuple[Entry, ...] = tuple({entry.modeling: entry for entry in FLOAT32}.values())
+PER_KIND: tuple[Entry, ...] = (BY_NAME["mamba"], BY_NAME["mamba2-two-groups"])
 
 
 def names(entries: Iterable[Entry]) -> list[str]:
@@ -203,7 +206,5 @@ def schedules(blocks: int) -> dict[str, tuple[Fraction, ...]]:
     return {
         "linear": tuple(1 - Fraction(9, 10) * Fraction(i, blocks - 1) for i in range(blocks)),
         "steep": tuple(Fraction(3, 5) ** i for i in range(blocks)),
-        "one late cut": (Fraction(1),) * (blocks - 1) + (Fraction(1, 4),),
         "stairs": (Fraction(1),) + (Fraction(7, 9),) * (half - 1) + (Fraction(2, 7),) * (blocks - half),
-        "barely": tuple(1 - Fraction(i, 60) for i in range(blocks)),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Iterator
 from typing import Any
@@ -12,13 +13,15 @@ import strategies as domain
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from models import FLOAT32, Entry, dense, n_blocks, names, padded, schedules, sparse, tokens
+from hypothesis.errors import UnsatisfiedAssumption
+from models import FLOAT32, PER_KIND, Entry, dense, n_blocks, names, padded, schedules, sparse, tokens
 from reference import TOLERANCE, assert_close
 from torch import Tensor, nn
 
 import simba_fx
 
 every_float32 = pytest.mark.parametrize("entry", FLOAT32, ids=names(FLOAT32))
+every_kind = pytest.mark.parametrize("entry", PER_KIND, ids=names(PER_KIND))
 
 DRAWS = reference.Draws()
 
@@ -68,44 +71,33 @@ def test_a_row_in_a_batch_equals_the_row_alone(entry: Entry, data: st.DataObject
     check(entry, shares, batch.ids, batch.mask.to(data.draw(domain.mask_dtypes)), tail)
 
 
-@pytest.mark.parametrize(
-    "entry", [e for e in FLOAT32 if e.name in ("mamba", "mamba2-two-groups")], ids=lambda e: e.name
-)
+@every_kind
 @domain.examples(6)
 @given(data=st.data())
 def test_the_same_with_the_models_own_kernels(entry: Entry, data: st.DataObject) -> None:
-    shares = data.draw(st.sampled_from(list(schedules(n_blocks(dense(entry.name))).values())))
+    shares = schedules(n_blocks(dense(entry.name)))["stairs"]
     batch = data.draw(domain.padded_batches(max_length=30))
     check(entry, shares, batch.ids, batch.mask, 1, kernels="model")
 
 
-@every_float32
+@every_kind
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_lengths_that_differ_by_one_round_apart(entry: Entry, side: str) -> None:
     """Two counts may round to the same at one block and differ again at a later one, when no pad is left."""
-    blocks = n_blocks(dense(entry.name))
-    for name in ("barely", "steep"):
-        shares = schedules(blocks)[name]
-        shrinks_and_grows = 0
-        for longest in range(18, 40):
-            rows = [tokens(100 + longest, longest), tokens(longest, longest - 1), tokens(200 + longest, longest - 2)]
-            pads = [longest - len(row) for row in rows]
-            none = [0] * len(rows)
-            ids, mask = padded(rows, *((pads, none) if side == "left" else (none, pads)))
-            gaps = [a - b for a, b in zip(*(reference.counts(n, shares) for n in (longest, longest - 1)))]
-            shrinks_and_grows += any(later > earlier for earlier, later in itertools.pairwise(gaps))
-            with torch.no_grad():
-                expected = reference.run(dense(entry.name), ids, shares, mask)
-            if not DRAWS.clear(expected):
-                continue
-            pruned = sparse(entry.name, shares)
-            logits = call(pruned, ids, mask).logits
-            for b in range(len(rows)):
-                assert kept_rows(pruned, b) == [block[b] for block in expected.kept], f"{longest}, row {b}"
-                real = mask[b].bool()
-                assert_close(f"{longest}, row {b}", logits[b, real], expected.logits[b, real], TOLERANCE[entry.dtype])
-        if name == "steep":
-            assert shrinks_and_grows, "the case that this test is for must occur"
+    shares = schedules(n_blocks(dense(entry.name)))["steep"]
+
+    def apart_again(longest: int) -> bool:
+        gaps = [a - b for a, b in zip(*(reference.counts(n, shares) for n in (longest, longest - 1)))]
+        return any(later > earlier for earlier, later in itertools.pairwise(gaps))
+
+    cases = [longest for longest in range(12, 60) if apart_again(longest)][:6]
+    assert len(cases) == 6
+    for longest in cases:
+        rows = [tokens(100 + longest, longest), tokens(longest, longest - 1), tokens(200 + longest, longest - 2)]
+        pads, none = [0, 1, 2], [0, 0, 0]
+        ids, mask = padded(rows, *((pads, none) if side == "left" else (none, pads)))
+        with contextlib.suppress(UnsatisfiedAssumption):  # a near tie: the next length will do
+            check(entry, shares, ids, mask, 1)
 
 
 @every_float32
@@ -158,9 +150,9 @@ def test_first_entry_of_kept_is_every_real_token(entry: Entry) -> None:
 
 
 @pytest.mark.parametrize("criterion", ["random", "stride", "recent", "simba-abs", "no-decay", "delta-norm", "clip"])
-@pytest.mark.parametrize("name", ["mamba", "mamba2-two-groups"])
-def test_every_criterion_keeps_in_a_batch_what_it_keeps_alone(name: str, criterion: str) -> None:
-    pruned = sparse(name, schedules(n_blocks(dense(name)))["linear"], criterion=criterion)
+@every_kind
+def test_every_criterion_keeps_in_a_batch_what_it_keeps_alone(entry: Entry, criterion: str) -> None:
+    pruned = sparse(entry.name, schedules(n_blocks(dense(entry.name)))["linear"], criterion=criterion)
     rows, left = [tokens(31, 40), tokens(32, 29), tokens(33, 33)], [0, 11, 3]
     ids, mask = padded(rows, left, [0, 0, 4])
     batch = call(pruned, ids, mask).logits
@@ -191,19 +183,19 @@ def test_states_of_left_padded_rows_equal_the_rows_alone(entry: Entry) -> None:
 # Refused.
 
 
-@pytest.mark.parametrize("name", ["mamba", "mamba2-one-group"])
-def test_a_row_of_pads_alone_is_refused(name: str) -> None:
-    pruned = sparse(name, schedules(n_blocks(dense(name)))["linear"])
+@every_kind
+def test_a_row_of_pads_alone_is_refused(entry: Entry) -> None:
+    pruned = sparse(entry.name, schedules(n_blocks(dense(entry.name)))["linear"])
     ids, mask = tokens(1, 3, 20), torch.ones(3, 20, dtype=torch.int64)
     mask[1] = 0
-    with pytest.raises(simba_fx.errors.InputError, match=r"row 1\b.*pad|pad.*row 1\b"):
+    with pytest.raises(simba_fx.errors.InputError, match=r"^Row 1 of attention_mask is all padding"):
         call(pruned, ids, mask)
     assert call(pruned, ids, mask | 1).logits.shape[:2] == (3, 20), "usable after the refusal"
 
 
-@pytest.mark.parametrize("name", ["mamba", "mamba2-one-group"])
-def test_a_tail_longer_than_a_row_is_refused(name: str) -> None:
-    pruned = sparse(name, schedules(n_blocks(dense(name)))["linear"])
+@every_kind
+def test_a_tail_longer_than_a_row_is_refused(entry: Entry) -> None:
+    pruned = sparse(entry.name, schedules(n_blocks(dense(entry.name)))["linear"])
     with pytest.raises(simba_fx.errors.InputError, match="tail"):
         call(pruned, tokens(1, 2, 20), tail=21)
     ids, mask = padded([tokens(1, 20), tokens(2, 8)], [0, 12], [0, 0])

@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 import reference
 import torch
-from models import BY_NAME, FLOAT32, Entry, dense, n_blocks, names, padded, schedules, sparse, tokens
+from models import FLOAT32, PER_KIND, Entry, dense, n_blocks, names, padded, schedules, sparse, tokens
 from reference import GRADIENT_TOLERANCE, assert_close
 from torch import Tensor, nn
 
 import simba_fx
 
 every_float32 = pytest.mark.parametrize("entry", FLOAT32, ids=names(FLOAT32))
+every_kind = pytest.mark.parametrize("entry", PER_KIND, ids=names(PER_KIND))
 
 DRAWS = reference.Draws()
 
@@ -47,9 +48,8 @@ def test_gradients_equal_the_references(entry: Entry, kernels: str) -> None:
     check_gradients(dense(entry.name), sparse(entry.name, linear(entry), kernels=kernels), linear(entry))
 
 
-@pytest.mark.parametrize("name", ["mamba", "mamba2-two-groups"])
-def test_gradients_equal_the_references_in_training(name: str) -> None:
-    entry = BY_NAME[name]
+@every_kind
+def test_gradients_equal_the_references_in_training(entry: Entry) -> None:
     model = entry.build()
     check_gradients(model, simba_fx.transform(model, linear(entry)).train(), linear(entry))
 
@@ -137,7 +137,7 @@ def test_scores_alone_pull_no_gradient(entry: Entry) -> None:
             assert gradient is None or not gradient.any(), name
 
 
-@every_float32
+@every_kind
 def test_steps_on_the_pruned_model_train_the_dense_one_too(entry: Entry) -> None:
     model = entry.build()
     pruned = simba_fx.transform(model, linear(entry))
