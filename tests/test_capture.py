@@ -401,8 +401,8 @@ def test_a_value_with_the_length_in_another_dimension_crosses_a_cut() -> None:
     turned = Carrying(lambda x: x.transpose(1, 2) * 2, lambda side: side.transpose(1, 2))
     assert refusal(turned) == (
         "Node mul in the model's own forward has shape (s, 6, s) and crosses a cut; expected (B, L, ...) with L in "
-        "dimension 1 alone, found it in (2,). This layout cannot be gathered yet; keep the blocks around it whole (give "
-        "them the same share)."
+        "dimension 1 alone, found it in (2,). This layout cannot be gathered yet; keep the blocks around it whole "
+        "(give them the same share)."
     )
 
 
@@ -423,9 +423,9 @@ def test_two_residual_streams_of_one_width() -> None:
             return super().forward(x + y), y + x
 
     assert refusal(Two()) == (
-        "Node add_4 in layers.1 is read after the last block; expected one value per cut that it continues (the residual "
-        "stream), found ['add_1', 'add_2'] at the first cut and ['add_1', 'add_2'] at the last. Use output='kept', or "
-        "keep the blocks around it whole."
+        "Node add_4 in layers.1 is read after the last block; expected one value per cut that it continues (the "
+        "residual stream), found ['add_1', 'add_2'] at the first cut and ['add_1', 'add_2'] at the last. Use "
+        "output='kept', or keep the blocks around it whole."
     )
 
 
