@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 import torch
@@ -17,7 +17,7 @@ def sources(packages: tuple[str, ...] = UNSEEN) -> list[bytes]:
     """The source files of those packages that are installed, in a fixed order."""
     texts = []
     for package in packages:
-        spec = importlib.util.find_spec(package)
+        spec = PathFinder.find_spec(package)  # not importlib.util: asking setuptools' finder for pip has side effects
         if spec is not None and spec.origin is not None:
             paths = sorted(Path(spec.origin).parent.rglob("*.py")) if spec.submodule_search_locations else [spec.origin]
             texts += [text for path in paths if len(text := Path(path).read_bytes()) > SHORTEST]
