@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from simba_fx.errors import GraphError
 from simba_fx.graphs import (
@@ -15,10 +15,11 @@ from simba_fx.graphs import (
     Insert,
     depends_on_length,
     end_of,
-    placeholder,
+    from_mask_alone,
     region,
     selects,
     sequence_dims,
+    shape_text,
     tracked,
     value,
     where,
@@ -49,7 +50,7 @@ class GatherSurvivors:
 
     def rewrite(self, graph: fx.Graph, facts: Facts) -> int:
         last = facts.n_blocks - (self.output == "full")
-        from_mask = _from_mask_alone(graph, facts)
+        from_mask = from_mask_alone(graph, facts)
         return sum(self._cut(graph, facts, select, last, from_mask) for select in selects(graph))
 
     def _cut(self, graph: fx.Graph, facts: Facts, select: fx.Node, last: int, from_mask: set[fx.Node]) -> int:
@@ -71,7 +72,7 @@ class GatherSurvivors:
             if not (dims := sequence_dims(node, facts)):
                 continue
             carried = region(node) == block and role not in ("carried", "invariant") and node not in from_mask
-            gathered = self._gather(insert, node, dims, kept, carried)
+            gathered = self._gather(insert, node, dims, kept, carried, facts)
             if node in from_mask and renamed["real"] is not None:
                 gathered = self._blank_fillers(insert, gathered, dims, renamed["real"])
                 from_mask.add(gathered)
@@ -79,13 +80,14 @@ class GatherSurvivors:
         self._shorten(graph, facts, insert, kept, live, beyond)
         return 1
 
-    def _gather(self, insert: Insert, node: fx.Node, dims: tuple[int, ...], kept: fx.Node, carried: bool) -> fx.Node:
+    def _gather(self, insert: Insert, node: fx.Node, dims: tuple[int, ...], kept: fx.Node, carried: bool,
+                facts: Facts) -> fx.Node:  # fmt: skip
         val = value(node)
         if dims != (1,) or val.shape[0] != value(kept).shape[0]:
             raise GraphError(
-                f"Node {node.name} in {where(node)} has shape {tuple(val.shape)} and crosses a cut; expected "
-                f"(B, L, ...) with L in dimension 1 alone, found it in {dims}. This layout cannot be gathered yet; keep "
-                "the blocks around it whole (give them the same share)."
+                f"Node {node.name} in {where(node)} has shape {shape_text(val, facts)} and crosses a cut; expected "
+                f"(B, L, ...) with L in dimension 1 alone, found it in {dims}. This layout cannot be gathered yet; "
+                "keep the blocks around it whole (give them the same share)."
             )
         role = "carried" if carried else "invariant"
         if val.dim() == 2:
@@ -129,16 +131,3 @@ def _inserted_now(user: fx.Node) -> bool:
 def _counts_from_input(user: fx.Node) -> bool:
     """Selections and scores by position count from the input's length, whatever the length of their region."""
     return user.meta.get("simba_fx", {}).get("pass") in ("select-tokens", "score-tokens", GatherSurvivors.name)
-
-
-def _from_mask_alone(graph: fx.Graph, facts: Facts) -> set[fx.Node]:
-    """Nodes computed from the padding mask and constants only."""
-    if facts.mask is None:
-        return set()
-    found = {placeholder(graph, facts.mask)}
-    for node in graph.nodes:
-        inputs = [n for n in node.all_input_nodes if isinstance(value(n), Tensor)]
-        bookkeeping = node.meta.get("simba_fx", {}).get("role") == "real"
-        if inputs and isinstance(value(node), Tensor) and not bookkeeping and all(n in found for n in inputs):
-            found.add(node)
-    return found

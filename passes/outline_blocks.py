@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from simba_fx.errors import GraphError
-from simba_fx.graphs import MARK, Facts, Insert, drop_dead_code, expression, is_size, nodes_of, value
+from simba_fx.graphs import MARK, Facts, Insert, drop_dead_code, expression, from_mask_alone, is_size, nodes_of, value
 from simba_fx.program import Block
 
 _TOP = ("track-tokens", "select-tokens", "restore-length")
@@ -36,13 +36,14 @@ class OutlineBlocks:
     """
 
     attributes: dict[str, Any] = field(repr=False)
-    blocks: dict[str, Block] = field(repr=False, default_factory=dict)
-    """Filled by `rewrite`: the module that each `call_module` target stands for."""
+    """What `get_attr` and `call_module` targets stand for; each block is added under the name that the graph calls."""
 
     name = "outline-blocks"
 
     def rewrite(self, graph: fx.Graph, facts: Facts) -> int:
         kinds: dict[Any, Block] = {}
+        masks = from_mask_alone(graph, facts)
+        taken = {path.split(".")[0] for path in self.attributes}
         changed = 0
         for index in range(facts.n_blocks + 1):
             inside = [node for node in nodes_of(graph, index) if not _at_top(node)]
@@ -50,18 +51,20 @@ class OutlineBlocks:
                 continue
             path = facts.blocks[index] if index < facts.n_blocks else ""
             target = f"block_{index}" if index < facts.n_blocks else "after_blocks"
-            self.blocks[target] = self._outline(graph, facts, inside, path, target, kinds)
+            target = f"simba_{target}" if target in taken else target
+            self.attributes[target] = self._outline(graph, facts, inside, path, target, kinds, masks)
             changed += 1
         return changed
 
     def _outline(self, graph: fx.Graph, facts: Facts, inside: list[fx.Node], path: str, target: str,
-                 kinds: dict[Any, Block]) -> Block:  # fmt: skip
+                 kinds: dict[Any, Block], masks: set[fx.Node]) -> Block:  # fmt: skip
         members = set(inside)
         outside = list(dict.fromkeys(n for node in inside for n in node.all_input_nodes if n not in members))
         inputs = [node for node in outside if node.op != "get_attr" and not _recomputed(node)]
         sub, env, owned = fx.Graph(), {}, {}
         for node in inputs:
-            env[node] = sub.placeholder(_role(node, facts))
+            name = "mask" if node in masks else _role(node, facts)
+            env[node] = sub.placeholder(sub._graph_namespace.create_name(name, None))
             env[node].meta = dict(node.meta)
         for node in outside:
             if node.op == "get_attr":
@@ -85,7 +88,8 @@ class OutlineBlocks:
 
         for node in inside:
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: env[n] if n in env else size(n))
-            env[node] = sub.create_node(node.op, node.target, args, kwargs)
+            name = _stem(node.name) if node.meta.get(MARK) else None
+            env[node] = sub.create_node(node.op, node.target, args, kwargs, name=name)
             env[node].meta = dict(node.meta)
         outputs = [node for node in inside if any(_reads(user, node) for user in node.users if user not in members)]
         sub.output(tuple(env[node] for node in outputs) if len(outputs) > 1 else env[outputs[0]])
@@ -125,7 +129,8 @@ class OutlineBlocks:
 def _at_top(node: fx.Node) -> bool:
     mark = node.meta.get(MARK) or {}
     by_position = node.target is torch.ops.simba_fx.position_score.default
-    return node.op in ("placeholder", "get_attr", "output") or mark.get("pass") in _TOP or by_position
+    outlined = mark.get("pass") == OutlineBlocks.name
+    return node.op in ("placeholder", "get_attr", "output") or mark.get("pass") in _TOP or by_position or outlined
 
 
 def _recomputed(node: fx.Node) -> bool:
@@ -136,7 +141,12 @@ def _recomputed(node: fx.Node) -> bool:
 def _role(node: fx.Node, facts: Facts) -> str:
     """What an input is to a block, whichever block it is: equal blocks must name equal inputs alike."""
     known = {facts.primary: "hidden", facts.mask: "mask"}
-    return known.get(node.name) or re.sub(r"(_\d+)+$", "", node.name)
+    return known.get(node.name) or _stem(node.name)
+
+
+def _stem(name: str) -> str:
+    """A node's name without its numbers: equal blocks must name equal nodes alike."""
+    return re.sub(r"(_\d+)+$", "", name)
 
 
 def _reads(user: fx.Node, node: fx.Node) -> bool:

@@ -43,6 +43,7 @@ class RestoreKernels:
                 function = shared.setdefault(site.key, _named(site))
                 calls[index] = insert(function, *tensors[index], like=node, role="kernel")
             val = value(node)
+            calls[index].meta["val"] = [*(calls[index].meta["val"] or ()), val]
             out = insert(operator.getitem, calls[index], leaf, val=val)
             out = insert(torch.ops.aten.to.dtype, out, val.dtype, val=val)
             node.replace_all_uses_with(out)

@@ -43,7 +43,8 @@ class RestoreLength:
 
     def rewrite(self, graph: fx.Graph, facts: Facts) -> int:
         cuts = selects(graph)
-        if self.output != "full" or not cuts:
+        done = any((node.meta.get("simba_fx") or {}).get("pass") == self.name for node in graph.nodes)
+        if self.output != "full" or not cuts or done:
             return 0
         outputs = output_of(graph)
         values = set(outputs.args[0][: facts.values])
@@ -87,28 +88,27 @@ class RestoreLength:
         pieces, places = [], []
         for cut in before:
             if (cut, index) not in exits:
-                exits[cut, index] = self._exit(graph, cut, index)
+                exits[cut, index] = self._exit(graph, cut, index, value(node).dtype)
             pieces.append(exits[cut, index])
             places.append(_result(cut, 3))
         places.append(_result(before[-1], 2))
         insert = Insert(graph, end_of(graph, facts.n_blocks - 1), facts.n_blocks, self.name)
-        dtype = value(node).dtype
-        pieces = [
-            p if value(p).dtype == dtype else insert(torch.ops.aten.to.dtype, p, dtype, val=value(p).to(dtype))
-            for p in pieces
-        ]
         length = tracked(graph, "length")
         full = value(node).new_empty((*value(tracked(graph, "positions")).shape, *value(node).shape[2:]))
         return insert(torch.ops.simba_fx.restore_tokens.default, [*pieces, node], places, length, val=full,
                       role="restored")  # fmt: skip
 
-    def _exit(self, graph: fx.Graph, cut: fx.Node, index: int) -> fx.Node:
-        """What the tokens that leave at `cut` carry with them, `(B, m - k, D)`."""
+    def _exit(self, graph: fx.Graph, cut: fx.Node, index: int, dtype: torch.dtype) -> fx.Node:
+        """What the tokens that leave at `cut` carry with them, `(B, m - k + 2, D)`, in the result's dtype."""
         gathered = _carried(cut)[index]
         insert = Insert(graph, end_of(graph, region(cut)), region(cut), self.name)
         name = f"exit_{region(cut)}" + (f"_{index}" if index else "")
         arguments = (gathered.args[0], _result(cut, 1))
-        return insert(torch.ops.simba_fx.take_tokens.default, *arguments, val=value(gathered), role="exit", name=name)
+        val = value(gathered)
+        taken = insert(torch.ops.simba_fx.take_tokens.default, *arguments, val=val, role="exit", name=name)
+        if val.dtype == dtype:
+            return taken
+        return insert(torch.ops.aten.to.dtype, taken, dtype, val=val.to(dtype), role="exit")
 
 
 def _carried(cut: fx.Node) -> list[fx.Node]:

@@ -80,12 +80,11 @@ def build(captured: Captured, options: Options, cost: Callable[..., schedule.Cos
     rewrites = passes.pipeline(cuts, criterion=name, floor=options.floor, seed=options.seed, output=options.output,
                                sites=tuple(captured.sites), kernels=options.kernels)  # fmt: skip
     graph, history = run_passes(captured.graph, facts, rewrites)
-    top, blocks = graph, {}
+    top = graph
     if options.compile == "blocks":
-        outline = passes.OutlineBlocks(attributes)
-        top, stages = run_passes(graph, facts, [outline])
-        history, blocks = history + stages[1:], outline.blocks
-    return Built(Program(attributes, top, blocks), captured, graph, shares, cuts, has_scan, history)
+        top, stages = run_passes(graph, facts, [passes.OutlineBlocks(attributes)])
+        history += stages[1:]
+    return Built(Program(attributes, top), captured, graph, shares, cuts, has_scan, history)
 
 
 def schedule_shares(captured: Captured, options: Options, cost: Any) -> tuple[Fraction, ...]:

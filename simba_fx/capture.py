@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 
 from simba_fx import lift
 from simba_fx.errors import CaptureError, ScanNotFoundError, SimbaError
-from simba_fx.graphs import REGION, SCANS, Facts, drop_dead_code, expression, is_size, output_of, value, where
+from simba_fx.graphs import REGION, SCANS, Facts, drop_dead_code, expression, output_of, value, where
 
 __all__ = ["Captured", "capture"]
 
@@ -81,11 +81,11 @@ def capture(module: nn.Module, owner: nn.Module, inputs: Mapping[str, Any], *, p
     rows, length = _example_sizes(inputs, primary)
     dynamic = pytree.tree_map(lambda leaf: _dynamic_dims(leaf, rows, length), dict(inputs))
     root = _root(module, list(inputs))
-    with lift.lifted(owner) as sites, torch.no_grad():
-        try:
+    try:
+        with lift.lifted(owner) as sites, torch.no_grad():
             exported = torch.export.export(root, (), dict(inputs), dynamic_shapes=dynamic, strict=False)
-        except Exception as error:
-            raise _explained(error, owner) from error
+    except Exception as error:
+        raise _explained(error, owner) from error
     flat = exported.module(check_guards=False)
     flat.graph.set_codegen(fx.graph.CodeGen())  # inputs and outputs flat, without pytree code around them
     graph = copy.deepcopy(flat.graph)  # no longer owned by a module: nodes may name attributes of ours
@@ -133,8 +133,10 @@ def _example_sizes(inputs: Mapping[str, Any], primary: str) -> tuple[int, int]:
 def _dynamic_dims(leaf: Any, rows: int, length: int) -> Any:
     if not isinstance(leaf, Tensor):
         return None
-    dynamic = torch.export.Dim.DYNAMIC
-    return {d: dynamic for d, size in enumerate(leaf.shape) if (d == 0 and size == rows) or (d > 0 and size == length)}
+    dims = {0: rows, 1: length, leaf.dim() - 2: length, leaf.dim() - 1: length}
+    if leaf.dim() < 4:  # (B, L, ...); only a mask (B, 1, L, L) has L elsewhere
+        dims = {0: rows, 1: length}
+    return {d: torch.export.Dim.DYNAMIC for d, size in dims.items() if d < leaf.dim() and leaf.shape[d] == size}
 
 
 def _explained(error: Exception, owner: nn.Module) -> Exception:
@@ -144,10 +146,12 @@ def _explained(error: Exception, owner: nn.Module) -> Exception:
         if isinstance(cause, SimbaError):
             return type(cause)(*cause.args)
         cause = cause.__cause__ or cause.__context__
-    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    told = str(error).strip() or type(error).__name__
+    if "Constraints violated" in told or "specialized" in told:
+        told = "a Python loop over tokens, or a branch on the length, fixes the length"
     return CaptureError(
         f"{type(owner).__name__} could not be captured as one graph with a symbolic length: "
-        f"{first[:300]}{_advice(owner)}"
+        f"{told.splitlines()[0][:300].rstrip('.')}.{_advice(owner)}"
     )
 
 
@@ -227,9 +231,6 @@ def _read_sizes_once(graph: fx.Graph, facts: Facts) -> None:
             if node is not size and node.target is torch.ops.aten.sym_size.int and expression(value(node)) == symbol:
                 node.replace_all_uses_with(size)
     drop_dead_code(graph)
-    sizes = [node for node in graph.nodes if is_size(node) and node.op == "call_function"]
-    for node in sizes:
-        node.meta[REGION] = -1 if node.target is torch.ops.aten.sym_size.int else node.meta[REGION]
 
 
 # --- regions -----------------------------------------------------------------------------------------------------
@@ -294,7 +295,7 @@ def _narrowest_regions(graph: fx.Graph, scans: list[fx.Node], sequence: sympy.Sy
     alive = [0] * (len(nodes) + 1)
     for node in nodes:
         last_use = max((at[user] for user in node.users if user.op != "output"), default=at[node])
-        for i in range(at[node] + 1, last_use + 1 if node.op != "placeholder" else 0):
+        for i in range(at[node] + 1, last_use + 1):
             alive[i] += _sequence_bytes(node, sequence)
     ends = [
         min(range(at[scan] + 1, at[following] + 1), key=alive.__getitem__)
@@ -310,8 +311,11 @@ def _narrowest_regions(graph: fx.Graph, scans: list[fx.Node], sequence: sympy.Sy
 
 
 def _sequence_bytes(node: fx.Node, sequence: sympy.Symbol, length: int = 64) -> int:
-    """Bytes of one row of a tensor that has the length among its sizes, for a prompt of `length` tokens; else 0."""
+    """Bytes of one row of a tensor that has the length among its sizes, for a prompt of `length` tokens; else 0.
+    Nothing is cut while a node's results are still one tuple."""
     val = value(node)
+    if isinstance(val, tuple | list):
+        return _EVERYTHING
     if not isinstance(val, Tensor):
         return 0
     sizes = [expression(size) for size in val.shape]

@@ -80,6 +80,11 @@ def sequence_dims(node: fx.Node, facts: Facts) -> tuple[int, ...]:
         GraphError: a dimension is computed from the length but is not the length itself (`2*s`, `s + 3`).
     """
     val = value(node)
+    if isinstance(val, tuple | list) and any(isinstance(leaf, Tensor) for leaf in val):
+        raise GraphError(
+            f"Node {node.name} in {where(node)} has several results and crosses a cut; expected single tensors there. "
+            "Keep that block whole (give the next block the same share)."
+        )
     if not isinstance(val, Tensor):
         return ()
     dims = []
@@ -89,11 +94,30 @@ def sequence_dims(node: fx.Node, facts: Facts) -> tuple[int, ...]:
             dims.append(dim)
         elif facts.sequence in expr.free_symbols:
             raise GraphError(
-                f"Node {node.name} in {where(node)} has size {tuple(val.shape)} and crosses a cut; dimension {dim} is "
-                f"{expr}, computed from the sequence length {facts.sequence} but not equal to it, so survivors cannot "
-                "be gathered along it. Keep that block whole (give the next block the same share)."
+                f"Node {node.name} in {where(node)} has shape {shape_text(val, facts)} and crosses a cut; dimension "
+                f"{dim} is computed from the sequence length L but not equal to it, so survivors cannot be gathered "
+                "along it. Keep that block whole (give the next block the same share)."
             )
     return tuple(dims)
+
+
+def shape_text(val: Tensor, facts: Facts) -> str:
+    """`(B, 2*L, 6)`: a shape with its symbols under the names of the glossary."""
+    letters = {facts.batch: sympy.Symbol("B"), facts.sequence: sympy.Symbol("L")}
+    return f"({', '.join(str(expression(size).subs(letters)) for size in val.shape)})"
+
+
+def from_mask_alone(graph: fx.Graph, facts: Facts) -> set[fx.Node]:
+    """Nodes computed from the padding mask and constants only."""
+    if facts.mask is None:
+        return set()
+    found = {placeholder(graph, facts.mask)}
+    for node in graph.nodes:
+        inputs = [n for n in node.all_input_nodes if isinstance(value(n), Tensor)]
+        bookkeeping = node.meta.get(MARK, {}).get("role") == "real"
+        if inputs and isinstance(value(node), Tensor) and not bookkeeping and all(n in found for n in inputs):
+            found.add(node)
+    return found
 
 
 def where(node: fx.Node) -> str:

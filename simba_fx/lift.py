@@ -274,7 +274,8 @@ def suggestions(model: nn.Module) -> list[str]:
         if prefix.startswith(("torch.", "simba_fx.", "builtins")):
             continue
         for name, value in vars(owner).items():
-            if inspect.isfunction(value) and "scan" in name.lower() and not _row(owner, name, value)[0]:
+            ours = getattr(value, "__module__", "").startswith("simba_fx.")
+            if inspect.isfunction(value) and not ours and "scan" in name.lower() and not _row(owner, name, value)[0]:
                 found.append(f"{prefix}.{name}")
     return sorted(found)
 
@@ -302,7 +303,11 @@ def lifted(model: nn.Module) -> Iterator[list[CallSite]]:
 def _recorder(function: Callable[..., Any], adapter: Adapter, sites: list[CallSite]) -> Callable[..., Any]:
     """What stands in for `function` while the model is traced."""
 
+    thread = threading.get_ident()
+
     def record(*args: Any, **kwargs: Any) -> Any:
+        if threading.get_ident() != thread:  # another thread runs a model while this one traces
+            return function(*args, **kwargs)
         adapted = adapter(*args, **kwargs)
         if adapted is None:
             return function(*args, **kwargs)

@@ -65,8 +65,9 @@ def run_passes(graph: fx.Graph, facts: Facts, passes: Sequence[Pass]) -> tuple[f
 
 
 def text(graph: fx.Graph) -> str:
-    """One node per line, inserted ones marked with pass and block."""
-    lines = []
+    """The arguments, then one node per line, inserted ones marked with pass and block."""
+    arguments = ", ".join(node.name for node in graph.find_nodes(op="placeholder"))
+    lines = [f"forward({arguments}):"]
     for node in graph.nodes:
         if node.op in ("placeholder", "get_attr"):
             continue

@@ -96,15 +96,14 @@ class Program(fx.GraphModule):
 
     _left_to_python = False
 
-    def __init__(self, attributes: Mapping[str, Any], graph: fx.Graph, blocks: Mapping[str, Block],
-                 name: str = "Program") -> None:  # fmt: skip
-        super().__init__({**attributes, **blocks}, graph, class_name=name)
+    def __init__(self, attributes: Mapping[str, Any], graph: fx.Graph, name: str = "Program") -> None:
+        blocks = {target: held for target, held in attributes.items() if isinstance(held, Block)}
+        super().__init__(dict(attributes), graph, class_name=name)
         for target, block in blocks.items():
             self._modules.pop(target)
             self.__dict__[target] = block
         for target, tensor in attributes.items():
             _register(self, target, tensor)
-        self.__dict__["blocks"] = dict(blocks)
         if blocks:
             type(self)._left_to_python = True
             self.recompile()

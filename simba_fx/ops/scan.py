@@ -24,6 +24,14 @@ def _grouped(operand: Tensor) -> Tensor:
     return operand.unsqueeze(1) if operand.dim() == 3 else operand
 
 
+def _check_groups(sharing: int, *groups: int) -> None:
+    """Raises: ValueError unless the channels (heads) can be divided evenly among the groups of B and of C."""
+    if any(count < 1 or sharing % count for count in groups) or len(set(groups)) > 1:
+        raise ValueError(
+            f"a scan's {sharing} channels or heads must be a multiple of the groups of B and C, found {groups} groups"
+        )
+
+
 def _token_output(like: Tensor) -> Tensor:
     """Room for a `(B, D, L)` result: channel-last (a transposed `(B, L, D)`) on CPU, plain contiguous elsewhere.
 
@@ -89,7 +97,9 @@ def selective_scan(
     Returns:
         y `(B, D, L)` in u's dtype, channel-last on CPU; the last state `(B, D, N)`, float32.
     """
-    return backends.selective_scan(u, delta, A, _grouped(B), _grouped(C), D, z, delta_bias, delta_softplus)
+    B, C = _grouped(B), _grouped(C)
+    _check_groups(u.shape[1], B.shape[1], C.shape[1])
+    return backends.selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
 
 
 @selective_scan.register_fake
@@ -104,6 +114,7 @@ def _(
     delta_bias: Tensor | None = None,
     delta_softplus: bool = False,
 ) -> tuple[Tensor, Tensor]:
+    _check_groups(u.shape[1], _grouped(B).shape[1], _grouped(C).shape[1])
     return _token_output(u), u.new_empty(u.shape[0], u.shape[1], A.shape[1], dtype=torch.float32)
 
 
@@ -214,6 +225,7 @@ def ssd_scan(
     Returns:
         y `(B, L, H, P)` contiguous in x's dtype; the last state `(B, H, P, N)`, float32.
     """
+    _check_groups(x.shape[2], B.shape[2], C.shape[2])
     step = chunked_ssd.ssd_step_size(dt, dt_bias, dt_softplus, dt_min, dt_max)
     return backends.ssd_scan(x, step, A, B, C, D, z, chunk_size)
 
@@ -234,6 +246,7 @@ def _(
     chunk_size: int = 256,
 ) -> tuple[Tensor, Tensor]:
     rows, _, heads, width = x.shape
+    _check_groups(heads, B.shape[2], C.shape[2])
     return x.new_empty(x.shape), x.new_empty(rows, heads, width, B.shape[3], dtype=torch.float32)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from simba_fx.errors import CriterionError
 from simba_fx.ops import backends, chunked_ssd
 from simba_fx.ops.chunked import split_groups, step_size
-from simba_fx.ops.scan import _grouped
+from simba_fx.ops.scan import _check_groups, _grouped
 
 CRITERIA = ("simba", "simba-abs", "no-decay", "delta-norm", "clip")
 """What a scan's operands can be scored by: Song et al. 2025; its absolute value; its response without the decay;
@@ -91,6 +91,7 @@ def selective_token_score(
     query = query_position(real, tail, rows=rows, length=length, device=u.device)
     until = _until(query, length)
     B, C = _grouped(B), _grouped(C)
+    _check_groups(u.shape[1], B.shape[1], C.shape[1])
     if criterion == "clip":
         y, _ = backends.selective_scan(u, delta, A, B, C, None, None, delta_bias, delta_softplus)
         score = y.float().clamp_(min=0).mean(1)
