@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 from collections.abc import Iterator
 from typing import Any
@@ -13,7 +12,6 @@ import strategies as domain
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from hypothesis.errors import UnsatisfiedAssumption
 from models import FLOAT32, PER_KIND, Entry, dense, n_blocks, names, padded, schedules, sparse, tokens
 from reference import TOLERANCE, assert_close
 from torch import Tensor, nn
@@ -42,11 +40,12 @@ def kept_rows(model: nn.Module, b: int) -> list[list[int]]:
     return [block[b][block[b] >= 0].tolist() for block in simba_fx.kept(model)]
 
 
-def check(entry: Entry, shares: Any, ids: Tensor, mask: Tensor, tail: int, *, kernels: str = "auto") -> None:
-    """One padded call against the reference, which runs every row alone."""
+def check(entry: Entry, shares: Any, ids: Tensor, mask: Tensor, tail: int, *, kernels: str = "auto") -> bool:
+    """One padded call against the reference, which runs every row alone; False if a near tie left it unchecked."""
     with torch.no_grad():
         expected = reference.run(dense(entry.name), ids, shares, mask, tail=tail)
-    assume(DRAWS.clear(expected))
+    if not DRAWS.clear(expected):
+        return False
     pruned = sparse(entry.name, shares, kernels=kernels)
     logits = call(pruned, ids, mask, tail).logits
     assert logits.shape == expected.logits.shape
@@ -59,16 +58,18 @@ def check(entry: Entry, shares: Any, ids: Tensor, mask: Tensor, tail: int, *, ke
         assert rows == [block[b] for block in expected.kept], f"row {b}"
         # every real position: survivors, and the exit states of tokens that left at each cut
         assert_close(f"row {b} of {length}", logits[b, real], expected.logits[b, real], TOLERANCE[entry.dtype])
+    return True
 
 
 @every_float32
 @domain.examples(12)
 @given(data=st.data())
 def test_a_row_in_a_batch_equals_the_row_alone(entry: Entry, data: st.DataObject) -> None:
-    shares = data.draw(st.sampled_from(list(schedules(n_blocks(dense(entry.name))).values())))
+    choice = schedules(n_blocks(dense(entry.name)))
+    shares = choice[data.draw(st.sampled_from(["linear", "stairs"]))]
     batch = data.draw(domain.padded_batches())
     tail = data.draw(st.one_of(st.just(1), st.integers(1, min(batch.lengths))))
-    check(entry, shares, batch.ids, batch.mask.to(data.draw(domain.mask_dtypes)), tail)
+    assume(check(entry, shares, batch.ids, batch.mask.to(data.draw(domain.mask_dtypes)), tail))
 
 
 @every_kind
@@ -77,7 +78,7 @@ def test_a_row_in_a_batch_equals_the_row_alone(entry: Entry, data: st.DataObject
 def test_the_same_with_the_models_own_kernels(entry: Entry, data: st.DataObject) -> None:
     shares = schedules(n_blocks(dense(entry.name)))["stairs"]
     batch = data.draw(domain.padded_batches(max_length=30))
-    check(entry, shares, batch.ids, batch.mask, 1, kernels="model")
+    assume(check(entry, shares, batch.ids, batch.mask, 1, kernels="model"))
 
 
 @every_kind
@@ -92,12 +93,13 @@ def test_lengths_that_differ_by_one_round_apart(entry: Entry, side: str) -> None
 
     cases = [longest for longest in range(12, 60) if apart_again(longest)][:6]
     assert len(cases) == 6
+    checked = 0
     for longest in cases:
         rows = [tokens(100 + longest, longest), tokens(longest, longest - 1), tokens(200 + longest, longest - 2)]
         pads, none = [0, 1, 2], [0, 0, 0]
         ids, mask = padded(rows, *((pads, none) if side == "left" else (none, pads)))
-        with contextlib.suppress(UnsatisfiedAssumption):  # a near tie: the next length will do
-            check(entry, shares, ids, mask, 1)
+        checked += check(entry, shares, ids, mask, 1)
+    assert checked >= 4
 
 
 @every_float32
@@ -149,9 +151,9 @@ def test_first_entry_of_kept_is_every_real_token(entry: Entry) -> None:
     assert kept_rows(pruned, 2)[0] == list(range(2, 9))
 
 
-@pytest.mark.parametrize("criterion", ["random", "stride", "recent", "simba-abs", "no-decay", "delta-norm", "clip"])
+@pytest.mark.parametrize("criterion", ["random", "stride", "no-decay", "clip"])
 @every_kind
-def test_every_criterion_keeps_in_a_batch_what_it_keeps_alone(entry: Entry, criterion: str) -> None:
+def test_other_criteria_keep_in_a_batch_what_they_keep_alone(entry: Entry, criterion: str) -> None:
     pruned = sparse(entry.name, schedules(n_blocks(dense(entry.name)))["linear"], criterion=criterion)
     rows, left = [tokens(31, 40), tokens(32, 29), tokens(33, 33)], [0, 11, 3]
     ids, mask = padded(rows, left, [0, 0, 4])
