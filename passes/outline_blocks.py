@@ -62,9 +62,11 @@ class OutlineBlocks:
         outside = list(dict.fromkeys(n for node in inside for n in node.all_input_nodes if n not in members))
         inputs = [node for node in outside if node.op != "get_attr" and not _recomputed(node)]
         sub, env, owned = fx.Graph(), {}, {}
+        names: list[str] = []
         for node in inputs:
-            name = "mask" if node in masks else _role(node, facts)
-            env[node] = sub.placeholder(sub._graph_namespace.create_name(name, None))
+            role = "mask" if node in masks else _role(node, facts)
+            names.append(role if role not in names else f"{role}_{len(names)}")
+            env[node] = sub.placeholder(names[-1])
             env[node].meta = dict(node.meta)
         for node in outside:
             if node.op == "get_attr":

@@ -24,6 +24,7 @@ from torch.utils import _pytree as pytree
 from simba_fx import lift
 from simba_fx.errors import CaptureError, ScanNotFoundError, SimbaError
 from simba_fx.graphs import REGION, SCANS, Facts, drop_dead_code, expression, output_of, value, where
+from simba_fx.inputs import named_sizes
 
 __all__ = ["Captured", "capture"]
 
@@ -133,10 +134,9 @@ def _example_sizes(inputs: Mapping[str, Any], primary: str) -> tuple[int, int]:
 def _dynamic_dims(leaf: Any, rows: int, length: int) -> Any:
     if not isinstance(leaf, Tensor):
         return None
-    dims = {0: rows, 1: length, leaf.dim() - 2: length, leaf.dim() - 1: length}
-    if leaf.dim() < 4:  # (B, L, ...); only a mask (B, 1, L, L) has L elsewhere
-        dims = {0: rows, 1: length}
-    return {d: torch.export.Dim.DYNAMIC for d, size in dims.items() if d < leaf.dim() and leaf.shape[d] == size}
+    return {
+        d: torch.export.Dim.DYNAMIC for d, size in enumerate(named_sizes(leaf, rows, length)) if isinstance(size, str)
+    }
 
 
 def _explained(error: Exception, owner: nn.Module) -> Exception:

@@ -23,7 +23,7 @@ from simba_fx.build import Built, Options, build
 from simba_fx.caches import Entry, fill, is_warm, new_cache, recording_cache
 from simba_fx.capture import capture
 from simba_fx.errors import CaptureError, InputError
-from simba_fx.inputs import check_mask
+from simba_fx.inputs import check_mask, named_sizes
 from simba_fx.program import dynamic_marker, left_alone, left_to_python
 
 __all__ = ["SparseStack", "install", "is_pretrained"]
@@ -360,8 +360,5 @@ def refuse_or_describe(stack: Any, more: dict[str, Any], embeds: Tensor) -> tupl
                 f"{type(stack).__name__} was called with {name}={value!r}, which a captured graph cannot take; "
                 "expected tensors, use_cache, output_hidden_states and return_dict. Leave the argument out."
             )
-        sizes = tuple(
-            "B" if d == 0 and n == rows else "L" if d > 0 and n == length else int(n) for d, n in enumerate(value.shape)
-        )
-        described.append((name, (value.dtype, sizes)))
+        described.append((name, (value.dtype, named_sizes(value, rows, length))))
     return tuple(described)

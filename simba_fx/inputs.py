@@ -8,6 +8,21 @@ from torch import Tensor
 from simba_fx.errors import InputError
 
 
+def named_sizes(tensor: Tensor, rows: int, length: int) -> tuple[int | str, ...]:
+    """A shape with its batch as "B" and its sequence as "L": `(B, L, ...)`, or `(B, 1, L, L)` for a causal mask.
+
+    A width that happens to equal the length stays a number.
+    """
+    sizes: list[int | str] = [int(size) for size in tensor.shape]
+    square = tensor.dim() == 4 and sizes[2:] == [length, length]
+    for dim in (2, 3) if square else (1,):
+        if dim < len(sizes) and sizes[dim] == length:
+            sizes[dim] = "L"
+    if sizes and sizes[0] == rows:
+        sizes[0] = "B"
+    return tuple(sizes)
+
+
 def check_mask(mask: Tensor | None, length: int, tail: int) -> Tensor | None:
     """A padding mask that can be used, or None where nothing is padded.
 

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from simba_fx.build import Built, Options, build
 from simba_fx.capture import capture
 from simba_fx.errors import CaptureError, InputError
-from simba_fx.inputs import check_mask
+from simba_fx.inputs import check_mask, named_sizes
 from simba_fx.program import Program, left_to_python
 
 __all__ = ["PlainRuntime", "install"]
@@ -110,7 +110,5 @@ def _examples(model: nn.Module, signature: inspect.Signature, example: Any) -> d
 def _resized(value: Any, rows: int, length: int) -> Any:
     if not isinstance(value, Tensor):
         return value
-    sizes = [_LENGTH if d > 0 and n == length else n for d, n in enumerate(value.shape)]
-    if sizes and sizes[0] == rows:
-        sizes[0] = _ROWS
+    sizes = [{"B": _ROWS, "L": _LENGTH}.get(size, size) for size in named_sizes(value, rows, length)]
     return torch.zeros(sizes, dtype=value.dtype, device=value.device)

@@ -100,7 +100,7 @@ class Program(fx.GraphModule):
         blocks = {target: held for target, held in attributes.items() if isinstance(held, Block)}
         super().__init__(dict(attributes), graph, class_name=name)
         for target, block in blocks.items():
-            self._modules.pop(target)
+            self._modules.pop(target, None)
             self.__dict__[target] = block
         for target, tensor in attributes.items():
             _register(self, target, tensor)

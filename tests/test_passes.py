@@ -97,8 +97,7 @@ def run(step: Any, graph: fx.Graph, facts: Facts, attributes: dict[str, Any]) ->
     after = copy.deepcopy(graph)
     old = {node: provenance(node) for node in after.nodes}
     changed = step.rewrite(after, facts)
-    blocks = getattr(step, "blocks", {})
-    return Run(step, facts, changed, graph, was, after, old, {**attributes, **blocks}, attributes_were)
+    return Run(step, facts, changed, graph, was, after, old, attributes, attributes_were)
 
 
 def version(held: Any) -> int:
@@ -324,7 +323,7 @@ def check_values(run: Run) -> None:
 
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         inputs = [value_of(node, run.facts) for node in run.after.find_nodes(op="placeholder")]
-        Top(Program(own, run.after, blocks), garbage_collect_values=False).run(*inputs)
+        Top(Program({**own, **blocks}, run.after), garbage_collect_values=False).run(*inputs)
 
 
 def value_of(node: fx.Node, facts: Facts) -> Any:
@@ -358,7 +357,7 @@ def check_order(run: Run, case: Case) -> None:
 
     with torch.no_grad():
         tail = [TAIL] if any(node.name == "tail" for node in run.after.find_nodes(op="placeholder")) else []
-        Watched(Program(run.attributes, run.after, {}), garbage_collect_values=False).run(
+        Watched(Program(run.attributes, run.after), garbage_collect_values=False).run(
             *case.inputs(ROWS, LENGTH), *tail
         )
 
@@ -431,7 +430,7 @@ def test_a_program_holds_the_modules_own_parameters(case: Case) -> None:
     own = {name: held for name, held in outlined.attributes.items() if not isinstance(held, Block)}
     blocks = {name: held for name, held in outlined.attributes.items() if isinstance(held, Block)}
     theirs = dict(case.module.named_parameters())
-    for program in (Program(own, outlined.before, {}), Program(own, outlined.after, blocks)):
+    for program in (Program(own, outlined.before), Program({**own, **blocks}, outlined.after)):
         ours = dict(program.named_parameters())
         assert ours
         assert all(ours[name] is theirs[name] for name in ours)
@@ -704,6 +703,7 @@ def test_the_flat_graph_of_the_smallest_case() -> None:
     assert_expected_inline(
         pipeline.text(runs(CASES[0], "full")[-1].before),
         """\
+forward(x, tail):
 batch = sym_size(x, 0)    # track-tokens, block -1
 input_length = sym_size(x, 1)    # track-tokens, block -1
 arange_default = arange(batch, dtype=torch.int64, device=cpu)    # track-tokens, block -1
@@ -759,6 +759,7 @@ def test_the_outlined_graph_of_the_smallest_case() -> None:
     assert_expected_inline(
         pipeline.text(runs(CASES[0], "full")[-1].after),
         """\
+forward(x, tail):
 batch = sym_size(x, 0)    # track-tokens, block -1
 input_length = sym_size(x, 1)    # track-tokens, block -1
 arange_default = arange(batch, dtype=torch.int64, device=cpu)    # track-tokens, block -1
@@ -785,6 +786,7 @@ def test_the_outlined_graph_with_a_mask() -> None:
     assert_expected_inline(
         pipeline.text(runs(CASES[1], "full")[-1].after),
         """\
+forward(x, mask, tail):
 batch = sym_size(x, 0)    # track-tokens, block -1
 input_length = sym_size(x, 1)    # track-tokens, block -1
 arange_default = arange(batch, dtype=torch.int64, device=cpu)    # track-tokens, block -1
@@ -827,8 +829,9 @@ def test_a_block_of_the_smallest_case() -> None:
     assert_expected_inline(
         pipeline.text(block.graph),
         """\
-index_tensor = index(hidden, [rows, kept])    # gather-survivors, block 1
-layer_norm_default = layer_norm(index_tensor, [6], norm_weight, norm_bias, 1e-05, False)
+forward(hidden_1, rows_1, kept_1):
+survivors = index(hidden_1, [rows_1, kept_1])    # gather-survivors, block 1
+layer_norm_default = layer_norm(survivors, [6], norm_weight, norm_bias, 1e-05, False)
 linear_default = linear(layer_norm_default, mixers_0_step_weight, mixers_0_step_bias)
 softplus_default = softplus(linear_default)
 linear_default_1 = linear(layer_norm_default, mixers_0_write_weight, mixers_0_write_bias)
@@ -842,7 +845,7 @@ neg_default = neg(exp_default)
 selective_scan_default = selective_scan(transpose_int, transpose_int_1, neg_default, transpose_int_2, transpose_int_3)
 getitem = getitem(selective_scan_default, 0)
 transpose_int_4 = transpose(getitem, 1, 2)
-add_tensor = add(index_tensor, transpose_int_4)
+add_tensor = add(survivors, transpose_int_4)
 return add_tensor""",
     )
 
@@ -855,7 +858,7 @@ def test_a_diff_of_two_stages() -> None:
         """\
 --- capture
 +++ EraseSites()
-@@ -11,7 +11,5 @@
+@@ -12,7 +12,5 @@
  neg = neg(exp)
 -site_enter = site_enter(transpose, [transpose, transpose_1, neg, transpose_2, transpose_3], 0)
 -selective_scan = selective_scan(site_enter, transpose_1, neg, transpose_2, transpose_3)
@@ -865,7 +868,7 @@ def test_a_diff_of_two_stages() -> None:
 -transpose_4 = transpose(site_exit, 1, 2)
 +transpose_4 = transpose(getitem, 1, 2)
  add = add(x, transpose_4)
-@@ -28,7 +26,5 @@
+@@ -29,7 +27,5 @@
  neg_1 = neg(exp_1)
 -site_enter_1 = site_enter(transpose_5, [transpose_5, transpose_6, neg_1, transpose_7, transpose_8], 1)
 -selective_scan_1 = selective_scan(site_enter_1, transpose_6, neg_1, transpose_7, transpose_8)
