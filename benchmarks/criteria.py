@@ -43,7 +43,10 @@ def main() -> None:
     model = MambaForCausalLM.from_pretrained(EXAMPLES / "mamba-py-3m").eval()
     rows = windows(options.windows, options.length + 1)
     dense = last_losses(simba_fx.transform(model, "dense"), rows)
-    print(f"{platform.processor() or platform.machine()}, torch {torch.__version__}; {options.windows} windows of ", end="")
+    print(
+        f"{platform.processor() or platform.machine()}, torch {torch.__version__}; {options.windows} windows of ",
+        end="",
+    )
     print(f"{options.length} bytes; dense loss {dense.mean():.4f} nats per byte; differences ± standard error\n")
     print("| final share (mean) | " + " | ".join(CRITERIA) + " | left truncation |")
     print("|---" * (len(CRITERIA) + 2) + "|")

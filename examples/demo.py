@@ -70,7 +70,11 @@ def main() -> None:
     rows = windows(16, 1025)
     with simba_fx.tail(dense, SCORED), simba_fx.tail(sparse, SCORED):
         step("loss of the last 100 of 1024 bytes, 16 files that the model was not trained on")
-        losses = {"transformers": last_loss(model, rows), "dense": last_loss(dense, rows), "sparse": last_loss(sparse, rows)}
+        losses = {
+            "transformers": last_loss(model, rows),
+            "dense": last_loss(dense, rows),
+            "sparse": last_loss(sparse, rows),
+        }
     recent = simba_fx.transform(model, schedule, criterion="recent")
     with simba_fx.tail(recent, SCORED):
         losses["recent"] = last_loss(recent, rows)

@@ -71,9 +71,7 @@ class RestoreLength:
     def _carried_index(self, node: fx.Node, cuts: list[fx.Node]) -> int:
         """Which of the values carried from block to block `node` continues."""
         carried = [_carried(cut) for cut in cuts]
-        matching = [
-            i for i, gathered in enumerate(carried[0]) if value(gathered).shape[2:] == value(node).shape[2:]
-        ]
+        matching = [i for i, gathered in enumerate(carried[0]) if value(gathered).shape[2:] == value(node).shape[2:]]
         if len({len(values) for values in carried}) > 1 or len(matching) != 1:
             names = [[gathered.args[0].name for gathered in values] for values in carried]
             raise GraphError(

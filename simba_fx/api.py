@@ -58,20 +58,28 @@ def transform(model: nn.Module, schedule: ScheduleLike = "linear", *, criterion:
         GraphError: a value crosses a cut that cannot be gathered.
     """
     if not isinstance(model, nn.Module):
-        raise SimbaError(f"transform expects a torch.nn.Module, found {type(model).__name__}.")
-    if runtime_of(model) is not None:
+        raise SimbaError(
+            f"transform expects a torch.nn.Module, found {type(model).__name__}. Pass the model object itself."
+        )
+    model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
+    if any(runtime_of(module) is not None for module in model.modules()):
         raise SimbaError(
             f"This {type(model).__name__} is already the result of simba_fx.transform; expected a dense model. "
             "Transform the original instead."
         )
     options = Options(as_schedule(schedule), criterion, output, floor, kernels, compile, seed)
     if huggingface.is_pretrained(model):
+        if example_inputs is not None:
+            raise SimbaError(
+                f"example_inputs are for plain modules; expected none for a transformers {type(model).__name__}, whose "
+                "inputs are known. Leave the argument out."
+            )
         return huggingface.install(model, options, budget_cost(model))
     return plain.install(model, options, example_inputs, budget_cost(None))
 
 
 def runtime_of(model: nn.Module) -> Any:
-    return model.__dict__.get("_simba_stack")
+    return model.__dict__.get("_simba_stack") or model.__dict__.get("_simba")
 
 
 def _runtime(model: nn.Module) -> Any:
@@ -79,7 +87,10 @@ def _runtime(model: nn.Module) -> Any:
     runtime = runtime_of(inner) or next((r for m in inner.modules() if (r := runtime_of(m)) is not None), None)
     if runtime is None:
         name = type(model).__name__
-        raise SimbaError(f"Expected a model returned by simba_fx.transform, found a {name} without one.")
+        raise SimbaError(
+            f"Expected a model returned by simba_fx.transform, found a {name}. Call simba_fx.transform(model) and pass "
+            "its result."
+        )
     return runtime
 
 
@@ -93,7 +104,10 @@ def tail(sparse: nn.Module, tokens: int) -> Iterator[None]:
         SimbaError: `tokens` is not a whole number of at least 1.
     """
     if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
-        raise SimbaError(f"tail expects a whole number of tokens, at least 1; found {tokens!r}.")
+        raise SimbaError(
+            f"tail expects a whole number of tokens, at least 1; found {tokens!r}. Write for example "
+            "simba_fx.tail(sparse, 100)."
+        )
     runtime = _runtime(sparse)
     before, runtime.tail = runtime.tail, tokens
     try:
@@ -113,7 +127,10 @@ def kept(sparse: nn.Module) -> list[Tensor]:
     """
     runtime = _runtime(sparse)
     if runtime.last is None:
-        raise SimbaError("kept() tells what the last call kept; expected a call of the model before it, found none.")
+        raise SimbaError(
+            "kept() tells what the last call kept; expected a call of the model before it, found none. Call the model "
+            "first."
+        )
     rows, length, built, positions, real, mask = runtime.last
     device = positions[0].device if positions else None if mask is None else mask.device
     current = torch.arange(length, device=device).expand(rows, length)

@@ -44,13 +44,24 @@ class Options:
                 "callable (scan operands, query) -> (B, L)."
             )
         if not isinstance(self.criterion, str) and not callable(self.criterion):
-            raise CriterionError(f"Expected a criterion's name or a callable, found {type(self.criterion).__name__}.")
+            raise CriterionError(
+                "Expected a criterion's name or a callable (scan operands, query) -> (B, L), found "
+                f"{type(self.criterion).__name__}. Write for example criterion='simba'."
+            )
         choices = {"output": ("full", "kept"), "kernels": ("auto", "model"), "compile": ("blocks", "whole")}
         for name, known in choices.items():
             if getattr(self, name) not in known:
-                raise SimbaError(f"Unknown {name}={getattr(self, name)!r}: expected {' or '.join(map(repr, known))}.")
-        if not isinstance(self.floor, int) or self.floor < 0:
-            raise SimbaError(f"floor is a number of tokens, at least 0; found {self.floor!r}.")
+                raise SimbaError(
+                    f"Unknown {name}={getattr(self, name)!r}: expected {' or '.join(map(repr, known))}. Write "
+                    f"transform(model, {name}={known[0]!r})."
+                )
+        for name, least in (("floor", 0), ("seed", -(2**62))):
+            number = getattr(self, name)
+            if isinstance(number, bool) or not isinstance(number, int) or number < least:
+                kind = "an int of at least 0 (tokens kept before the tail)" if name == "floor" else "an int"
+                raise SimbaError(
+                    f"transform expects {name} to be {kind}; found {number!r}. Write for example {name}=4."
+                )
 
 
 @dataclass(frozen=True)
@@ -67,7 +78,8 @@ class Built:
     history: list[Stage]
 
 
-def build(captured: Captured, options: Options, cost: Callable[..., schedule.Cost] | None = None) -> Built:
+def build(captured: Captured, options: Options, cost: Callable[..., schedule.Cost] | None = None, *,
+          program_class: type[Program] = Program) -> Built:  # fmt: skip
     """Run the passes over a captured graph; `cost(captured, options, length)` prices schedules for a FLOP budget."""
     facts = captured.facts
     shares = schedule_shares(captured, options, cost)
@@ -84,7 +96,7 @@ def build(captured: Captured, options: Options, cost: Callable[..., schedule.Cos
     if options.compile == "blocks":
         top, stages = run_passes(graph, facts, [passes.OutlineBlocks(attributes)])
         history += stages[1:]
-    return Built(Program(attributes, top), captured, graph, shares, cuts, has_scan, history)
+    return Built(program_class(attributes, top), captured, graph, shares, cuts, has_scan, history)
 
 
 def schedule_shares(captured: Captured, options: Options, cost: Any) -> tuple[Fraction, ...]:
@@ -110,8 +122,9 @@ class CustomCriterion(nn.Module):
         score = self.function(operands, query)
         if not isinstance(score, Tensor) or score.shape != (rows, length):
             found = tuple(score.shape) if isinstance(score, Tensor) else type(score).__name__
+            name = getattr(self.function, "__name__", type(self.function).__name__)
             raise CriterionError(
-                f"The criterion {self.function!r} returned {found}; expected a tensor (B, L) = ({rows}, {length}), "
-                "higher = keep."
+                f"The criterion {name} returned {found}; expected a tensor (B, L) = ({rows}, {length}), "
+                "higher = keep. Return one score per token."
             )
         return score.float()

@@ -13,6 +13,7 @@ from torch import Tensor
 
 Entry = tuple[int, str, int]
 
+
 def recording_cache(config: Any) -> Any:
     """An empty cache of transformers' own class that notes what each layer would store, and changes nothing."""
     from transformers import DynamicCache

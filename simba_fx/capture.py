@@ -43,6 +43,8 @@ class Captured:
     facts: Facts
     sites: list[lift.CallSite]
     out_spec: pytree.TreeSpec
+    arguments: tuple[str, ...]
+    """The module's names of the inputs, in the order of the placeholders (fx renames an argument called `input`)."""
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -105,9 +107,10 @@ def capture(module: nn.Module, owner: nn.Module, inputs: Mapping[str, Any], *, p
         node.target = _cut(node.target, inside)
         node.name = graph._graph_namespace.create_name(node.target.replace(".", "_"), None)
         attributes[node.target] = tensor
-    lead = next((node for node in graph.find_nodes(op="placeholder") if node.name == primary), None)
-    shape = value(lead).shape if lead is not None else ()
-    batch, sequence = (expression(size) for size in shape[:2]) if len(shape) >= 2 else (None, None)
+    arguments = tuple(name for name, held in inputs.items() if isinstance(held, Tensor))
+    named = dict(zip(arguments, graph.find_nodes(op="placeholder")))
+    shape = value(named[primary]).shape
+    batch, sequence = (expression(size) for size in shape[:2])
     if not isinstance(sequence, sympy.Symbol) or not isinstance(batch, sympy.Symbol):
         raise CaptureError(
             f"The sizes of {primary} did not stay symbolic in {type(owner).__name__}: expected (B, L, ...) with two "
@@ -115,10 +118,11 @@ def capture(module: nn.Module, owner: nn.Module, inputs: Mapping[str, Any], *, p
         )
     blocks = _assign_regions(graph, owner, sequence)
     count = len(output_of(graph).args[0]) if values is None else values()
-    facts = Facts(sequence, batch, primary, mask, blocks, count)
+    mask_name = None if mask is None else named[mask].name
+    facts = Facts(sequence, batch, named[primary].name, mask_name, blocks, count)
     _read_sizes_once(graph, facts)
     graph.lint()
-    return Captured(graph, attributes, facts, sites, exported.call_spec.out_spec)
+    return Captured(graph, attributes, facts, sites, exported.call_spec.out_spec, arguments)
 
 
 def _example_sizes(inputs: Mapping[str, Any], primary: str) -> tuple[int, int]:

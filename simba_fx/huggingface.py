@@ -9,6 +9,7 @@ copy of itself whose class is a subclass of its own: `isinstance`, `state_dict` 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import inspect
 import itertools
 from collections.abc import Callable
@@ -23,13 +24,14 @@ from simba_fx.build import Built, Options, build
 from simba_fx.caches import Entry, fill, is_warm, new_cache, recording_cache
 from simba_fx.capture import capture
 from simba_fx.errors import CaptureError, InputError
-from simba_fx.inputs import check_mask, named_sizes
+from simba_fx.inputs import EXAMPLE, check_mask, named_sizes
 from simba_fx.program import dynamic_marker, left_alone, left_to_python
 
 __all__ = ["SparseStack", "install", "is_pretrained"]
 
+_EAGERLY_FIRST = "With compile='whole', call the model once with such arguments before torch.compile traces it."
 _CACHE_NAMES = ("cache_params", "past_key_values")
-_ROWS, _LENGTH = 3, 24  # of the example that is traced: B ≠ L, no multiple of the other
+_ROWS, _LENGTH = EXAMPLE.values()
 
 
 def is_pretrained(model: nn.Module) -> bool:
@@ -61,7 +63,10 @@ def install(model: nn.Module, options: Options, cost: Any) -> nn.Module:
         twin.__class__ = _outer_class(type(twin))
     runtime.stack = inner
     embeddings = stack.get_input_embeddings().weight
-    runtime.variant(Signature.default(stack, embeddings))
+    default = Signature.default(stack, embeddings)
+    runtime.variant(default)
+    if not blocks:  # a graph that is traced whole cannot stop to capture another
+        runtime.variant(dataclasses.replace(default, mask=torch.int64))
     return twin
 
 
@@ -108,7 +113,6 @@ class Variant:
     """One captured graph of the stack, as a program."""
 
     built: Built
-    inputs: tuple[str, ...]
     output_type: type
     parameters: tuple[tuple[str, Any], ...]
     spec: pytree.TreeSpec
@@ -156,7 +160,11 @@ class SparseStack:
     def variant(self, signature: Signature) -> Variant:
         """The program for calls of this signature, captured on first use."""
         found = self.variants.get(signature)
-        if found is None or not (torch.compiler.is_compiling() or found.fresh(self.stack)):
+        if torch.compiler.is_compiling():
+            if found is None:
+                raise InputError(f"{type(self.stack).__name__} has no graph yet for {signature}. {_EAGERLY_FIRST}")
+            return found
+        if found is None or not found.fresh(self.stack):
             found = self.variants[signature] = self._capture(signature)
         return found
 
@@ -178,7 +186,7 @@ class SparseStack:
         own = {path for path, _ in (*stack.named_parameters(), *stack.named_buffers())}
         parameters = tuple((path, tensor) for path, tensor in captured.attributes.items() if path in own)
         seen = shell.observed
-        return Variant(built, captured.inputs, seen.output_type, parameters, captured.out_spec, seen.states)
+        return Variant(built, seen.output_type, parameters, captured.out_spec, seen.states)
 
     def finish(self, variant: Variant, call: Call, flat: Any) -> Any:
         """Fill the cache; return the model's values as the model returns them."""
@@ -283,7 +291,7 @@ def _stack_class(cls: type, blocks: bool) -> type:
             return own(self, **given)
         runtime = self._simba
         variant = runtime.variant(call.signature) if not blocks else lookup(runtime, call.signature)
-        inputs = [call.tensors[name] for name in variant.inputs]
+        inputs = [call.tensors[name] for name in variant.built.captured.arguments]
         output = finish(runtime, variant, call, variant.built.program.forward(*inputs, runtime.tail))
         if blocks:
             mark((output[0],), ((0, 1),))
@@ -320,10 +328,10 @@ def _prepare(stack: Any, given: dict[str, Any]) -> Call | None:
             f"{type(stack).__name__} was called with {length} new tokens on a warm cache; expected a whole prompt with "
             "an empty cache, or one new token. Pass the tokens one at a time, or start with an empty cache."
         )
+    mask = check_mask(mask, rows, length, runtime.tail)
     if length == 1:
         runtime.last = (rows, length, None, (), None, mask)
         return None
-    mask = check_mask(mask, length, runtime.tail)
     use_cache = given.get("use_cache")
     if use_cache is None:
         use_cache = stack.config.use_cache and not stack.training

@@ -7,6 +7,9 @@ from torch import Tensor
 
 from simba_fx.errors import InputError
 
+EXAMPLE = {"B": 3, "L": 24}
+"""Sizes of the inputs that are traced: B ≠ L, both > 1. Which dimension is which is decided before, by position."""
+
 
 def named_sizes(tensor: Tensor, rows: int, length: int) -> tuple[int | str, ...]:
     """A shape with its batch as "B" and its sequence as "L": `(B, L, ...)`, or `(B, 1, L, L)` for a causal mask.
@@ -23,7 +26,7 @@ def named_sizes(tensor: Tensor, rows: int, length: int) -> tuple[int | str, ...]
     return tuple(sizes)
 
 
-def check_mask(mask: Tensor | None, length: int, tail: int) -> Tensor | None:
+def check_mask(mask: Tensor | None, rows: int, length: int, tail: int) -> Tensor | None:
     """A padding mask that can be used, or None where nothing is padded.
 
     Raises:
@@ -37,10 +40,10 @@ def check_mask(mask: Tensor | None, length: int, tail: int) -> Tensor | None:
         )
     if mask is None:
         return None
-    if mask.dim() != 2 or mask.shape[1] != length:
+    if tuple(mask.shape) != (rows, length):
         raise InputError(
-            f"Expected an attention_mask (B, L) with L = {length}, 1 for real tokens and 0 for padding; found shape "
-            f"{tuple(mask.shape)}."
+            f"Expected an attention_mask (B, L) = ({rows}, {length}), 1 for real tokens and 0 for padding; found shape "
+            f"{tuple(mask.shape)}. Pass the tokenizer's 2-D mask."
         )
     if torch.compiler.is_compiling():
         return mask

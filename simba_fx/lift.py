@@ -186,7 +186,10 @@ def register_scan(function: Callable[..., Any], adapter: Adapter) -> None:
     """
     for name, value in (("function", function), ("adapter", adapter)):
         if not callable(value):
-            raise SimbaError(f"register_scan expects a callable {name}, found {type(value).__name__}.")
+            raise SimbaError(
+                f"register_scan expects a callable {name}, found {type(value).__name__}. Pass the function object that "
+                "the model calls, and an adapter that takes the same arguments."
+            )
     _registered[function] = adapter
 
 

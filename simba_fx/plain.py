@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,12 +15,11 @@ from torch.utils import _pytree as pytree
 from simba_fx.build import Built, Options, build
 from simba_fx.capture import capture
 from simba_fx.errors import CaptureError, InputError
-from simba_fx.inputs import check_mask, named_sizes
-from simba_fx.program import Program, left_to_python
+from simba_fx.inputs import EXAMPLE, check_mask, named_sizes
+from simba_fx.program import Program, dynamic_marker, left_alone, left_to_python
 
-__all__ = ["PlainRuntime", "install"]
+__all__ = ["PlainProgram", "PlainRuntime", "install"]
 
-_ROWS, _LENGTH = 3, 24
 _MASKS = ("attention_mask", "mask", "padding_mask")
 
 
@@ -29,34 +29,58 @@ class PlainRuntime:
 
     built: Built
     options: Options
-    names: tuple[str, ...]
+    name: str
     signature: inspect.Signature
-    spec: pytree.TreeSpec
     tail: int = 1
     last: tuple[Any, ...] | None = None
 
     def any_built(self) -> Built:
         return self.built
 
-    def call(self, forward: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        bound = self.signature.bind(*args, **kwargs).arguments
-        facts = self.built.captured.facts
-        extra = [name for name, value in bound.items() if name not in self.names and value is not None]
-        missing = [name for name in self.names if bound.get(name) is None]
-        if extra or missing:
+    def prepare(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
+        """The program's inputs for a call of the module, in order.
+
+        Raises:
+            InputError: other arguments than the program was captured with, or a mask that cannot be used.
+        """
+        captured = self.built.captured
+        bound = {k: v for k, v in self.signature.bind(*args, **kwargs).arguments.items() if v is not None}
+        if set(bound) != set(captured.arguments):
             raise InputError(
-                f"This program was captured with the arguments {', '.join(self.names)}; found also {extra}, without "
-                f"{missing}. Transform the module again with example_inputs like this call's."
+                f"{self.name} was captured with the arguments {', '.join(captured.arguments)}; found a call with "
+                f"{', '.join(bound)}. Transform the module again with example_inputs like this call's."
             )
-        lead = bound[facts.primary]
-        rows, length = lead.shape[:2]
-        mask = bound[facts.mask] if facts.mask else None
-        check_mask(mask, length, self.tail)
-        flat = forward(*(bound[name] for name in self.names), self.tail)
-        values, kept = flat[: facts.values], flat[facts.values :]
+        inputs = [bound[name] for name in captured.arguments]
+        lead, mask = inputs[captured.inputs.index(captured.facts.primary)], self._mask(inputs)
+        check_mask(mask, lead.shape[0], lead.shape[1], self.tail)
+        self.built.program.rebind()
+        return [*inputs, self.tail]
+
+    def finish(self, inputs: list[Any], flat: Any) -> Any:
+        """The module's result; what was kept is remembered."""
+        captured = self.built.captured
+        lead, mask = inputs[captured.inputs.index(captured.facts.primary)], self._mask(inputs)
+        values, kept = flat[: captured.facts.values], flat[captured.facts.values :]
         real, step = (None, 1) if mask is None else (kept[1::2], 2)
-        self.last = (rows, length, self.built, kept[::step], real, mask)
-        return pytree.tree_unflatten(list(values), self.spec)
+        self.last = (lead.shape[0], lead.shape[1], self.built, kept[::step], real, mask)
+        return pytree.tree_unflatten(list(values), captured.out_spec)
+
+    def _mask(self, inputs: list[Any]) -> Tensor | None:
+        captured = self.built.captured
+        return None if captured.facts.mask is None else inputs[captured.inputs.index(captured.facts.mask)]
+
+
+class PlainProgram(Program):
+    """A program that is called as the module was that it came from."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PlainProgram:
+        """A copy over copies of the parameters, with a runtime of its own."""
+        runtime: PlainRuntime = self.__dict__["_simba_stack"]
+        program = self.over({path: copy.deepcopy(held, memo) for path, held in self.attributes().items()})
+        memo[id(self)] = program
+        built = replace(runtime.built, program=program)
+        _call_as_module(program, PlainRuntime(built, runtime.options, runtime.name, runtime.signature, runtime.tail))
+        return program.train(self.training)  # type: ignore[return-value]
 
 
 def install(model: nn.Module, options: Options, example: Any, cost: Any) -> fx.GraphModule:
@@ -65,50 +89,59 @@ def install(model: nn.Module, options: Options, example: Any, cost: Any) -> fx.G
     inputs = _examples(model, signature, example)
     primary = next(name for name, value in inputs.items() if isinstance(value, Tensor) and value.dim() >= 2)
     mask = next((name for name in inputs if name in _MASKS), None)
-    captured = capture(model, model, inputs, primary=primary, mask=mask)
-    built = build(captured, options, cost)
-    sparse = built.program
-    runtime = PlainRuntime(built, options, captured.inputs, signature, captured.out_spec)
-    sparse.__dict__["_simba_stack"] = runtime
-    sparse.train(model.training)
-    _wrap(sparse, runtime, options)
-    return sparse
+    built = build(capture(model, model, inputs, primary=primary, mask=mask), options, cost, program_class=PlainProgram)
+    _call_as_module(built.program, PlainRuntime(built, options, type(model).__name__, signature))
+    built.program.train(model.training)
+    return built.program
 
 
-def _wrap(sparse: Program, runtime: PlainRuntime, options: Options) -> None:
-    cls, run = type(sparse), type(sparse).forward
+def _call_as_module(program: Program, runtime: PlainRuntime) -> None:
+    """Give the program the module's signature: flat inputs and outputs are bound and unbound around its code."""
+    program.__dict__["_simba_stack"] = runtime
+    cls, run = type(program), type(program).forward
+    blocks = runtime.options.compile == "blocks"
+    python: Callable[[Any], Any] = left_alone if blocks else lambda function: function
+    prepare, finish, mark = python(PlainRuntime.prepare), python(PlainRuntime.finish), dynamic_marker()
 
     def forward(self: Program, *args: Any, **kwargs: Any) -> Any:
-        return runtime.call(run.__get__(self), args, kwargs)
+        inputs = prepare(runtime, args, kwargs)
+        if blocks:
+            mark(inputs, ((0, 1),) * len(inputs))
+        return finish(runtime, inputs, run(self, *inputs))
 
-    cls.forward = left_to_python(forward) if options.compile == "blocks" else forward
+    outer = left_to_python(forward) if blocks else forward
+    own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    outer.__signature__ = runtime.signature.replace(parameters=[own, *runtime.signature.parameters.values()])
+    cls.forward = outer
 
 
 def _examples(model: nn.Module, signature: inspect.Signature, example: Any) -> dict[str, Any]:
     """Example tensors by argument name, resized so that B ≠ L."""
+    name = type(model).__name__
     if example is None:
         first = next(iter(signature.parameters))
         if not any(isinstance(module, nn.Embedding) for module in model.modules()):
             raise CaptureError(
-                f"{type(model).__name__} is a plain module without an embedding; expected example_inputs=(tensor, ...) "
+                f"{name} is a plain module without an embedding; expected example_inputs=(tensor, ...) "
                 "with the arguments of its forward, (B, L, ...) with B ≠ L. Pass them to transform."
             )
         device = next(model.parameters()).device
-        return {first: torch.zeros(_ROWS, _LENGTH, dtype=torch.int64, device=device)}
+        return {first: torch.zeros(EXAMPLE["B"], EXAMPLE["L"], dtype=torch.int64, device=device)}
     args, kwargs = ((), example) if isinstance(example, Mapping) else (tuple(example), {})
     bound = dict(signature.bind(*args, **kwargs).arguments)
     lead = next((v for v in bound.values() if isinstance(v, Tensor) and v.dim() >= 2), None)
     if lead is None:
+        found = ", ".join(f"{key}: {type(value).__name__}" for key, value in bound.items())
         raise CaptureError(
-            "example_inputs must hold at least one tensor (B, L, ...); found "
-            f"{ {name: type(value).__name__ for name, value in bound.items()} }."
+            f"example_inputs must hold at least one tensor (B, L, ...); found {found or 'none'}. Pass the arguments of "
+            f"{name}.forward, for example (torch.zeros(2, 24, 8),)."
         )
     rows, length = lead.shape[:2]
-    return {name: _resized(value, rows, length) for name, value in bound.items()}
+    return {key: _resized(value, rows, length) for key, value in bound.items()}
 
 
 def _resized(value: Any, rows: int, length: int) -> Any:
     if not isinstance(value, Tensor):
         return value
-    sizes = [{"B": _ROWS, "L": _LENGTH}.get(size, size) for size in named_sizes(value, rows, length)]
+    sizes = [EXAMPLE[size] if isinstance(size, str) else size for size in named_sizes(value, rows, length)]
     return torch.zeros(sizes, dtype=value.dtype, device=value.device)

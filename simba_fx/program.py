@@ -99,20 +99,56 @@ class Program(fx.GraphModule):
     def __init__(self, attributes: Mapping[str, Any], graph: fx.Graph, name: str = "Program") -> None:
         blocks = {target: held for target, held in attributes.items() if isinstance(held, Block)}
         super().__init__(dict(attributes), graph, class_name=name)
+        paths = {id(held): path for path, held in attributes.items() if isinstance(held, Tensor)}
         for target, block in blocks.items():
             self._modules.pop(target, None)
             self.__dict__[target] = block
-        for target, tensor in attributes.items():
-            _register(self, target, tensor)
+        for target, held in attributes.items():
+            _register(self, target, held)
+        self.__dict__["_held"] = dict(attributes)
+        self.__dict__["_bindings"] = [
+            (block, name, paths[id(tensor)])
+            for block in blocks.values()
+            for name, tensor in (*block._parameters.items(), *block._buffers.items())
+        ]
         if blocks:
             type(self)._left_to_python = True
             self.recompile()
+
+    def attributes(self) -> dict[str, Any]:
+        """What the graph's targets stand for now: tensors by path, submodules, blocks."""
+        return {path: _look_up(self, path) if isinstance(held, Tensor) else held for path, held in self._held.items()}
+
+    def rebind(self) -> None:
+        """Let the blocks read the parameters registered now (`load_state_dict(assign=True)` replaces them)."""
+        for block, name, path in self._bindings:
+            held = block._parameters if name in block._parameters else block._buffers
+            held[name] = _look_up(self, path)
+
+    def over(self, attributes: Mapping[str, Any]) -> Any:
+        """The same program over other tensors, given by the same paths."""
+        blocks = {id(block): {} for block in self._held.values() if isinstance(block, Block)}  # type: ignore[var-annotated]
+        for block, name, path in self._bindings:
+            blocks[id(block)][name] = attributes[path]
+        new = {
+            path: held.instance(blocks[id(held)]) if isinstance(held, Block) else attributes[path]
+            for path, held in self._held.items()
+        }
+        graph = fx.Graph()
+        graph.output(graph.graph_copy(self.graph, {}))
+        return type(self).__mro__[1](new, graph, type(self).__name__)
 
     def recompile(self) -> Any:
         code = super().recompile()
         if self._left_to_python:
             type(self).forward = left_to_python(type(self).forward)  # type: ignore[method-assign]
         return code
+
+
+def _look_up(root: Any, path: str) -> Any:
+    for name in path.split("."):
+        root = getattr(root, name)
+    return root
 
 
 def _register(root: nn.Module, path: str, tensor: Any) -> None:

@@ -298,6 +298,9 @@ def check_values(run: Run) -> None:
             if told != found:
                 raise Broken(f"{run.step!r}: {node.name} of region {region(node)} declares {told}, yields {found}")
 
+    # between these two passes what follows the blocks reads survivors where it will read every token
+    unrestored = run.step.name == "gather-survivors" and getattr(run.step, "output", "") == "full"
+
     class Inside(fx.Interpreter):
         """A block: its graph is its kind's, so that its nodes' region is this instance's."""
 
@@ -311,6 +314,8 @@ def check_values(run: Run) -> None:
 
     class Top(fx.Interpreter):
         def run_node(self, node: fx.Node) -> Any:
+            if unrestored and region(node) == run.facts.n_blocks and node.op == "call_function":
+                return value(node)
             if node.op == "call_module" and node.target in blocks:
                 inside = Inside(blocks[node.target])
                 inside.here = region(node)
@@ -357,9 +362,7 @@ def check_order(run: Run, case: Case) -> None:
 
     with torch.no_grad():
         tail = [TAIL] if any(node.name == "tail" for node in run.after.find_nodes(op="placeholder")) else []
-        Watched(Program(run.attributes, run.after), garbage_collect_values=False).run(
-            *case.inputs(ROWS, LENGTH), *tail
-        )
+        Watched(Program(run.attributes, run.after), garbage_collect_values=False).run(*case.inputs(ROWS, LENGTH), *tail)
 
 
 _GATHERS = (torch.ops.aten.index.Tensor, torch.ops.aten.gather.default)
