@@ -125,7 +125,7 @@ class OutlineBlocks:
             if node.meta.get(MARK):
                 result.name = node.name  # free again: the node itself is gone
             else:
-                result.name = graph._graph_namespace.create_name(f"hidden_{insert.region}", None)
+                result.name = graph._graph_namespace.create_name(f"{_kind_of_result(node)}_{insert.region}", None)
 
 
 def _at_top(node: fx.Node) -> bool:
@@ -162,6 +162,12 @@ def _source(symbol: sympy.Expr, inputs: Iterable[fx.Node]) -> tuple[fx.Node, int
                 if expression(size) == symbol:
                     return node, dim
     raise GraphError(f"A block reads the size {symbol} but none of its inputs has it; use compile='whole'.")
+
+
+def _kind_of_result(node: fx.Node) -> str:
+    """What flows from block to block has the length among its sizes; a cache's states have not."""
+    sizes = value(node).shape if isinstance(value(node), Tensor) else ()
+    return "hidden" if len(sizes) > 1 and isinstance(expression(sizes[1]), sympy.Symbol) else "state"
 
 
 def _attribute_name(target: str, path: str) -> str:
