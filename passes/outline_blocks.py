@@ -22,17 +22,18 @@ _TOP = ("track-tokens", "select-tokens", "restore-length")
 
 @dataclass(frozen=True)
 class OutlineBlocks:
-    """Move each region's nodes into a module of its own.
+    """Move each block's nodes into a module of its own.
 
     Before: forty nodes per block. After, a few lines per block:
 
         hidden_3, score_3 = block_3(hidden_2, kept_2, tail)
         kept_3, dropped_3, positions_3, left_3 = select_tokens(score_3, positions_2, length, tail, 7, 10, 4)
-        exit_3 = hidden_3[rows, dropped_3]
+        exit_3 = take_tokens(hidden_3, dropped_3)
 
     1. A block's parameters are attributes of its module, named by their path inside the block. 2. Sizes are read again
-    from the block's own inputs, so that a length is never an argument. 3. Two regions with the same code become two
-    instances of one kind: `torch.compile` compiles that code once, for every depth and length.
+    from the block's own inputs, so that a length is never an argument. 3. Two blocks with the same code become two
+    instances of one kind: `torch.compile` compiles that code once, for every depth and length. 4. What stands before
+    and after the blocks stays at the top level.
     """
 
     attributes: dict[str, Any] = field(repr=False)
@@ -45,12 +46,11 @@ class OutlineBlocks:
         masks = from_mask_alone(graph, facts)
         taken = {path.split(".")[0] for path in self.attributes}
         changed = 0
-        for index in range(facts.n_blocks + 1):
+        for index in range(facts.n_blocks):
             inside = [node for node in nodes_of(graph, index) if not _at_top(node)]
             if not any(node.op != "placeholder" and isinstance(value(node), Tensor) for node in inside):
                 continue
-            path = facts.blocks[index] if index < facts.n_blocks else ""
-            target = f"block_{index}" if index < facts.n_blocks else "after_blocks"
+            path, target = facts.blocks[index], f"block_{index}"
             target = f"simba_{target}" if target in taken else target
             self.attributes[target] = self._outline(graph, facts, inside, path, target, kinds, masks)
             changed += 1
@@ -70,8 +70,9 @@ class OutlineBlocks:
             env[node].meta = dict(node.meta)
         for node in outside:
             if node.op == "get_attr":
-                name = _attribute_name(node.target, path)
-                owned[name] = self.attributes[node.target]
+                attribute: Any = node.target
+                name = _attribute_name(attribute, path)
+                owned[name] = self.attributes[attribute]
                 env[node] = sub.get_attr(name)
                 env[node].meta = dict(node.meta)
 
@@ -90,8 +91,8 @@ class OutlineBlocks:
 
         for node in inside:
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: env[n] if n in env else size(n))
-            name = _stem(node.name) if node.meta.get(MARK) else None
-            env[node] = sub.create_node(node.op, node.target, args, kwargs, name=name)
+            stem = _stem(node.name) if node.meta.get(MARK) else None
+            env[node] = sub.create_node(node.op, node.target, args, kwargs, name=stem)
             env[node].meta = dict(node.meta)
         outputs = [node for node in inside if any(_reads(user, node) for user in node.users if user not in members)]
         sub.output(tuple(env[node] for node in outputs) if len(outputs) > 1 else env[outputs[0]])
@@ -166,7 +167,7 @@ def _source(symbol: sympy.Expr, inputs: Iterable[fx.Node]) -> tuple[fx.Node, int
 
 def _kind_of_result(node: fx.Node) -> str:
     """What flows from block to block has the length among its sizes; a cache's states have not."""
-    sizes = value(node).shape if isinstance(value(node), Tensor) else ()
+    sizes: tuple[Any, ...] = value(node).shape if isinstance(value(node), Tensor) else ()
     return "hidden" if len(sizes) > 1 and isinstance(expression(sizes[1]), sympy.Symbol) else "state"
 
 

@@ -780,8 +780,9 @@ left_0 = getitem(chosen_0, 3)    # select-tokens, block 0
 exit_0 = take_tokens(hidden_0, dropped_0)    # restore-length, block 0
 hidden_1 = block_1(hidden_0, rows, kept_0)    # outline-blocks, block 1
 restore_tokens_default = restore_tokens([exit_0, hidden_1], [left_0, positions_0], input_length)    # restore-length, block 2
-hidden_2 = after_blocks(restore_tokens_default)    # outline-blocks, block 2
-return [hidden_2, positions_0]""",  # noqa: E501
+layer_norm_2 = layer_norm(restore_tokens_default, [6], norm_weight, norm_bias, 1e-05, False)
+linear_6 = linear(layer_norm_2, head_weight, head_bias)
+return [linear_6, positions_0]""",  # noqa: E501
     )
 
 
@@ -822,8 +823,9 @@ real_1 = getitem(chosen_1, 4)    # select-tokens, block 1
 exit_1 = take_tokens(hidden_1, dropped_1)    # restore-length, block 1
 hidden_2 = block_2(hidden_1, rows, kept_1)    # outline-blocks, block 2
 restore_tokens_default = restore_tokens([exit_0, exit_1, hidden_2], [left_0, left_1, positions_1], input_length)    # restore-length, block 3
-hidden_3 = after_blocks(restore_tokens_default)    # outline-blocks, block 3
-return [hidden_3, positions_0, real_0, positions_1, real_1]""",  # noqa: E501
+layer_norm_3 = layer_norm(restore_tokens_default, [6], norm_weight, norm_bias, 1e-05, False)
+linear_9 = linear(layer_norm_3, head_weight, head_bias)
+return [linear_9, positions_0, real_0, positions_1, real_1]""",  # noqa: E501
     )
 
 
@@ -832,8 +834,8 @@ def test_a_block_of_the_smallest_case() -> None:
     assert_expected_inline(
         pipeline.text(block.graph),
         """\
-forward(hidden_1, rows_1, kept_1):
-survivors = index(hidden_1, [rows_1, kept_1])    # gather-survivors, block 1
+forward(hidden, rows, kept):
+survivors = index(hidden, [rows, kept])    # gather-survivors, block 1
 layer_norm_default = layer_norm(survivors, [6], norm_weight, norm_bias, 1e-05, False)
 linear_default = linear(layer_norm_default, mixers_0_step_weight, mixers_0_step_bias)
 softplus_default = softplus(linear_default)
