@@ -59,7 +59,10 @@ class GatherSurvivors:
         if any(user.meta.get("simba_fx", {}).get("pass") == self.name for user in kept.users):
             return 0
         block = region(select)
-        beyond = lambda user: block < region(user) <= last and user.op != "output"  # noqa: E731
+
+        def beyond(user: fx.Node) -> bool:
+            return block < region(user) <= last and user.op != "output"
+
         live = [node for node in graph.nodes if region(node) <= block and any(map(beyond, node.users))]
         insert = Insert(graph, end_of(graph, block), block + 1, self.name)
         for node in live:
@@ -114,7 +117,8 @@ class GatherSurvivors:
             if node not in clones and node.target is torch.ops.aten.sym_size.int:
                 clones[node] = insert(torch.ops.aten.sym_size.int, kept, 1, val=value(node))
             elif node not in clones:
-                args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), shorter)
+                given: Any = (node.args, node.kwargs)
+                args, kwargs = torch.fx.node.map_arg(given, shorter)
                 clones[node] = insert(node.target, *args, val=value(node), like=node, **kwargs)
             return clones[node]
 

@@ -15,6 +15,7 @@ from simba_fx.graphs import (
     end_of,
     output_of,
     region,
+    returned,
     selects,
     sequence_dims,
     tracked,
@@ -47,7 +48,7 @@ class RestoreLength:
         if self.output != "full" or not cuts or done:
             return 0
         outputs = output_of(graph)
-        values = set(outputs.args[0][: facts.values])
+        values = set(returned(graph)[: facts.values])
         readers = [node for node in graph.nodes if region(node) == facts.n_blocks and node is not outputs]
         changed = 0
         exits: dict[tuple[fx.Node, int], fx.Node] = {}
@@ -62,7 +63,7 @@ class RestoreLength:
             read_after = lambda user: user in readers  # noqa: E731
             node.replace_all_uses_with(full, delete_user_cb=read_after)
             if node in values:
-                flat = outputs.args[0]
+                flat = returned(graph)
                 restored = [full if n is node and i < facts.values else n for i, n in enumerate(flat)]
                 outputs.args = (type(flat)(restored),)
             changed += 1
@@ -73,7 +74,7 @@ class RestoreLength:
         carried = [_carried(cut) for cut in cuts]
         matching = [i for i, gathered in enumerate(carried[0]) if value(gathered).shape[2:] == value(node).shape[2:]]
         if len({len(values) for values in carried}) > 1 or len(matching) != 1:
-            names = [[gathered.args[0].name for gathered in values] for values in carried]
+            names = [[_read_by(gathered).name for gathered in values] for values in carried]
             raise GraphError(
                 f"Node {node.name} in {where(node)} is read after the last block; expected one value per cut that it "
                 f"continues (the residual stream), found {names[0]} at the first cut and {names[-1]} at the last. Use "
@@ -92,7 +93,8 @@ class RestoreLength:
         places.append(_result(before[-1], 2))
         insert = Insert(graph, end_of(graph, facts.n_blocks - 1), facts.n_blocks, self.name)
         length = tracked(graph, "length")
-        full = value(node).new_empty((*value(tracked(graph, "positions")).shape, *value(node).shape[2:]))
+        positions: Any = tracked(graph, "positions")
+        full = value(node).new_empty((*value(positions).shape, *value(node).shape[2:]))
         return insert(torch.ops.simba_fx.restore_tokens.default, [*pieces, node], places, length, val=full,
                       role="restored")  # fmt: skip
 
@@ -101,7 +103,7 @@ class RestoreLength:
         gathered = _carried(cut)[index]
         insert = Insert(graph, end_of(graph, region(cut)), region(cut), self.name)
         name = f"exit_{region(cut)}" + (f"_{index}" if index else "")
-        arguments = (gathered.args[0], _result(cut, 1))
+        arguments = (_read_by(gathered), _result(cut, 1))
         val = value(gathered)
         taken = insert(torch.ops.simba_fx.take_tokens.default, *arguments, val=val, role="exit", name=name)
         if val.dtype == dtype:
@@ -112,6 +114,10 @@ class RestoreLength:
 def _carried(cut: fx.Node) -> list[fx.Node]:
     """The gathers of the residual stream at a cut."""
     return [user for user in _result(cut, 0).users if user.meta.get("simba_fx", {}).get("role") == "carried"]
+
+
+def _read_by(gather: fx.Node) -> Any:
+    return gather.args[0]
 
 
 def _result(cut: fx.Node, index: int) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from simba_fx.graphs import Facts, Insert, end_of, nodes_of, scans_of, tracked, value
+from simba_fx.graphs import Facts, Insert, end_of, nodes_of, operator_of, scans_of, tracked, value
 from simba_fx.plan import Cut
 
 _SCORES = {
@@ -45,7 +45,8 @@ class ScoreTokens:
                 continue
             insert = Insert(graph, end_of(graph, cut.block), cut.block, self.name)
             scans = scans_of(graph, cut.block)
-            positions, real = tracked(graph, "positions"), tracked(graph, "real")
+            positions: Any = tracked(graph, "positions")
+            real = tracked(graph, "real")
             val = value(positions).new_empty(value(positions).shape, dtype=torch.float32)
             if self.criterion in BY_POSITION:
                 bookkeeping = [positions, real, tracked(graph, "lengths"), tracked(graph, "length")]
@@ -67,14 +68,15 @@ class ScoreTokens:
 
     def _score(self, insert: Insert, scan: fx.Node, real: fx.Node | None, tail: fx.Node | None, val: Any) -> fx.Node:
         if self.criterion not in ("simba", "simba-abs", "no-decay", "delta-norm", "clip"):
-            args = (str(scan.target._opname), list(scan.args), real, tail)
+            args = (str(operator_of(scan)._opname), list(scan.args), real, tail)
             return insert("criterion", *args, val=val, like=scan, op="call_module")
-        names = [argument.name for argument in scan.target._schema.arguments]
+        names = [argument.name for argument in operator_of(scan)._schema.arguments]
         operands = [value for name, value in zip(names, _all_arguments(scan)) if name not in _SKIPPED]
-        return insert(_SCORES[scan.target], *operands, real, tail, self.criterion, val=val, like=scan)
+        return insert(_SCORES[operator_of(scan)], *operands, real, tail, self.criterion, val=val, like=scan)
 
 
 def _all_arguments(node: fx.Node) -> list[Any]:
     """The arguments of an operator call in schema order, defaults filled in."""
-    given = dict(zip((a.name for a in node.target._schema.arguments), node.args)) | node.kwargs
-    return [given.get(a.name, a.default_value) for a in node.target._schema.arguments]
+    arguments = operator_of(node)._schema.arguments
+    given = dict(zip((a.name for a in arguments), node.args)) | node.kwargs
+    return [given.get(a.name, a.default_value) for a in arguments]

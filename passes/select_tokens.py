@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
 
-from simba_fx.graphs import Facts, Insert, end_of, nodes_of, output_of, selects, tracked, value
+from simba_fx.graphs import Facts, Insert, end_of, nodes_of, output_of, returned, selects, tracked, value
 from simba_fx.plan import Cut
 
 OUTPUTS = ("kept", "dropped", "positions", "left", "real")
@@ -38,12 +39,14 @@ class SelectTokens:
             if score in done:
                 continue
             insert = Insert(graph, end_of(graph, cut.block), cut.block, self.name)
-            positions, real, lengths = (tracked(graph, role) for role in ("positions", "real", "lengths"))
+            positions: Any = tracked(graph, "positions")
+            real, lengths = tracked(graph, "real"), tracked(graph, "lengths")
             rule = (tracked(graph, "length"), tracked(graph, "tail"))
             share = (cut.share.numerator, cut.share.denominator, self.floor)
             grid = value(positions)
-            vals = (grid, grid, grid, grid)
-            target, arguments = torch.ops.simba_fx.select_tokens.default, (score, positions)
+            vals: tuple[Any, ...] = (grid, grid, grid, grid)
+            arguments: tuple[Any, ...] = (score, positions)
+            target = torch.ops.simba_fx.select_tokens.default
             if real is not None:
                 target, arguments = torch.ops.simba_fx.select_real_tokens.default, (score, positions, real, lengths)
                 vals = (*vals, value(real))
@@ -53,6 +56,6 @@ class SelectTokens:
                 result = insert(operator.getitem, chosen, index, val=val, role=name, name=f"{name}_{cut.block}")
                 if name in ("positions", "real"):
                     output = output_of(graph)
-                    output.args = ((*output.args[0], result),)
+                    output.args = ((*returned(graph), result),)
             changed += 1
         return changed

@@ -59,6 +59,11 @@ def value(node: fx.Node) -> Any:
     return node.meta.get("val")
 
 
+def operator_of(node: fx.Node) -> Any:
+    """The operator that a node calls (torch.fx types a target as a function or a string)."""
+    return node.target
+
+
 def is_size(node: fx.Node) -> bool:
     """Whether the node yields a (symbolic) number rather than tensors."""
     return isinstance(value(node), int | torch.SymInt)
@@ -133,7 +138,8 @@ def nodes_of(graph: fx.Graph, index: int) -> Iterator[fx.Node]:
 
 def end_of(graph: fx.Graph, index: int) -> fx.Node:
     """The first node after region `index`: what is inserted before it belongs to the region's end."""
-    return next(node for node in graph.nodes if region(node) > index)
+    node: fx.Node = next(node for node in graph.nodes if region(node) > index)
+    return node
 
 
 def scans_of(graph: fx.Graph, index: int) -> list[fx.Node]:
@@ -147,7 +153,8 @@ def selects(graph: fx.Graph) -> list[fx.Node]:
 
 
 def placeholder(graph: fx.Graph, name: str) -> fx.Node:
-    return next(node for node in graph.nodes if node.op == "placeholder" and node.name == name)
+    node: fx.Node = next(node for node in graph.nodes if node.op == "placeholder" and node.name == name)
+    return node
 
 
 def tracked(graph: fx.Graph, role: str) -> fx.Node | None:
@@ -156,7 +163,13 @@ def tracked(graph: fx.Graph, role: str) -> fx.Node | None:
 
 
 def output_of(graph: fx.Graph) -> fx.Node:
-    return next(iter(graph.find_nodes(op="output")))
+    node: fx.Node = next(iter(graph.find_nodes(op="output")))
+    return node
+
+
+def returned(graph: fx.Graph) -> Any:
+    """The graph's flat outputs, a tuple or list of nodes (torch.fx types an argument as anything that it may be)."""
+    return output_of(graph).args[0]
 
 
 def drop_dead_code(graph: fx.Graph) -> None:

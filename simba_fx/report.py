@@ -19,7 +19,7 @@ from simba_fx.api import _runtime, kept
 from simba_fx.build import Built, CustomCriterion
 from simba_fx.errors import SimbaError
 from simba_fx.flops import model_flops, surroundings_of
-from simba_fx.graphs import MARK, scans_of
+from simba_fx.graphs import MARK, operator_of, scans_of
 from simba_fx.huggingface import SparseStack
 from simba_fx.plan import reasons
 
@@ -297,7 +297,7 @@ def report(sparse: nn.Module, *args: Any, **kwargs: Any) -> Report:
 
 
 def _scan_kind(built: Built, block: int) -> str:
-    names = [_SCAN_KINDS[str(scan.target._opname)] for scan in scans_of(built.captured.graph, block)]  # type: ignore[union-attr]
+    names = [_SCAN_KINDS[str(operator_of(scan)._opname)] for scan in scans_of(built.captured.graph, block)]
     return " + ".join(dict.fromkeys(names)) or "none"
 
 
