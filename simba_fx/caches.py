@@ -19,6 +19,8 @@ def recording_cache(config: Any) -> Any:
     from transformers import DynamicCache
 
     class RecordingCache(DynamicCache):
+        notes: dict[Entry, Tensor]
+
         def stored(self) -> dict[Entry, Tensor]:
             return dict(sorted(self.notes.items()))
 
@@ -29,9 +31,10 @@ def recording_cache(config: Any) -> Any:
             self.notes[layer_idx, "conv", state_idx] = padded[..., -width:]
             return conv_states
 
-        def update_recurrent_state(self, states: Tensor, layer_idx: int, state_idx: int = 0, **_: Any) -> Tensor:
-            self.notes[layer_idx, "recurrent", state_idx] = states
-            return states
+        def update_recurrent_state(self, recurrent_states: Tensor, layer_idx: int, state_idx: int = 0,
+                                   **_: Any) -> Tensor:  # fmt: skip
+            self.notes[layer_idx, "recurrent", state_idx] = recurrent_states
+            return recurrent_states
 
         def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> Any:
             self.notes[layer_idx, "keys", 0] = key_states

@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 
 from simba_fx import lift
 from simba_fx.errors import CaptureError, ScanNotFoundError, SimbaError
-from simba_fx.graphs import REGION, SCANS, Facts, drop_dead_code, expression, output_of, value, where
+from simba_fx.graphs import REGION, SCANS, Facts, drop_dead_code, expression, returned, value, where
 from simba_fx.inputs import named_sizes
 
 __all__ = ["Captured", "capture"]
@@ -59,7 +59,7 @@ def _root(module: nn.Module, names: list[str]) -> nn.Module:
 
     parameters = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in ("self", *names)]
     forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    root = type("Root", (nn.Module,), {"forward": forward})()
+    root: nn.Module = type("Root", (nn.Module,), {"forward": forward})()
     root.module = module
     root.training = module.training
     return root
@@ -117,7 +117,7 @@ def capture(module: nn.Module, owner: nn.Module, inputs: Mapping[str, Any], *, p
             f"symbols, found {tuple(shape)}. A Python loop over tokens fixes the length.{_advice(owner)}"
         )
     blocks = _assign_regions(graph, owner, sequence)
-    count = len(output_of(graph).args[0]) if values is None else values()
+    count = len(returned(graph)) if values is None else values()
     mask_name = None if mask is None else named[mask].name
     facts = Facts(sequence, batch, named[primary].name, mask_name, blocks, count)
     _read_sizes_once(graph, facts)
@@ -214,11 +214,12 @@ def _drop_no_ops(graph: fx.Graph) -> None:
 
 def _is_no_op(node: fx.Node) -> bool:
     """A cast to the dtype that its input has, or a slice that takes everything."""
+    args: Any = node.args
     if node.target is torch.ops.aten.to.dtype:
-        return len(node.args) == 2 and not node.kwargs and bool(value(node.args[0]).dtype == node.args[1])
-    if node.target is torch.ops.aten.slice.Tensor and len(node.args) == 4:
-        _, _, start, end = node.args
-        return start == 0 and isinstance(end, int) and end > _EVERYTHING
+        return len(args) == 2 and not node.kwargs and bool(value(args[0]).dtype == args[1])
+    if node.target is torch.ops.aten.slice.Tensor and len(args) == 4:
+        _, _, start, end = args
+        return bool(start == 0 and isinstance(end, int) and end > _EVERYTHING)
     return False
 
 

@@ -45,12 +45,12 @@ def install(model: nn.Module, options: Options, cost: Any) -> nn.Module:
     Raises:
         CaptureError, ScheduleError, GraphError: from the first capture, which happens here.
     """
-    stack = model.base_model
+    stack: Any = model.base_model
     refuse_eager_experts(model)
     path = next(name for name, module in model.named_modules() if module is stack)
     sparse = stack if not path else model
     twin = _shallow(sparse)
-    inner = twin
+    inner: Any = twin
     for name in filter(None, path.split(".")):
         inner._modules[name] = _shallow(inner._modules[name])
         inner = inner._modules[name]
@@ -103,8 +103,9 @@ class Signature:
 
     @staticmethod
     def default(stack: nn.Module, weight: Tensor) -> Signature:
-        cache = bool(stack.config.use_cache and not stack.training)
-        hidden = bool(getattr(stack.config, "output_hidden_states", False))
+        config: Any = stack.config
+        cache = bool(config.use_cache and not stack.training)
+        hidden = bool(getattr(config, "output_hidden_states", False))
         return Signature(weight.dtype, weight.device, None, cache, stack.training, hidden)
 
 
@@ -126,10 +127,10 @@ class Variant:
             return False
 
 
-def _look_up(module: nn.Module, path: str) -> Any:
+def _look_up(module: Any, path: str) -> Any:
     *parents, name = path.split(".")
     for parent in parents:
-        module = module._modules[parent]  # type: ignore[assignment]
+        module = module._modules[parent]
     found = module._parameters.get(name)
     return found if found is not None else module._buffers.get(name)
 
@@ -171,7 +172,7 @@ class SparseStack:
     def _capture(self, signature: Signature) -> Variant:
         stack = self.stack
         width = stack.get_input_embeddings().weight.shape[1]
-        make = {"device": signature.device}
+        make: dict[str, Any] = {"device": signature.device}
         inputs = {"inputs_embeds": torch.zeros(_ROWS, _LENGTH, width, dtype=signature.dtype, **make)}
         if signature.mask is not None:
             inputs["attention_mask"] = torch.ones(_ROWS, _LENGTH, dtype=signature.mask, **make)
@@ -247,8 +248,9 @@ def cache_parameter(parameters: Any) -> str:
 
 def _own_forward(stack: nn.Module) -> Callable[..., Any]:
     """The forward that the model's class defines, also for a stack that is already sparse."""
-    cls = next(cls for cls in type(stack).__mro__ if not cls.__dict__.get("_simba_class"))
-    return cls.forward.__get__(stack)
+    cls: Any = next(cls for cls in type(stack).__mro__ if not cls.__dict__.get("_simba_class"))
+    forward: Callable[..., Any] = cls.forward.__get__(stack)
+    return forward
 
 
 # --- the sparse class --------------------------------------------------------------------------------------------
@@ -267,7 +269,7 @@ class Call:
     return_dict: bool
 
 
-def _subclass(cls: type, kind: str, forward: Callable[..., Any]) -> type:
+def _subclass(cls: type[nn.Module], kind: str, forward: Callable[..., Any]) -> type:
     """A subclass of a model's class, under its name and with its signature, whose forward is ours."""
     if (cls, kind) not in _classes:
         forward.__signature__ = inspect.signature(cls.forward)  # type: ignore[attr-defined]
@@ -277,7 +279,7 @@ def _subclass(cls: type, kind: str, forward: Callable[..., Any]) -> type:
     return _classes[cls, kind]
 
 
-def _stack_class(cls: type, blocks: bool) -> type:
+def _stack_class(cls: type[nn.Module], blocks: bool) -> type:
     """The class of a sparse stack: a prompt runs its program, a decoding step the class's own forward."""
     own = cls.forward
     names = tuple(name for name in inspect.signature(own).parameters if name != "self")
@@ -301,7 +303,7 @@ def _stack_class(cls: type, blocks: bool) -> type:
     return _subclass(cls, "blocks" if blocks else "whole", left_to_python(forward) if blocks else forward)
 
 
-def _outer_class(cls: type) -> type:
+def _outer_class(cls: type[nn.Module]) -> type:
     """The class of what stands around a sparse stack: its own forward, compiled once for every batch and length."""
     own, mark = cls.forward, dynamic_marker()
 
@@ -320,7 +322,8 @@ def _prepare(stack: Any, given: dict[str, Any]) -> Call | None:
     ids, embeds, mask = given.get("input_ids"), given.get("inputs_embeds"), given.get("attention_mask")
     if (ids is None) == (embeds is None):
         return None  # the model's own message
-    rows, length = (embeds if ids is None else ids).shape[:2]
+    lead: Any = embeds if ids is None else ids
+    rows, length = lead.shape[:2]
     if cache is not None and is_warm(cache):
         if length == 1:
             return None
@@ -354,7 +357,7 @@ def _prepare(stack: Any, given: dict[str, Any]) -> Call | None:
     return Call(signature, tensors, cache if use_cache else None, cache_name, return_dict)
 
 
-def inspect_parameters(cls: type) -> Any:
+def inspect_parameters(cls: type[nn.Module]) -> Any:
     return inspect.signature(cls.forward).parameters
 
 

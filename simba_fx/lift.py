@@ -148,7 +148,7 @@ class _Hole:
 
 # --- markers -----------------------------------------------------------------------------------------------------
 
-_library = torch.library.Library("simba_fx", "FRAGMENT")
+_library: Any = torch.library.Library("simba_fx", "FRAGMENT")  # type: ignore[no-untyped-call]  # untyped in torch
 _library.define("site_enter(Tensor operand, Tensor[] arguments, int site) -> Tensor")
 _library.define("site_exit(Tensor result, int site, int index) -> Tensor")
 
@@ -220,7 +220,8 @@ def _hf_ssd(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk_size: 
     def finish(y: Tensor, state: Tensor) -> Any:
         return (y.float(), state) if return_final_states else y.float()
 
-    return SSDScan(x, dt, A, B, C, D, z, dt_bias, dt_softplus, *map(float, dt_limit), chunk_size), finish
+    dt_min, dt_max = map(float, dt_limit)
+    return SSDScan(x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_min, dt_max, chunk_size), finish
 
 
 def _hf_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None,

@@ -76,11 +76,11 @@ class PlainProgram(Program):
     def __deepcopy__(self, memo: dict[int, Any]) -> PlainProgram:
         """A copy over copies of the parameters, with a runtime of its own."""
         runtime: PlainRuntime = self.__dict__["_simba_stack"]
-        program = self.over({path: copy.deepcopy(held, memo) for path, held in self.attributes().items()})
+        program: PlainProgram = self.over({path: copy.deepcopy(held, memo) for path, held in self.attributes().items()})
         memo[id(self)] = program
         built = replace(runtime.built, program=program)
         _call_as_module(program, PlainRuntime(built, runtime.options, runtime.name, runtime.signature, runtime.tail))
-        return program.train(self.training)  # type: ignore[return-value]
+        return program.train(self.training)
 
 
 def install(model: nn.Module, options: Options, example: Any, cost: Any) -> fx.GraphModule:
@@ -109,7 +109,7 @@ def _call_as_module(program: Program, runtime: PlainRuntime) -> None:
             mark(inputs, ((0, 1),) * len(inputs))
         return finish(runtime, inputs, run(self, *inputs))
 
-    outer = left_to_python(forward) if blocks else forward
+    outer: Any = left_to_python(forward) if blocks else forward
     own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
     outer.__signature__ = runtime.signature.replace(parameters=[own, *runtime.signature.parameters.values()])
     cls.forward = outer

@@ -24,14 +24,14 @@ def left_to_python(function: Any) -> Any:
     second: called while a model is transformed, not at import.)"""
     import torch._dynamo
 
-    return torch._dynamo.disable(function, recursive=False)
+    return torch._dynamo.disable(function, recursive=False)  # type: ignore[no-untyped-call]  # untyped in torch
 
 
 def left_alone(function: Any) -> Any:
     """Dynamo compiles neither this frame nor those that it calls."""
     import torch._dynamo
 
-    return torch._dynamo.disable(function)
+    return torch._dynamo.disable(function)  # type: ignore[no-untyped-call]  # untyped in torch
 
 
 @functools.cache
@@ -45,7 +45,8 @@ def dynamic_marker() -> Callable[[Iterable[Any], Iterable[tuple[int, ...]]], Non
                 for dim in dynamic[: tensor.dim()]:
                     torch._dynamo.maybe_mark_dynamic(tensor, dim)
 
-    return left_alone(mark)  # type: ignore[no-any-return]
+    marker: Callable[[Iterable[Any], Iterable[tuple[int, ...]]], None] = left_alone(mark)
+    return marker
 
 
 class Block(fx.GraphModule):
@@ -95,6 +96,10 @@ class Program(fx.GraphModule):
     """
 
     _left_to_python = False
+    _held: dict[str, Any]
+    """What the graph's targets stand for, by path."""
+    _bindings: list[tuple[Block, str, str]]
+    """(block, its name for a tensor, the tensor's path), for each tensor of each block."""
 
     def __init__(self, attributes: Mapping[str, Any], graph: fx.Graph, name: str = "Program") -> None:
         blocks = {target: held for target, held in attributes.items() if isinstance(held, Block)}
@@ -127,7 +132,7 @@ class Program(fx.GraphModule):
 
     def over(self, attributes: Mapping[str, Any]) -> Any:
         """The same program over other tensors, given by the same paths."""
-        blocks = {id(block): {} for block in self._held.values() if isinstance(block, Block)}  # type: ignore[var-annotated]
+        blocks: dict[int, dict[str, Any]] = {id(held): {} for held in self._held.values() if isinstance(held, Block)}
         for block, name, path in self._bindings:
             blocks[id(block)][name] = attributes[path]
         new = {
@@ -141,7 +146,7 @@ class Program(fx.GraphModule):
     def recompile(self) -> Any:
         code = super().recompile()
         if self._left_to_python:
-            type(self).forward = left_to_python(type(self).forward)  # type: ignore[method-assign]
+            type(self).forward = left_to_python(type(self).forward)
         return code
 
 
@@ -151,12 +156,12 @@ def _look_up(root: Any, path: str) -> Any:
     return root
 
 
-def _register(root: nn.Module, path: str, tensor: Any) -> None:
+def _register(root: Any, path: str, tensor: Any) -> None:
     *parents, name = path.split(".")
     for parent in parents:
         if parent not in root._modules:
             root.add_module(parent, nn.Module())
-        root = root._modules[parent]  # type: ignore[assignment]
+        root = root._modules[parent]
     if isinstance(tensor, nn.Parameter):
         root.register_parameter(name, tensor)
     elif isinstance(tensor, Tensor):
