@@ -175,7 +175,10 @@ def test_registering_takes_callables_only() -> None:
     for arguments, name in ((("loop_scan", SelectiveScan), "function"), ((loop_scan, "adapter"), "adapter")):
         with pytest.raises(errors.SimbaError) as caught:
             register_scan(*arguments)
-        assert str(caught.value) == f"register_scan expects a callable {name}, found str."
+        assert str(caught.value) == (
+            f"register_scan expects a callable {name}, found str. Pass the function object that the model calls, and an"
+            " adapter that takes the same arguments."
+        )
 
 
 # --- nothing stays patched ---------------------------------------------------------------------------------------
@@ -306,8 +309,8 @@ def test_a_mixer_whose_function_is_not_registered_beside_one_that_is() -> None:
 
 def test_a_python_loop_over_tokens() -> None:
     assert message(errors.CaptureError, model(loop_scan, looping_scan)) == (
-        "Plain could not be captured as one graph with a symbolic length: a Python loop over tokens, or a branch on the "
-        f"length, fixes the length.{UNREGISTERED}"
+        "Plain could not be captured as one graph with a symbolic length: a Python loop over tokens, or a branch on the"
+        f" length, fixes the length.{UNREGISTERED}"
     )
 
 
