@@ -388,8 +388,8 @@ ERRORS: list[tuple[Callable[[], object], str]] = [
     (
         lambda: resolve_shares(Budget(0.2), 12, overhead_plus_mean),
         "Budget(flops=0.2, shape='linear', every=1, start=0, length=2048) cannot be met: even with share 0.0001 from"
-        " the first cut on the forward costs 0.267 of dense; ask for a budget from 0.267 to 1, or prune earlier (smaller"
-        " start or every).",
+        " the first cut on the forward costs 0.267 of dense; ask for a budget from 0.267 to 1, or prune earlier"
+        " (smaller start or every).",
     ),
 ]
 
