@@ -1,13 +1,15 @@
 """The passes, in the order in which they run. Imported as `simba_fx.passes`; each is one file and one frozen dataclass.
 
-erase-sites       the markers of lifted calls go                       (kernels="auto"; else restore-kernels)
-track-tokens      where each token stood in the input, which are real
-score-tokens      one score per cut, at the block's end                needs the scans' operands
-select-tokens     one selection per score                              needs the scores and the bookkeeping
-gather-survivors  everything alive across a cut is gathered            needs every selection in place
-restore-length    early exits and survivors back in their places       needs the gathers: they name the residual
-restore-kernels   the model's own scan functions                       last, since it hides the scans
-outline-blocks    one call per block, equal blocks share code          only compile="blocks"; sees the final nodes
+What each does, and what it needs before it:
+
+    erase-sites       the markers of lifted calls go                       (kernels="auto"; else restore-kernels)
+    track-tokens      where each token stood in the input, which are real
+    score-tokens      one score per cut, at the block's end                needs the scans' operands
+    select-tokens     one selection per score                              needs the scores and the bookkeeping
+    gather-survivors  everything alive across a cut is gathered            needs every selection in place
+    restore-length    early exits and survivors back in their places       needs the gathers: they name the residual
+    restore-kernels   the model's own scan functions                       last, since it hides the scans
+    outline-blocks    one call per block, equal blocks share code          only compile="blocks"; sees the final nodes
 """
 
 from __future__ import annotations

@@ -46,9 +46,8 @@ class Captured:
     arguments: tuple[str, ...]
     """The module's names of the inputs, in the order of the placeholders (fx renames an argument called `input`)."""
 
-    @property
-    def inputs(self) -> tuple[str, ...]:
-        return tuple(node.name for node in self.graph.find_nodes(op="placeholder"))
+    inputs: tuple[str, ...]
+    """The placeholders' own names, in the same order."""
 
 
 def _root(module: nn.Module, names: list[str]) -> nn.Module:
@@ -118,11 +117,12 @@ def capture(module: nn.Module, owner: nn.Module, inputs: Mapping[str, Any], *, p
         )
     blocks = _assign_regions(graph, owner, sequence)
     count = len(returned(graph)) if values is None else values()
+    placeholders = tuple(node.name for node in graph.find_nodes(op="placeholder"))
     mask_name = None if mask is None else named[mask].name
     facts = Facts(sequence, batch, named[primary].name, mask_name, blocks, count)
     _read_sizes_once(graph, facts)
     graph.lint()
-    return Captured(graph, attributes, facts, sites, exported.call_spec.out_spec, arguments)
+    return Captured(graph, attributes, facts, sites, exported.call_spec.out_spec, arguments, placeholders)
 
 
 def _example_sizes(inputs: Mapping[str, Any], primary: str) -> tuple[int, int]:

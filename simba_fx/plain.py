@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from simba_fx.build import Built, Options, build
+from simba_fx.build import Built, CustomCriterion, Options, build
 from simba_fx.capture import capture
 from simba_fx.errors import CaptureError, InputError
 from simba_fx.inputs import EXAMPLE, check_mask, named_sizes
@@ -44,7 +44,8 @@ class PlainRuntime:
             InputError: other arguments than the program was captured with, or a mask that cannot be used.
         """
         captured = self.built.captured
-        bound = {k: v for k, v in self.signature.bind(*args, **kwargs).arguments.items() if v is not None}
+        given = dict(zip(self.signature.parameters, args)) | dict(kwargs)
+        bound = {name: held for name, held in given.items() if held is not None}
         if set(bound) != set(captured.arguments):
             raise InputError(
                 f"{self.name} was captured with the arguments {', '.join(captured.arguments)}; found a call with "
@@ -91,8 +92,30 @@ def install(model: nn.Module, options: Options, example: Any, cost: Any) -> fx.G
     mask = next((name for name in inputs if name in _MASKS), None)
     built = build(capture(model, model, inputs, primary=primary, mask=mask), options, cost, program_class=PlainProgram)
     _call_as_module(built.program, PlainRuntime(built, options, type(model).__name__, signature))
+    _mirror(model, built.program)
     built.program.train(model.training)
     return built.program
+
+
+def _mirror(model: nn.Module, program: Program) -> None:
+    """Register every parameter and buffer where the module has it: `state_dict` has the same keys in the same order."""
+    own = dict(model.named_parameters()) | dict(model.named_buffers())
+    constants = {
+        path: held for path, held in program.attributes().items() if isinstance(held, Tensor) and path not in own
+    }
+    submodules = {name: held for name, held in program._modules.items() if isinstance(held, CustomCriterion)}
+    program._modules.clear()
+    for path, module in model.named_modules():
+        twin: nn.Module = program
+        for name in filter(None, path.split(".")):
+            if name not in twin._modules:
+                twin.add_module(name, nn.Module())
+            twin = twin._modules[name]  # type: ignore[assignment]
+        twin._parameters, twin._buffers = dict(module._parameters), dict(module._buffers)
+        twin._non_persistent_buffers_set = set(module._non_persistent_buffers_set)
+    for path, held in constants.items():
+        program.register_buffer(path, held, persistent=False)
+    program._modules.update(submodules)
 
 
 def _call_as_module(program: Program, runtime: PlainRuntime) -> None:

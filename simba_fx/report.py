@@ -308,8 +308,7 @@ def _setting(built: Built, name: str) -> str:
 
 def _criterion(built: Built, cut_blocks: Sequence[int]) -> tuple[str, nn.Module | None]:
     """The criterion's name, and the module that runs it if it is a user's."""
-    programs = (built.program, *built.program.__dict__.get("blocks", {}).values())
-    found = (module for program in programs for module in program.modules() if isinstance(module, CustomCriterion))
+    found = (held for held in built.program.attributes().values() if isinstance(held, CustomCriterion))
     custom = next(found, None) if cut_blocks else None
     name = _setting(built, "criterion")
     return ("simba" if name == "custom" and custom is None else name), custom
