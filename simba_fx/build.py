@@ -55,10 +55,10 @@ class Options:
                     f"Unknown {name}={getattr(self, name)!r}: expected {' or '.join(map(repr, known))}. Write "
                     f"transform(model, {name}={known[0]!r})."
                 )
-        for name, least in (("floor", 0), ("seed", -(2**62))):
+        for name, least in (("floor", 0), ("seed", -(2**31))):
             number = getattr(self, name)
-            if isinstance(number, bool) or not isinstance(number, int) or number < least:
-                kind = "an int of at least 0 (tokens kept before the tail)" if name == "floor" else "an int"
+            if isinstance(number, bool) or not isinstance(number, int) or not least <= number < 2**31:
+                kind = "an int of at least 0 (tokens kept before the tail)" if name == "floor" else "a 32-bit int"
                 raise SimbaError(
                     f"transform expects {name} to be {kind}; found {number!r}. Write for example {name}=4."
                 )

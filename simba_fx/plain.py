@@ -45,11 +45,16 @@ class PlainRuntime:
         """
         captured = self.built.captured
         given = dict(zip(self.signature.parameters, args)) | dict(kwargs)
+        if len(given) != len(args) + len(kwargs):
+            raise InputError(
+                f"{self.name} was called with {len(args)} positional and {len(kwargs)} keyword arguments; expected "
+                f"{', '.join(self.signature.parameters)}, each once. Leave out what is given twice or has no name."
+            )
         bound = {name: held for name, held in given.items() if held is not None}
         if set(bound) != set(captured.arguments):
             raise InputError(
                 f"{self.name} was captured with the arguments {', '.join(captured.arguments)}; found a call with "
-                f"{', '.join(bound)}. Transform the module again with example_inputs like this call's."
+                f"{', '.join(bound) or 'none'}. Transform the module again with example_inputs like this call's."
             )
         inputs = [bound[name] for name in captured.arguments]
         lead, mask = inputs[captured.inputs.index(captured.facts.primary)], self._mask(inputs)
@@ -151,7 +156,13 @@ def _examples(model: nn.Module, signature: inspect.Signature, example: Any) -> d
         device = next(model.parameters()).device
         return {first: torch.zeros(EXAMPLE["B"], EXAMPLE["L"], dtype=torch.int64, device=device)}
     args, kwargs = ((), example) if isinstance(example, Mapping) else (tuple(example), {})
-    bound = dict(signature.bind(*args, **kwargs).arguments)
+    try:
+        bound = dict(signature.bind(*args, **kwargs).arguments)
+    except TypeError as error:
+        raise CaptureError(
+            f"example_inputs do not fit {name}.forward{signature}: {error}. Pass the arguments of a call, for example "
+            "(torch.zeros(2, 24, 8),)."
+        ) from error
     lead = next((v for v in bound.values() if isinstance(v, Tensor) and v.dim() >= 2), None)
     if lead is None:
         found = ", ".join(f"{key}: {type(value).__name__}" for key, value in bound.items())
