@@ -25,7 +25,12 @@ def _grouped(operand: Tensor) -> Tensor:
 
 
 def _check_groups(sharing: int, *groups: int) -> None:
-    """Raises: ValueError unless the channels (heads) can be divided evenly among the groups of B and of C."""
+    """Raises: ValueError unless the channels (heads) can be divided evenly among the groups of B and of C.
+
+    Symbolic sizes are not looked at: a check would guard on them.
+    """
+    if not all(isinstance(count, int) for count in (sharing, *groups)):
+        return
     if any(count < 1 or sharing % count for count in groups) or len(set(groups)) > 1:
         raise ValueError(
             f"a scan's {sharing} channels or heads must be a multiple of the groups of B and C, found {groups} groups"
