@@ -51,6 +51,7 @@ def in_turns(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--final", type=float, default=0.1, help="share of the tokens that enters the last block")
+    parser.add_argument("--every", type=int, default=1, help="blocks between two cuts; the mean share stays the same")
     parser.add_argument("--length", type=int, default=4096, help="tokens of the prompt that is timed")
     parser.add_argument("--repeats", type=int, default=9, help="timed calls of each model")
     parser.add_argument("--out", type=Path, default=Path("demo-out"), help="where the picture goes")
@@ -60,7 +61,7 @@ def main() -> None:
 
     model = MambaForCausalLM.from_pretrained(HERE / "mamba-py-3m").eval()
     step("checkpoint loaded; transforming")
-    schedule = simba_fx.Linear(options.final)
+    schedule = simba_fx.Linear(options.final, options.every)
     dense, sparse = simba_fx.transform(model, "dense"), simba_fx.transform(model, schedule)
     timed = windows(1, options.length)
     step(f"transformed; the plan for {options.length} bytes:")
