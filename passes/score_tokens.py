@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from simba_fx import ops
 from simba_fx.graphs import Facts, Insert, end_of, nodes_of, operator_of, scans_of, tracked, value
 from simba_fx.plan import Cut
 
@@ -16,7 +17,6 @@ _SCORES = {
     torch.ops.simba_fx.ssd_scan.default: torch.ops.simba_fx.ssd_token_score.default,
 }
 _SKIPPED = ("D", "z", "chunk_size")  # operands that the score of a token does not read
-BY_POSITION = ("recent", "random", "stride")
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class ScoreTokens:
             positions: Any = tracked(graph, "positions")
             real = tracked(graph, "real")
             val = value(positions).new_empty(value(positions).shape, dtype=torch.float32)
-            if self.criterion in BY_POSITION:
+            if self.criterion in ops.POSITION_CRITERIA:
                 bookkeeping = [positions, real, tracked(graph, "lengths"), tracked(graph, "length")]
                 rule = [tracked(graph, "tail"), cut.share.numerator, cut.share.denominator, self.floor]
                 target = torch.ops.simba_fx.position_score.default
@@ -67,7 +67,7 @@ class ScoreTokens:
         return changed
 
     def _score(self, insert: Insert, scan: fx.Node, real: fx.Node | None, tail: fx.Node | None, val: Any) -> fx.Node:
-        if self.criterion not in ("simba", "simba-abs", "no-decay", "delta-norm", "clip"):
+        if self.criterion not in ops.CRITERIA:
             args = (str(operator_of(scan)._opname), list(scan.args), real, tail)
             return insert("criterion", *args, val=val, like=scan, op="call_module")
         names = [argument.name for argument in operator_of(scan)._schema.arguments]

@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 
 from simba_fx import lift
 from simba_fx.errors import CaptureError, ScanNotFoundError, SimbaError
-from simba_fx.graphs import REGION, SCANS, Facts, drop_dead_code, expression, returned, value, where
+from simba_fx.graphs import REGION, SCANS, Facts, drop_dead_code, expression, look_up, returned, value, where
 from simba_fx.inputs import named_sizes
 
 __all__ = ["Captured", "capture"]
@@ -102,7 +102,7 @@ def capture(module: nn.Module, owner: nn.Module, inputs: Mapping[str, Any], *, p
     _check_every_mixer(graph, owner)
     attributes = {}
     for node in graph.find_nodes(op="get_attr"):
-        tensor = _attribute(flat, node.target)
+        tensor = look_up(flat, node.target)
         node.target = _cut(node.target, inside)
         node.name = graph._graph_namespace.create_name(node.target.replace(".", "_"), None)
         attributes[node.target] = tensor
@@ -194,12 +194,6 @@ def _strip_paths(graph: fx.Graph, prefix: str) -> None:
     for node in graph.nodes:
         if stack := node.meta.get("nn_module_stack"):
             node.meta["nn_module_stack"] = {k: (_cut(path, prefix), kind) for k, (path, kind) in stack.items()}
-
-
-def _attribute(module: nn.Module, target: str) -> Any:
-    for name in target.split("."):
-        module = getattr(module, name)
-    return module
 
 
 def _drop_no_ops(graph: fx.Graph) -> None:

@@ -51,6 +51,13 @@ class Facts:
         return len(self.blocks)
 
 
+def look_up(root: Any, path: str) -> Any:
+    """`root.a.b.c` for `"a.b.c"`. Raises: AttributeError where a part is missing."""
+    for name in path.split("."):
+        root = getattr(root, name)
+    return root
+
+
 def region(node: fx.Node) -> int:
     return int(node.meta.get(REGION, -1))
 

@@ -24,6 +24,7 @@ from simba_fx.build import Built, Options, build
 from simba_fx.caches import Entry, fill, is_warm, new_cache, recording_cache
 from simba_fx.capture import capture
 from simba_fx.errors import CaptureError, InputError
+from simba_fx.graphs import look_up
 from simba_fx.inputs import EXAMPLE, check_mask, named_sizes
 from simba_fx.program import dynamic_marker, left_alone, left_to_python
 
@@ -116,23 +117,14 @@ class Variant:
     built: Built
     output_type: type
     parameters: tuple[tuple[str, Any], ...]
-    spec: pytree.TreeSpec
     states: tuple[Entry, ...]
 
     def fresh(self, stack: nn.Module) -> bool:
         """Whether the stack still holds the parameters that the program was built over."""
         try:
-            return all(_look_up(stack, path) is tensor for path, tensor in self.parameters)
+            return all(look_up(stack, path) is tensor for path, tensor in self.parameters)
         except AttributeError:
             return False
-
-
-def _look_up(module: Any, path: str) -> Any:
-    *parents, name = path.split(".")
-    for parent in parents:
-        module = module._modules[parent]
-    found = module._parameters.get(name)
-    return found if found is not None else module._buffers.get(name)
 
 
 @dataclass(eq=False)
@@ -187,7 +179,7 @@ class SparseStack:
         own = {path for path, _ in (*stack.named_parameters(), *stack.named_buffers())}
         parameters = tuple((path, tensor) for path, tensor in captured.attributes.items() if path in own)
         seen = shell.observed
-        return Variant(built, seen.output_type, parameters, captured.out_spec, seen.states)
+        return Variant(built, seen.output_type, parameters, seen.states)
 
     def finish(self, variant: Variant, call: Call, flat: Any) -> Any:
         """Fill the cache; return the model's values as the model returns them."""
@@ -197,7 +189,7 @@ class SparseStack:
         mask, embeds = call.tensors.get("attention_mask"), call.tensors["inputs_embeds"]
         real = None if facts.mask is None else kept[1::2]
         self.last = (embeds.shape[0], embeds.shape[1], variant.built, kept[::step], real, mask)
-        named, _ = pytree.tree_unflatten([*values, *states], variant.spec)
+        named, _ = pytree.tree_unflatten([*values, *states], variant.built.captured.out_spec)
         if call.cache is not None:
             fill(call.cache, variant.states, states)
             named[call.cache_name] = call.cache

@@ -1,6 +1,6 @@
 """What a transformed graph runs as: one `Program`, and under it one `Block` per block.
 
-Both are ordinary `torch.fx.GraphModule`s: they print, pickle their code and run eagerly. What they add is how
+Both are ordinary `torch.fx.GraphModule`s: they print and run eagerly. What they add is how
 `torch.compile` meets them with `compile="blocks"`: the program's own frame is left to Python, and each *kind* of block
 is compiled once, because its instances share one code object and their lengths are marked as dynamic.
 """
@@ -14,7 +14,7 @@ from typing import Any
 import sympy
 from torch import Tensor, fx, nn
 
-from simba_fx.graphs import expression, value
+from simba_fx.graphs import expression, look_up, value
 
 __all__ = ["Block", "Program", "dynamic_marker", "left_alone", "left_to_python"]
 
@@ -122,13 +122,13 @@ class Program(fx.GraphModule):
 
     def attributes(self) -> dict[str, Any]:
         """What the graph's targets stand for now: tensors by path, submodules, blocks."""
-        return {path: _look_up(self, path) if isinstance(held, Tensor) else held for path, held in self._held.items()}
+        return {path: look_up(self, path) if isinstance(held, Tensor) else held for path, held in self._held.items()}
 
     def rebind(self) -> None:
         """Let the blocks read the parameters registered now (`load_state_dict(assign=True)` replaces them)."""
         for block, name, path in self._bindings:
             held = block._parameters if name in block._parameters else block._buffers
-            held[name] = _look_up(self, path)
+            held[name] = look_up(self, path)
 
     def over(self, attributes: Mapping[str, Any]) -> Any:
         """The same program over other tensors, given by the same paths."""
@@ -148,12 +148,6 @@ class Program(fx.GraphModule):
         if self._left_to_python:
             type(self).forward = left_to_python(type(self).forward)
         return code
-
-
-def _look_up(root: Any, path: str) -> Any:
-    for name in path.split("."):
-        root = getattr(root, name)
-    return root
 
 
 def _register(root: Any, path: str, tensor: Any) -> None:
