@@ -31,7 +31,8 @@ from simba_fx.program import dynamic_marker, left_alone, left_to_python
 __all__ = ["SparseStack", "install", "is_pretrained"]
 
 _EAGERLY_FIRST = "With compile='whole', call the model once with such arguments before torch.compile traces it."
-_CACHE_NAMES = ("cache_params", "past_key_values")
+_CACHE_NAMES = ("cache", "past_key_values", "cache_params")
+"""What the argument is called: `cache` from transformers 5.24 on, one of the others before."""
 _ROWS, _LENGTH = EXAMPLE.values()
 
 
@@ -238,6 +239,12 @@ def cache_parameter(parameters: Any) -> str:
     return next((name for name in _CACHE_NAMES if name in parameters), _CACHE_NAMES[-1])
 
 
+def _with_own_names(parameters: tuple[str, ...], given: dict[str, Any]) -> dict[str, Any]:
+    """The cache under the name that this version of the model has for it (transformers renames old ones likewise)."""
+    own = cache_parameter(parameters)
+    return {own if name in _CACHE_NAMES else name: held for name, held in given.items()}
+
+
 def _own_forward(stack: nn.Module) -> Callable[..., Any]:
     """The forward that the model's class defines, also for a stack that is already sparse."""
     cls: Any = next(cls for cls in type(stack).__mro__ if not cls.__dict__.get("_simba_class"))
@@ -279,7 +286,7 @@ def _stack_class(cls: type[nn.Module], blocks: bool) -> type:
     prepare, finish = python(_prepare), python(SparseStack.finish)
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        given = dict(zip(names, args)) | kwargs
+        given = _with_own_names(names, dict(zip(names, args)) | kwargs)
         call = prepare(self, given)
         if call is None:
             return own(self, **given)

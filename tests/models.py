@@ -7,6 +7,7 @@ sizes and embeddings differ widely between channels and tokens, hence kept sets 
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 import types
 from collections.abc import Callable, Iterable, Sequence
@@ -24,12 +25,15 @@ from transformers import (
     Mamba2ForCausalLM,
     MambaConfig,
     MambaForCausalLM,
+    MambaModel,
 )
 from transformers.models.falcon_mamba import modeling_falcon_mamba
 from transformers.models.mamba import modeling_mamba
 from transformers.models.mamba2 import modeling_mamba2
 
 VOCABULARY = 53  # a prime, so that no other size of a model equals it by accident
+CACHE = next(name for name in ("cache", "cache_params") if name in inspect.signature(MambaModel.forward).parameters)
+"""What a pure Mamba's cache argument is called: `cache` from transformers 5.24 on."""
 CHECKPOINT = Path(__file__).resolve().parents[1] / "examples" / "mamba-py-3m"
 
 

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from models import CACHE
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -279,7 +280,7 @@ def run_row(
         for i, block in enumerate(backbone.layers):
             result.kept.append(list(positions))
             calls.clear()
-            hidden = block(hidden, cache_params=cache, attention_mask=None)
+            hidden = block(hidden, **{CACHE: cache}, attention_mask=None)
             carried = hidden if carried is None else carried.index_copy(1, torch.tensor(positions), hidden)
 
             last = i + 1 == len(backbone.layers)
@@ -350,7 +351,7 @@ def generate(model: nn.Module, ids: Tensor, shares: Sequence[Fraction | float], 
         chosen.append(int(logits.argmax()))
         if len(chosen) == new:
             break
-        step = model(input_ids=torch.tensor([chosen[-1:]]), cache_params=states, use_cache=True)
+        step = model(input_ids=torch.tensor([chosen[-1:]]), **{CACHE: states}, use_cache=True)
         logits = step.logits[0, -1]
     row.tokens = chosen
     return row

@@ -23,6 +23,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from models import (
     BY_NAME,
+    CACHE,
     CHECKPOINT,
     FLOAT32,
     PER_FAMILY,
@@ -130,8 +131,8 @@ def test_keeping_everything_gives_the_dense_bits(entry: Entry, masked: bool) -> 
     assert operators.selections == n_blocks(model) - 1, "the machinery must not be elided"
     assert type(found) is type(expected)
     assert torch.equal(found.logits, expected.logits)
-    assert type(found.cache_params) is type(expected.cache_params)
-    for (name, own), (_, theirs) in zip(states(found.cache_params), states(expected.cache_params), strict=True):
+    assert type(getattr(found, CACHE)) is type(getattr(expected, CACHE))
+    for (name, own), (_, theirs) in zip(states(getattr(found, CACHE)), states(getattr(expected, CACHE)), strict=True):
         assert own.dtype is theirs.dtype, name
         assert torch.equal(own, theirs), name
 
@@ -154,7 +155,7 @@ def check_gradients_bits(model: nn.Module, pruned: nn.Module) -> None:
     parameters = dict(model.named_parameters())
 
     ours, theirs = (one(**three_rows(True), use_cache=False) for one in (pruned, model))
-    assert ours.cache_params is None
+    assert getattr(ours, CACHE) is None
     assert torch.equal(ours.logits, theirs.logits)
     found, expected = (torch.autograd.grad((o.logits * weights).sum(), parameters.values()) for o in (ours, theirs))
     for name, own, other in zip(parameters, found, expected):
@@ -167,7 +168,7 @@ def results_of(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | Non
     real = torch.ones_like(input_ids).bool() if attention_mask is None else attention_mask.bool()
     parameters = dict(model.named_parameters())
     with torch.no_grad():
-        cache = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=True).cache_params
+        cache = getattr(model(input_ids=input_ids, attention_mask=attention_mask, use_cache=True), CACHE)
     logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits[real]
     gradients = torch.autograd.grad(logits.square().mean(), list(parameters.values()))
     named = {f"gradient of {name}": gradient for name, gradient in zip(parameters, gradients)}
@@ -212,7 +213,7 @@ def test_our_kernels_give_their_own_dense_graphs_bits(entry: Entry) -> None:
     with torch.no_grad():
         found = pruned(**three_rows(False), use_cache=True)
     assert torch.equal(found.logits, expected.logits)
-    for (name, own), (_, theirs) in zip(states(found.cache_params), states(expected.cache_params), strict=True):
+    for (name, own), (_, theirs) in zip(states(getattr(found, CACHE)), states(getattr(expected, CACHE)), strict=True):
         assert torch.equal(own, theirs), name
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import dense, schedules, tokens
+from models import CACHE, dense, schedules, tokens
 from torch import Tensor, nn
 from transformers.models.mamba import modeling_mamba
 
@@ -552,14 +552,14 @@ def test_a_mask_of_another_shape(sparse: Any, shape: tuple[int, ...]) -> None:
 
 def test_several_tokens_on_a_warm_cache(sparse: Any) -> None:
     with torch.no_grad():
-        cache = sparse(tokens(1, 2, 20), use_cache=True).cache_params
+        cache = getattr(sparse(tokens(1, 2, 20), use_cache=True), CACHE)
     states = copy.deepcopy([layer.recurrent_states for layer in cache.layers])
     message = (
         "MambaModel was called with 3 new tokens on a warm cache; expected a whole prompt with an empty cache, or one"
         " new token. Pass the tokens one at a time, or start with an empty cache."
     )
     with refused(InputError, message, sparse), torch.no_grad():
-        sparse(tokens(2, 2, 3), cache_params=cache, use_cache=True)
+        sparse(tokens(2, 2, 3), **{CACHE: cache}, use_cache=True)
     for before, layer in zip(states, cache.layers, strict=True):
         assert all(torch.equal(before[key], layer.recurrent_states[key]) for key in before)
 

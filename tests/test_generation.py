@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import reference
 import torch
-from models import FLOAT32, REGISTRY, Entry, dense, n_blocks, names, padded, schedules, sparse, tokens
+from models import CACHE, FLOAT32, REGISTRY, Entry, dense, n_blocks, names, padded, schedules, sparse, tokens
 from reference import TOLERANCE, assert_close
 from torch import Tensor, nn
 from transformers import DynamicCache
@@ -124,7 +124,7 @@ def test_one_beam_more_than_greedy_never_scores_worse() -> None:
         total = 0.0
         for token in beams.sequences[0, 40:]:
             total += states.logits[0, -1].log_softmax(-1)[token].item()
-            states = pruned(input_ids=token[None, None], cache_params=states.cache_params, use_cache=True)
+            states = pruned(input_ids=token[None, None], **{CACHE: getattr(states, CACHE)}, use_cache=True)
     assert beams.sequences_scores[0].item() == pytest.approx(total, abs=1e-3)
 
 
@@ -156,10 +156,10 @@ def test_the_first_call_returns_the_real_cache_with_each_blocks_own_states(entry
         ids, _, batch = DRAWS.first(dense(entry.name), linear(entry), lambda s: tokens(s, 1, length), use_cache=True)
         found = sparse(entry.name, linear(entry), kernels="model")(input_ids=ids, use_cache=True)
     (expected,) = batch.rows
-    assert type(found.cache_params) is DynamicCache
+    assert type(getattr(found, CACHE)) is DynamicCache
     assert torch.equal(found.logits[0], expected.logits)
-    assert len(found.cache_params.layers) == n_blocks(dense(entry.name))
-    for i, (own, theirs) in enumerate(zip(found.cache_params.layers, expected.cache.layers, strict=True)):
+    assert len(getattr(found, CACHE).layers) == n_blocks(dense(entry.name))
+    for i, (own, theirs) in enumerate(zip(getattr(found, CACHE).layers, expected.cache.layers, strict=True)):
         assert type(own) is type(theirs)
         for role in ("conv_states", "recurrent_states"):
             mine, other = getattr(own, role)[0], getattr(theirs, role)[0]
@@ -188,12 +188,12 @@ def test_a_decoding_step_is_the_dense_models(entry: Entry) -> None:
     model, pruned = dense(entry.name), sparse(entry.name, linear(entry), kernels="model")
     ids, new = tokens(81, 2, 33), tokens(82, 2, 1)
     with torch.no_grad():
-        ours, theirs = (pruned(input_ids=ids, use_cache=True).cache_params for _ in range(2))
+        ours, theirs = (getattr(pruned(input_ids=ids, use_cache=True), CACHE) for _ in range(2))
         for _ in range(3):
-            found = pruned(input_ids=new, cache_params=ours, use_cache=True)
-            expected = model(input_ids=new, cache_params=theirs, use_cache=True)
+            found = pruned(input_ids=new, **{CACHE: ours}, use_cache=True)
+            expected = model(input_ids=new, **{CACHE: theirs}, use_cache=True)
             assert torch.equal(found.logits, expected.logits)
-            assert found.cache_params is ours
+            assert getattr(found, CACHE) is ours
             for own, other in zip(ours.layers, theirs.layers, strict=True):
                 assert torch.equal(own.conv_states[0], other.conv_states[0])
                 assert torch.equal(own.recurrent_states[0], other.recurrent_states[0])
@@ -205,11 +205,11 @@ def test_an_empty_cache_from_the_caller_is_filled(entry: Entry) -> None:
     model, pruned, ids = dense(entry.name), sparse(entry.name, linear(entry)), tokens(3, 1, 28)
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        given = pruned(input_ids=ids, cache_params=cache, use_cache=True)
+        given = pruned(input_ids=ids, **{CACHE: cache}, use_cache=True)
         own = pruned(input_ids=ids, use_cache=True)
-    assert given.cache_params is cache
+    assert getattr(given, CACHE) is cache
     assert torch.equal(given.logits, own.logits)
-    for mine, other in zip(cache.layers, own.cache_params.layers, strict=True):
+    for mine, other in zip(cache.layers, getattr(own, CACHE).layers, strict=True):
         assert torch.equal(mine.recurrent_states[0], other.recurrent_states[0])
         assert torch.equal(mine.conv_states[0], other.conv_states[0])
 
@@ -218,10 +218,10 @@ def test_an_empty_cache_from_the_caller_is_filled(entry: Entry) -> None:
 def test_caches_of_two_calls_are_not_the_same_memory(entry: Entry) -> None:
     pruned, ids = sparse(entry.name, linear(entry)), tokens(3, 1, 28)
     with torch.no_grad():
-        one = pruned(input_ids=ids, use_cache=True).cache_params
+        one = getattr(pruned(input_ids=ids, use_cache=True), CACHE)
         before = [layer.recurrent_states[0].clone() for layer in one.layers]
-        two = pruned(input_ids=tokens(4, 1, 28), use_cache=True).cache_params
-        pruned(input_ids=tokens(5, 1, 1), cache_params=two, use_cache=True)
+        two = getattr(pruned(input_ids=tokens(4, 1, 28), use_cache=True), CACHE)
+        pruned(input_ids=tokens(5, 1, 1), **{CACHE: two}, use_cache=True)
     assert all(torch.equal(a, layer.recurrent_states[0]) for a, layer in zip(before, one.layers))
 
 
@@ -229,14 +229,14 @@ def test_caches_of_two_calls_are_not_the_same_memory(entry: Entry) -> None:
 def test_several_tokens_on_a_warm_cache_are_refused_and_change_nothing(entry: Entry) -> None:
     pruned = sparse(entry.name, linear(entry))
     with torch.no_grad():
-        cache = pruned(input_ids=tokens(1, 2, 20), use_cache=True).cache_params
+        cache = getattr(pruned(input_ids=tokens(1, 2, 20), use_cache=True), CACHE)
         before = [(layer.conv_states[0].clone(), layer.recurrent_states[0].clone()) for layer in cache.layers]
         with pytest.raises(simba_fx.errors.InputError, match="cache"):
-            pruned(input_ids=tokens(2, 2, 3), cache_params=cache, use_cache=True)
+            pruned(input_ids=tokens(2, 2, 3), **{CACHE: cache}, use_cache=True)
         for (conv, recurrent), layer in zip(before, cache.layers):
             assert torch.equal(conv, layer.conv_states[0])
             assert torch.equal(recurrent, layer.recurrent_states[0])
-        assert pruned(input_ids=tokens(2, 2, 1), cache_params=cache, use_cache=True).logits.shape[:2] == (2, 1)
+        assert pruned(input_ids=tokens(2, 2, 1), **{CACHE: cache}, use_cache=True).logits.shape[:2] == (2, 1)
 
 
 # The other options of a call.
@@ -247,7 +247,7 @@ def test_without_a_cache_none_is_returned(entry: Entry) -> None:
     pruned, ids = sparse(entry.name, linear(entry)), tokens(9, 1, 30)
     with torch.no_grad():
         found = pruned(input_ids=ids, use_cache=False)
-        assert found.cache_params is None
+        assert getattr(found, CACHE) is None
         assert torch.equal(found.logits, pruned(input_ids=ids, use_cache=True).logits)
 
 

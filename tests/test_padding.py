@@ -12,7 +12,7 @@ import strategies as domain
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from models import FLOAT32, PER_KIND, Entry, dense, n_blocks, names, padded, schedules, sparse, tokens
+from models import CACHE, FLOAT32, PER_KIND, Entry, dense, n_blocks, names, padded, schedules, sparse, tokens
 from reference import TOLERANCE, assert_close
 from torch import Tensor, nn
 
@@ -174,7 +174,7 @@ def test_states_of_left_padded_rows_equal_the_rows_alone(entry: Entry) -> None:
 
     with torch.no_grad():
         ids, mask, expected = DRAWS.first(dense(entry.name), shares, rows, use_cache=True)
-    cache = call(sparse(entry.name, shares), ids, mask, use_cache=True).cache_params
+    cache = getattr(call(sparse(entry.name, shares), ids, mask, use_cache=True), CACHE)
     tolerance = TOLERANCE[entry.dtype]
     for b, row in enumerate(expected.rows):
         for i, (own, theirs) in enumerate(zip(cache.layers, row.cache.layers, strict=True)):
