@@ -8,7 +8,8 @@ Importing this package patches nothing, touches no device and imports neither tr
 
 from simba_fx import errors
 from simba_fx.api import explain, kept, program, tail, transform
-from simba_fx.lift import SelectiveScan, SSDScan, register_scan
+from simba_fx.lift import register_scan
+from simba_fx.operands import SelectiveScan, SSDScan
 from simba_fx.report import report
 from simba_fx.schedule import Budget, Constant, Cosine, Dense, Linear, Stages
 

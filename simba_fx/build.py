@@ -14,7 +14,7 @@ from simba_fx import ops, passes, schedule
 from simba_fx.capture import Captured
 from simba_fx.errors import CriterionError, SimbaError
 from simba_fx.graphs import scans_of
-from simba_fx.lift import SelectiveScan, SSDScan
+from simba_fx.operands import SelectiveScan, SSDScan
 from simba_fx.pipeline import Stage, run_passes
 from simba_fx.plan import Cut, cuts_of
 from simba_fx.program import Program

@@ -28,88 +28,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from simba_fx import lifts
 from simba_fx.errors import CaptureError, SimbaError
+from simba_fx.operands import Adapter, Operands, Row, StandIn
 
-__all__ = ["Adapter", "CallSite", "CausalConv", "SSDScan", "SelectiveScan", "lifted", "register_scan"]
-
-
-@dataclass(frozen=True)
-class SelectiveScan:
-    """The operands of one Mamba-1 scan, in the layout of `simba_fx::selective_scan` (glossary: `simba_fx.ops`).
-
-    `u`, `delta`, `z` are `(B, D, L)`; `A` is `(D, N)`, negative; `B`, `C` are `(B, N, L)` or `(B, G, N, L)`; `D` and
-    `delta_bias` are `(D,)`. `delta` is the raw step; `delta_softplus` says whether softplus is still to come.
-    """
-
-    u: Tensor
-    delta: Tensor
-    A: Tensor
-    B: Tensor
-    C: Tensor
-    D: Tensor | None = None
-    z: Tensor | None = None
-    delta_bias: Tensor | None = None
-    delta_softplus: bool = False
-
-    entry = "u"
-
-    def run(self) -> tuple[Tensor, Tensor]:
-        """`y (B, D, L)` in u's dtype and the last state `(B, D, N)` in float32."""
-        arguments = [getattr(self, f.name) for f in dataclasses.fields(self)]
-        y, state = torch.ops.simba_fx.selective_scan(*arguments)
-        return y, state
-
-
-@dataclass(frozen=True)
-class SSDScan:
-    """The operands of one Mamba-2 scan, in the layout of `simba_fx::ssd_scan`.
-
-    `x`, `z` are `(B, L, H, P)`; `dt` is `(B, L, H)`; `A` is `(H,)`, negative; `B`, `C` are `(B, L, G, N)`; `D` is
-    `(H,)` or `(H, P)`; `dt_bias` is `(H,)`. The step is `clamp(softplus(dt + dt_bias), dt_min, dt_max)`.
-    """
-
-    x: Tensor
-    dt: Tensor
-    A: Tensor
-    B: Tensor
-    C: Tensor
-    D: Tensor | None = None
-    z: Tensor | None = None
-    dt_bias: Tensor | None = None
-    dt_softplus: bool = False
-    dt_min: float = 0.0
-    dt_max: float = float("inf")
-    chunk_size: int = 256
-
-    entry = "x"
-
-    def run(self) -> tuple[Tensor, Tensor]:
-        """`y (B, L, H, P)` in x's dtype and the last state `(B, H, P, N)` in float32."""
-        arguments = [getattr(self, f.name) for f in dataclasses.fields(self)]
-        y, state = torch.ops.simba_fx.ssd_scan(*arguments)
-        return y, state
-
-
-@dataclass(frozen=True)
-class CausalConv:
-    """The operands of a depthwise causal convolution: `x (B, D, L)`, `weight (D, W)`, `bias (D,)`."""
-
-    x: Tensor
-    weight: Tensor
-    bias: Tensor | None = None
-    activation: str = "none"
-
-    entry = "x"
-
-    def run(self) -> tuple[Tensor, None]:
-        return torch.ops.simba_fx.causal_conv1d(self.x, self.weight, self.bias, self.activation), None
-
-
-Operands = SelectiveScan | SSDScan | CausalConv
-Finish = Callable[[Tensor, Any], Any]
-Adapter = Callable[..., "Operands | tuple[Operands, Finish] | None"]
-"""Takes the arguments of the function it stands for. Returns the scan's operands, and, unless the function returns `y`
-alone, a second function `(y, last_state) -> what the function returns`. None: this call is left as it is."""
+__all__ = ["CallSite", "lifted", "register_scan"]
 
 
 @dataclass(eq=False)
@@ -193,73 +116,17 @@ def register_scan(function: Callable[..., Any], adapter: Adapter) -> None:
     _registered[function] = adapter
 
 
-def _hf_selective(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None,
-                  z: Tensor | None = None, delta_bias: Tensor | None = None, delta_softplus: bool = False,
-                  return_last_state: bool = False, **_: Any) -> tuple[Operands, Finish]:  # fmt: skip
-    dtype = u.dtype  # the torch path of transformers computes the skip and the gate in the promoted dtype
-    for other in (D, z):
-        dtype = dtype if other is None else torch.promote_types(dtype, other.dtype)
-
-    def finish(y: Tensor, state: Tensor) -> Any:
-        return (y.to(dtype), state) if return_last_state else y.to(dtype)
-
-    return SelectiveScan(u, dt, A, B, C, D, z, delta_bias, delta_softplus), finish
-
-
-def _hf_ssd(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk_size: int, D: Tensor | None = None,
-            dt_bias: Tensor | None = None, initial_states: Tensor | None = None, dt_softplus: bool = False,
-            dt_limit: tuple[float, float] = (0.0, float("inf")), return_final_states: bool = False,
-            z: Tensor | None = None, seq_idx: Tensor | None = None, **_: Any) -> tuple[Operands, Finish]:  # fmt: skip
-    if initial_states is not None or seq_idx is not None:
-        given = "initial_states" if initial_states is not None else "seq_idx"
-        raise CaptureError(
-            f"mamba2_chunk_scan was called with {given}; only whole sequences that start from a zero state can be "
-            "pruned. Call the model without packed sequences and without a warm cache."
-        )
-
-    def finish(y: Tensor, state: Tensor) -> Any:
-        return (y.float(), state) if return_final_states else y.float()
-
-    dt_min, dt_max = map(float, dt_limit)
-    return SSDScan(x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_min, dt_max, chunk_size), finish
-
-
-def _hf_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None,
-             seq_idx: Tensor | None = None, **_: Any) -> tuple[Operands, Finish] | None:  # fmt: skip
-    if seq_idx is not None or activation not in (None, "silu", "swish"):
-        return None
-    return CausalConv(x, weight, bias, "none" if activation is None else "silu"), lambda y, _: y
-
-
-def _unfused(*_: Any, **__: Any) -> None:
-    """The fused entry points return None where no fused kernel exists: the model then takes its unfused path."""
-    return None
-
-
-_TRANSFORMERS: dict[str, Adapter | None] = {
-    "mamba_selective_scan": _hf_selective,
-    "mamba2_chunk_scan": _hf_ssd,
-    "causal_conv1d_fn": _hf_conv,
-    "mamba_inner_fn": None,
-    "mamba2_split_conv1d_scan_combined": None,
-}
-"""By name in `transformers.models.*`: its modeling files hold twins of these functions. None: see `_unfused`."""
-
-
-def _row(owner: Any, name: str, value: Any) -> tuple[bool, Adapter | None]:
-    """Whether `owner.name` is lifted, and by which adapter."""
+def _row(owner: Any, name: str, value: Any) -> Row | None:
+    """The row that lifts `owner.name`, a user's own before the table's."""
     if not callable(value):
-        return False, None
+        return None
     for candidate in (value, inspect.unwrap(value)):
         try:
             if candidate in _registered:
-                return True, _registered[candidate]
+                return _registered[candidate]
         except TypeError:  # an unhashable callable
             continue
-    module = getattr(owner, "__name__", "")
-    if inspect.ismodule(owner) and module.startswith("transformers.models.") and name in _TRANSFORMERS:
-        return True, _TRANSFORMERS[name]
-    return False, None
+    return lifts.row_of(owner.__name__, name) if inspect.ismodule(owner) else None
 
 
 def _callers(model: nn.Module) -> Iterator[Any]:
@@ -279,7 +146,7 @@ def suggestions(model: nn.Module) -> list[str]:
             continue
         for name, value in vars(owner).items():
             ours = getattr(value, "__module__", "").startswith("simba_fx.")
-            if inspect.isfunction(value) and not ours and "scan" in name.lower() and not _row(owner, name, value)[0]:
+            if inspect.isfunction(value) and not ours and "scan" in name.lower() and _row(owner, name, value) is None:
                 found.append(f"{prefix}.{name}")
     return sorted(found)
 
@@ -294,24 +161,32 @@ def lifted(model: nn.Module) -> Iterator[list[CallSite]]:
         try:
             for owner in _callers(model):
                 for name, value in list(vars(owner).items()):
-                    is_lifted, adapter = _row(owner, name, value)
-                    if is_lifted:
-                        undo.append((owner, name, value))
-                        setattr(owner, name, _unfused if adapter is None else _recorder(value, adapter, sites))
+                    row = _row(owner, name, value)
+                    if row is None:
+                        continue
+                    undo.append((owner, name, value))
+                    stand_in = row.stand_in(value) if isinstance(row, StandIn) else _recorder(value, row, sites)
+                    setattr(owner, name, _in_this_thread(value, stand_in))
             yield sites
         finally:
             for owner, name, value in reversed(undo):
                 setattr(owner, name, value)
 
 
-def _recorder(function: Callable[..., Any], adapter: Adapter, sites: list[CallSite]) -> Callable[..., Any]:
-    """What stands in for `function` while the model is traced."""
-
+def _in_this_thread(function: Callable[..., Any], stand_in: Callable[..., Any]) -> Callable[..., Any]:
+    """`stand_in` where the model is traced; other threads, which may run a model meanwhile, call `function`."""
     thread = threading.get_ident()
 
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return (stand_in if threading.get_ident() == thread else function)(*args, **kwargs)
+
+    return call
+
+
+def _recorder(function: Callable[..., Any], adapter: Adapter, sites: list[CallSite]) -> Callable[..., Any]:
+    """What stands in for a scan `function` while the model is traced."""
+
     def record(*args: Any, **kwargs: Any) -> Any:
-        if threading.get_ident() != thread:  # another thread runs a model while this one traces
-            return function(*args, **kwargs)
         adapted = adapter(*args, **kwargs)
         if adapted is None:
             return function(*args, **kwargs)

@@ -16,7 +16,7 @@ from reference import assert_close
 from torch import Tensor, nn
 
 import simba_fx
-from simba_fx import SelectiveScan, errors, lift, pipeline, register_scan
+from simba_fx import SelectiveScan, errors, lift, lifts, pipeline, register_scan
 from simba_fx.capture import capture
 from simba_fx.graphs import SCANS, region
 
@@ -348,7 +348,7 @@ def test_packed_sequences() -> None:
     x = torch.zeros(1, 2, 1, 1)
     for name in ("initial_states", "seq_idx"):
         with pytest.raises(errors.CaptureError) as caught:
-            lift._hf_ssd(x, x, x, x, x, 8, **{name: x})
+            lifts.transformers.ROWS["mamba2_chunk_scan"](x, x, x, x, x, 8, **{name: x})
         assert str(caught.value) == (
             f"mamba2_chunk_scan was called with {name}; only whole sequences that start from a zero state can be "
             "pruned. Call the model without packed sequences and without a warm cache."

@@ -1,0 +1,71 @@
+"""The functions of `transformers.models.*` that a captured model must not run itself: scans, convolutions, fused paths.
+
+Rows are found by name: every modeling file holds a twin of the same few functions (read in transformers 5.17 to 5.24).
+transformers itself is not imported.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from simba_fx.errors import CaptureError
+from simba_fx.operands import CausalConv, Finish, Operands, Row, SelectiveScan, SSDScan, StandIn
+
+__all__ = ["OWNERS", "ROWS"]
+
+OWNERS = "transformers.models."
+
+
+def _selective(u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None,
+                  z: Tensor | None = None, delta_bias: Tensor | None = None, delta_softplus: bool = False,
+                  return_last_state: bool = False, **_: Any) -> tuple[Operands, Finish]:  # fmt: skip
+    dtype = u.dtype  # the torch path of transformers computes the skip and the gate in the promoted dtype
+    for other in (D, z):
+        dtype = dtype if other is None else torch.promote_types(dtype, other.dtype)
+
+    def finish(y: Tensor, state: Tensor) -> Any:
+        return (y.to(dtype), state) if return_last_state else y.to(dtype)
+
+    return SelectiveScan(u, dt, A, B, C, D, z, delta_bias, delta_softplus), finish
+
+
+def _ssd(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk_size: int, D: Tensor | None = None,
+            dt_bias: Tensor | None = None, initial_states: Tensor | None = None, dt_softplus: bool = False,
+            dt_limit: tuple[float, float] = (0.0, float("inf")), return_final_states: bool = False,
+            z: Tensor | None = None, seq_idx: Tensor | None = None, **_: Any) -> tuple[Operands, Finish]:  # fmt: skip
+    if initial_states is not None or seq_idx is not None:
+        given = "initial_states" if initial_states is not None else "seq_idx"
+        raise CaptureError(
+            f"mamba2_chunk_scan was called with {given}; only whole sequences that start from a zero state can be "
+            "pruned. Call the model without packed sequences and without a warm cache."
+        )
+
+    def finish(y: Tensor, state: Tensor) -> Any:
+        return (y.float(), state) if return_final_states else y.float()
+
+    dt_min, dt_max = map(float, dt_limit)
+    return SSDScan(x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_min, dt_max, chunk_size), finish
+
+
+def _conv(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None,
+             seq_idx: Tensor | None = None, **_: Any) -> tuple[Operands, Finish] | None:  # fmt: skip
+    if seq_idx is not None or activation not in (None, "silu", "swish"):
+        return None
+    return CausalConv(x, weight, bias, "none" if activation is None else "silu"), lambda y, _: y
+
+
+def _absent(_: Any) -> Any:
+    """The fused entry points return None where no fused kernel exists: the model then takes its unfused path."""
+    return lambda *_, **__: None
+
+
+ROWS: dict[str, Row] = {
+    "mamba_selective_scan": _selective,
+    "mamba2_chunk_scan": _ssd,
+    "causal_conv1d_fn": _conv,
+    "mamba_inner_fn": StandIn(_absent),
+    "mamba2_split_conv1d_scan_combined": StandIn(_absent),
+}

@@ -1,0 +1,103 @@
+"""What a scan (and the convolution before it) is given, by name: what the adapters of the lift table return."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["Adapter", "CausalConv", "Finish", "Operands", "SSDScan", "SelectiveScan", "StandIn"]
+
+
+@dataclass(frozen=True)
+class SelectiveScan:
+    """The operands of one Mamba-1 scan, in the layout of `simba_fx::selective_scan` (glossary: `simba_fx.ops`).
+
+    `u`, `delta`, `z` are `(B, D, L)`; `A` is `(D, N)`, negative; `B`, `C` are `(B, N, L)` or `(B, G, N, L)`; `D` and
+    `delta_bias` are `(D,)`. `delta` is the raw step; `delta_softplus` says whether softplus is still to come.
+    """
+
+    u: Tensor
+    delta: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    D: Tensor | None = None
+    z: Tensor | None = None
+    delta_bias: Tensor | None = None
+    delta_softplus: bool = False
+
+    entry = "u"
+
+    def run(self) -> tuple[Tensor, Tensor]:
+        """`y (B, D, L)` in u's dtype and the last state `(B, D, N)` in float32."""
+        arguments = [getattr(self, f.name) for f in dataclasses.fields(self)]
+        y, state = torch.ops.simba_fx.selective_scan(*arguments)
+        return y, state
+
+
+@dataclass(frozen=True)
+class SSDScan:
+    """The operands of one Mamba-2 scan, in the layout of `simba_fx::ssd_scan`.
+
+    `x`, `z` are `(B, L, H, P)`; `dt` is `(B, L, H)`; `A` is `(H,)`, negative; `B`, `C` are `(B, L, G, N)`; `D` is
+    `(H,)` or `(H, P)`; `dt_bias` is `(H,)`. The step is `clamp(softplus(dt + dt_bias), dt_min, dt_max)`.
+    """
+
+    x: Tensor
+    dt: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    D: Tensor | None = None
+    z: Tensor | None = None
+    dt_bias: Tensor | None = None
+    dt_softplus: bool = False
+    dt_min: float = 0.0
+    dt_max: float = float("inf")
+    chunk_size: int = 256
+
+    entry = "x"
+
+    def run(self) -> tuple[Tensor, Tensor]:
+        """`y (B, L, H, P)` in x's dtype and the last state `(B, H, P, N)` in float32."""
+        arguments = [getattr(self, f.name) for f in dataclasses.fields(self)]
+        y, state = torch.ops.simba_fx.ssd_scan(*arguments)
+        return y, state
+
+
+@dataclass(frozen=True)
+class CausalConv:
+    """The operands of a depthwise causal convolution: `x (B, D, L)`, `weight (D, W)`, `bias (D,)`."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
+    activation: str = "none"
+
+    entry = "x"
+
+    def run(self) -> tuple[Tensor, None]:
+        return torch.ops.simba_fx.causal_conv1d(self.x, self.weight, self.bias, self.activation), None
+
+
+Operands = SelectiveScan | SSDScan | CausalConv
+Finish = Callable[[Tensor, Any], Any]
+Adapter = Callable[..., "Operands | tuple[Operands, Finish] | None"]
+"""Takes the arguments of the function it stands for. Returns the scan's operands, and, unless the function returns `y`
+alone, a second function `(y, last_state) -> what the function returns`. None: this call is left as it is."""
+
+
+@dataclass(frozen=True)
+class StandIn:
+    """A row of the lift table for a function that runs no scan: while a model is captured, `stand_in(original)` is
+    called in its place."""
+
+    stand_in: Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+Row = Adapter | StandIn
