@@ -63,3 +63,30 @@ def check_mask(mask: Tensor | None, rows: int, length: int, tail: int) -> Tensor
             "at most the shortest row's length. Lower the tail or remove the row."
         )
     return None if bool((mask == 1).all()) else mask
+
+
+def check_positions(positions: Tensor | None, embeds: Tensor, mask: Tensor | None) -> Tensor:
+    """Positions of the tokens `(B, L)` int64; counted from 0 where none are given.
+
+    Raises:
+        InputError: not `(B, L)` or `(1, L)`; without a mask, positions that do not rise by one: several sequences
+            packed in a row.
+    """
+    rows, length = embeds.shape[:2]
+    if positions is None:
+        return torch.arange(length, device=embeds.device).expand(rows, length)
+    if positions.dim() != 2 or positions.shape[0] not in (1, rows) or positions.shape[1] != length:
+        raise InputError(
+            f"Expected position_ids (B, L) = ({rows}, {length}); found shape {tuple(positions.shape)}. Leave the "
+            "argument out, or pass one position per token."
+        )
+    if mask is None and not torch.compiler.is_compiling():
+        rising = (positions.diff(dim=1) == 1).all()
+        if positions.is_cuda:
+            torch._assert_async(rising, "position_ids of a packed row: only whole sequences can be pruned")
+        elif not bool(rising):
+            raise InputError(
+                "position_ids do not rise by one from token to token, as in rows that pack several sequences; expected "
+                "one sequence per row. Pass one sequence per row, padded, with an attention_mask."
+            )
+    return positions.expand(rows, length)
