@@ -51,6 +51,7 @@ def install(model: nn.Module, options: Options, cost: Any) -> nn.Module:
     """
     stack: Any = model.base_model
     refuse_eager_experts(model)
+    refuse_other_attention(stack)
     path = next(name for name, module in model.named_modules() if module is stack)
     sparse = stack if not path else model
     twin = _shallow(sparse)
@@ -80,6 +81,16 @@ def refuse_eager_experts(model: nn.Module) -> None:
         raise CaptureError(
             "experts_implementation='eager' loops over experts in Python and cannot be captured; expected 'grouped_mm' "
             "or 'batched_mm'. Load the model with experts_implementation='grouped_mm'."
+        )
+
+
+def refuse_other_attention(stack: Any) -> None:
+    """Masks are made for two implementations of attention, in prompts and in decoding steps."""
+    chosen = getattr(stack.config, "_attn_implementation", None)
+    if chosen not in (None, "sdpa", "eager") and any(hasattr(module, "is_causal") for module in stack.modules()):
+        raise CaptureError(
+            f"attn_implementation={chosen!r} of {type(stack).__name__} cannot be captured; expected 'sdpa' or 'eager'. "
+            "Call model.set_attn_implementation('sdpa')."
         )
 
 
