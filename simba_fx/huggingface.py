@@ -1,8 +1,8 @@
 """Transformers models: which part is captured, how a call is bound to a graph, and what comes back.
 
-The block stack (transformers' backbone, `model.base_model`) is replaced in a shallow copy of the model by a shallow
-copy of itself whose class is a subclass of its own: `isinstance`, `state_dict` keys, hooks, `generate` and
-`save_pretrained` stay true, parameters stay the original's objects. Its `forward` chooses between a captured graph
+The result is a copy of the model's module tree over the original's own parameters, in which the block stack
+(transformers' backbone, `model.base_model`) has a subclass of its own class: `isinstance`, `state_dict` keys, hooks,
+`generate` and `save_pretrained` stay true. Its `forward` chooses between a captured graph
 (prompts) and the class's own forward (decoding steps).
 """
 
@@ -52,13 +52,8 @@ def install(model: nn.Module, options: Options, cost: Any) -> nn.Module:
     stack: Any = model.base_model
     refuse_eager_experts(model)
     refuse_other_attention(stack)
-    path = next(name for name, module in model.named_modules() if module is stack)
-    sparse = stack if not path else model
-    twin = _shallow(sparse)
-    inner: Any = twin
-    for name in filter(None, path.split(".")):
-        inner._modules[name] = _shallow(inner._modules[name])
-        inner = inner._modules[name]
+    copies: dict[nn.Module, nn.Module] = {}
+    twin, inner = copied(model, copies), copied(stack, copies)
     runtime = SparseStack(stack, options, cost)
     blocks = options.compile == "blocks"
     inner.__class__ = _stack_class(type(stack), blocks)
@@ -92,6 +87,19 @@ def refuse_other_attention(stack: Any) -> None:
             f"attn_implementation={chosen!r} of {type(stack).__name__} cannot be captured; expected 'sdpa' or 'eager'. "
             "Call model.set_attn_implementation('sdpa')."
         )
+
+
+def copied(module: nn.Module, copies: dict[nn.Module, nn.Module]) -> nn.Module:
+    """A module tree of its own over the same parameters and buffers; `copies` remembers what was copied.
+
+    Hooks, modes (`train`, `eval`) and submodules of one tree do not reach the other. A module that occurs twice occurs
+    twice in the copy.
+    """
+    if module not in copies:
+        copies[module] = twin = _shallow(module)
+        for name, child in twin._modules.items():
+            twin._modules[name] = None if child is None else copied(child, copies)
+    return copies[module]
 
 
 def _shallow(module: nn.Module) -> nn.Module:
@@ -211,15 +219,9 @@ class SparseStack:
         return keys
 
     def _watch(self, paths: list[str]) -> None:
-        """Attention modules get the mask of their own cache layer. The sparse model has shallow copies of these
-        modules, so that the original's are not hooked."""
+        """Attention modules get the mask of their own cache layer."""
         for path in paths:
-            module: Any = self.stack
-            for name in path.split("."):
-                if not module._modules[name].__dict__.get("_simba_copy"):
-                    module._modules[name] = _shallow(module._modules[name])
-                    module._modules[name].__dict__["_simba_copy"] = True
-                module = module._modules[name]
+            module = self.stack.get_submodule(path)
             if call_with_own_mask not in module._forward_pre_hooks.values():
                 module.register_forward_pre_hook(call_with_own_mask, with_kwargs=True)
 

@@ -462,24 +462,23 @@ def test_embeddings_from_the_caller_are_not_scaled_by_the_model() -> None:
 @every_family
 @pytest.mark.capability("compile")
 def test_compiled_equals_eager_and_compiles_once(entry: Entry) -> None:
-    """The default mode, with and without padding, over batches and lengths."""
+    """The default mode over batches and lengths; every second family with padding (a compilation takes seconds)."""
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     pruned = sparse(entry.name, shares_of(entry))
     compiled = torch.compile(pruned, backend=counter)
-    given = [three_rows(False), three_rows(True)]
-    for batch in given:
-        with torch.no_grad():
-            eager, found = (one(**batch, use_cache=False).logits for one in (pruned, compiled))
-        real = batch.get("attention_mask", torch.ones(3, 37)).bool()
-        assert_close("logits", found[real], eager[real], TOLERANCE[entry.dtype])
+    masked = FAMILIES.index(entry) % 2 == 0
+    batch = three_rows(masked)
+    with torch.no_grad():
+        eager, found = (one(**batch, use_cache=False).logits for one in (pruned, compiled))
+    real = batch.get("attention_mask", torch.ones(3, 37)).bool()
+    assert_close("logits", found[real], eager[real], TOLERANCE[entry.dtype])
     graphs = counter.frame_count
     for rows, length in ((2, 50), (5, 23), (4, 61)):
         mask = torch.ones(rows, length, dtype=torch.int64)
         mask[0, :3] = 0
-        for attention_mask in (None, mask):
-            with torch.no_grad():
-                compiled(input_ids=tokens(rows, rows, length), attention_mask=attention_mask, use_cache=False)
+        with torch.no_grad():
+            compiled(input_ids=tokens(rows, rows, length), attention_mask=mask if masked else None, use_cache=False)
     assert counter.frame_count == graphs, "another batch or length was compiled anew"
 
 
@@ -504,7 +503,7 @@ def test_the_text_generation_pipeline(name: str) -> None:
     for prompt, text in zip(prompts, found, strict=True):
         ids = tokenizer(prompt, return_tensors="pt").input_ids
         alone = pruned.generate(ids, max_new_tokens=12, do_sample=False)[0, ids.shape[1] :]
-        assert text.split() == tokenizer.decode(alone).split()
+        assert text.split() == tokenizer.decode(alone, skip_special_tokens=True).split()
 
 
 @pytest.mark.parametrize("name", ["mamba2-two-groups", "jamba"])
@@ -538,3 +537,6 @@ def test_hidden_states_are_of_full_length(entry: Entry) -> None:
     assert torch.equal(ours.hidden_states[0], theirs.hidden_states[0]), "the embeddings"
     assert torch.equal(ours.hidden_states[1], theirs.hidden_states[1]), "the first block is dense"
     assert not torch.equal(ours.hidden_states[-1], theirs.hidden_states[-1])
+    with torch.no_grad():  # transformers hooks modules for this: the sparse model's hooks are not the dense one's
+        again = model(input_ids=tokens(9, 1, 30), output_hidden_states=True)
+    assert len(again.hidden_states) == len(theirs.hidden_states)
