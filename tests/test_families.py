@@ -22,7 +22,9 @@ from models import (
     HYBRIDS,
     VOCABULARY,
     Entry,
+    _bamba,
     _granite,
+    _hybrid,
     _jamba,
     _nemotron_h,
     dense,
@@ -41,7 +43,14 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModel, DynamicCache, PreTrainedTokenizerFast, pipeline
+from transformers import (
+    AutoModel,
+    DynamicCache,
+    PreTrainedTokenizerFast,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
+    pipeline,
+)
 
 import simba_fx
 
@@ -480,6 +489,28 @@ def test_compiled_equals_eager_and_compiles_once(entry: Entry) -> None:
         with torch.no_grad():
             compiled(input_ids=tokens(rows, rows, length), attention_mask=mask if masked else None, use_cache=False)
     assert counter.frame_count == graphs, "another batch or length was compiled anew"
+
+
+# Families that nobody listed.
+
+
+def test_another_recurrence_is_refused_naming_its_function() -> None:
+    """The gated delta rule has no diagonal decay: neither of our scans is its."""
+    sizes = {"num_hidden_layers": 4, "head_dim": 4, "linear_num_value_heads": 4, "linear_num_key_heads": 2,
+             "linear_key_head_dim": 4, "linear_value_head_dim": 4, "num_experts": 4, "num_experts_per_tok": 2,
+             "moe_intermediate_size": 8, "shared_expert_intermediate_size": 8}  # fmt: skip
+    model = _hybrid(Qwen3NextForCausalLM, Qwen3NextConfig, sizes)
+    with pytest.raises(simba_fx.errors.ScanNotFoundError) as caught:
+        simba_fx.transform(model)
+    assert "transformers.models.qwen3_next.modeling_qwen3_next.torch_chunk_gated_delta_rule" in str(caught.value)
+    assert "simba_fx.register_scan(function, adapter)" in str(caught.value)
+
+
+def test_attention_that_cannot_be_masked_is_refused() -> None:
+    model = _bamba()
+    model.config._attn_implementation = "flex_attention"
+    with pytest.raises(simba_fx.errors.CaptureError, match="expected 'sdpa' or 'eager'"):
+        simba_fx.transform(model)
 
 
 # As people use them.
