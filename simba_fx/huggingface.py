@@ -56,7 +56,7 @@ def install(model: nn.Module, options: Options, cost: Any) -> nn.Module:
     for name in filter(None, path.split(".")):
         inner._modules[name] = _shallow(inner._modules[name])
         inner = inner._modules[name]
-    runtime = SparseStack(stack, options, cost)
+    runtime = SparseStack(stack, options, cost, options.tail)
     blocks = options.compile == "blocks"
     inner.__class__ = _stack_class(type(stack), blocks)
     inner.__dict__["_simba"] = runtime
@@ -330,7 +330,7 @@ def _prepare(stack: Any, given: dict[str, Any]) -> Call | None:
             f"{type(stack).__name__} was called with {length} new tokens on a warm cache; expected a whole prompt with "
             "an empty cache, or one new token. Pass the tokens one at a time, or start with an empty cache."
         )
-    mask = check_mask(mask, rows, length, runtime.tail)
+    mask = check_mask(mask, rows, length, runtime.tail, runtime.options.named)
     if length == 1:
         runtime.last = (rows, length, None, (), None, mask)
         return None
