@@ -48,9 +48,9 @@ class ScoreTokens:
         if not cuts:
             return 0
         found = ways(graph, facts)
-        check_cuts(graph, facts, cuts, found)
         reads_scans = self.criterion not in ops.POSITION_CRITERIA
         directions = scan_directions(graph, facts, [c.block for c in cuts], found) if reads_scans else {}
+        check_cuts(graph, facts, cuts, found)
         positions: Any = tracked(graph, "positions")
         protected = tracked(graph, "protected")
         val = value(positions).new_empty(value(positions).shape, dtype=torch.float32)

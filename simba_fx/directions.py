@@ -30,6 +30,7 @@ from simba_fx.graphs import (
     Facts,
     end_of,
     expression,
+    is_size,
     operator_of,
     output_of,
     region,
@@ -46,6 +47,9 @@ FORWARD, REVERSED, MIXED, SHUFFLED = "forward", "reversed", "mixed", "shuffled"
 _TURNED = {FORWARD: REVERSED, REVERSED: FORWARD, MIXED: MIXED, SHUFFLED: SHUFFLED}
 _FLIPS = ("flip", "fliplr", "flipud")
 _MARKERS = ("site_enter", "site_exit")  # identities of their first argument (simba_fx.lift)
+_FACTORIES = ("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like", "new_zeros", "new_ones",
+              "new_full", "new_empty")  # fmt: skip
+"""Operators that read a tensor's size, not its tokens."""
 _ALONG_A_DIM = (
     "gather", "index_select", "index_add", "index_copy", "index_fill", "scatter", "scatter_add", "scatter_reduce",
     "select_scatter", "slice_scatter", "sort", "argsort", "topk",
@@ -72,16 +76,20 @@ def length_dims(node: fx.Node, facts: Facts) -> tuple[int, ...]:
 def ways(graph: fx.Graph, facts: Facts) -> dict[fx.Node, Way]:
     """The way of every node that holds tokens. What enters a block shuffled is an order of its own: forward there."""
     found: dict[fx.Node, Way] = {}
+    touched: set[fx.Node] = set()  # what depends on a token, also where no length is left among the sizes: `x[:, :1]`
     for node in graph.nodes:
-        if node.op in ("get_attr", "output") or not length_dims(node, facts):
+        name, sized = getattr(node.target, "_opname", ""), bool(length_dims(node, facts))
+        if node.op in ("get_attr", "output") or is_size(node) or name in _FACTORIES:
             continue
-        if node.op == "placeholder":
+        if node.op == "placeholder" and sized:
             found[node] = Way(FORWARD, node)
-            continue
-        read = node.all_input_nodes if getattr(node.target, "_opname", "") not in _MARKERS else [_first(node)]
+            touched.add(node)
+        read = node.all_input_nodes if name not in _MARKERS else [_first(node)]
         inputs = {n: _entering(found[n], n, node) for n in read if n in found}
-        if inputs:
-            found[node] = _moved(node, _joined(node, inputs.values()), inputs, facts)
+        if any(n in touched for n in read):
+            touched.add(node)
+        if inputs and sized:
+            found[node] = _moved(node, _joined(node, inputs.values()), touched, facts)
     return found
 
 
@@ -102,8 +110,8 @@ def _joined(node: fx.Node, inputs: Iterable[Way]) -> Way:
     return Way(MIXED, node) if len(by_kind) > 1 else next(iter(by_kind.values()))
 
 
-def _moved(node: fx.Node, way: Way, inputs: dict[fx.Node, Way], facts: Facts) -> Way:
-    """The way of a node's result, given the way of its inputs."""
+def _moved(node: fx.Node, way: Way, touched: set[fx.Node], facts: Facts) -> Way:
+    """The way of a node's result, given the way of its inputs and the nodes that depend on tokens."""
     name = getattr(node.target, "_opname", "")
     lead = next((argument for argument in node.args[:1] if isinstance(argument, fx.Node)), None)
     dims = () if lead is None else length_dims(lead, facts)
@@ -113,15 +121,15 @@ def _moved(node: fx.Node, way: Way, inputs: dict[fx.Node, Way], facts: Facts) ->
             return way
         plain = len(dims) == 1 and expression(value(lead).shape[dims[0]]).free_symbols == {facts.sequence}
         return Way(_TURNED[way.kind] if plain else SHUFFLED, node)
-    if _moves_tokens(node, name, lead, dims, inputs, facts) or _splits_the_length(node, facts):
+    if _moves_tokens(node, name, lead, dims, touched, facts) or _splits_the_length(node, facts):
         return Way(SHUFFLED, node)
     return way
 
 
-def _moves_tokens(node: fx.Node, name: str, lead: fx.Node | None, dims: Sequence[int], inputs: dict[fx.Node, Way],
+def _moves_tokens(node: fx.Node, name: str, lead: fx.Node | None, dims: Sequence[int], touched: set[fx.Node],
                   facts: Facts) -> bool:  # fmt: skip
     if name in ("cat", "concat", "concatenate"):
-        tokens = [piece for piece in _first(node) if piece in inputs]
+        tokens = [piece for piece in _first(node) if piece in touched]
         hit = bool(tokens) and _positive([_argument(node, "dim", 0)], tokens[0])[0] in length_dims(node, facts)
         return hit and len(tokens) > 1  # one piece of tokens and a constant before it: a shift, as a convolution's
     if lead is None or not dims:
@@ -197,7 +205,7 @@ def _is_reversed(scan: fx.Node, found: dict[fx.Node, Way]) -> bool:
                 "direction per scan. Run one scan per direction, or keep that block whole (give the next block the "
                 "same share)."
             )
-    kinds = {way.kind: n for n, way in entering.items()}
+    kinds = {way.kind: n for n, way in reversed(entering.items())}
     if len(kinds) > 1:
         raise GraphError(
             f"The operands of the scan {scan.name} in {where(scan)} run different ways: {kinds[FORWARD].name} in the "

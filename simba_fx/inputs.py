@@ -36,7 +36,7 @@ def check_mask(mask: Tensor | None, rows: int, length: int, tail: int, named: Se
             the `named` positions (of `query` and `protect`). On a GPU what concerns rows is asserted on the device,
             without a synchronisation.
     """
-    needed = max(map(_needed, named), default=1)
+    needed = max([1, *[_needed(position) for position in named]])
     if needed > length:
         raise InputError(
             f"query or protect names position {_farthest(named)}, but the prompt has {length} tokens; expected at "
