@@ -59,7 +59,8 @@ def check_mask(mask: Tensor | None, rows: int, length: int, tail: int, named: Se
     shortest = (mask != 0).sum(1)
     if mask.is_cuda:
         torch._assert_async((shortest >= max(tail, 1)).all(), "a row has fewer real tokens than the protected tail")
-        torch._assert_async((shortest >= needed).all(), "a row is too short for a position of query or protect")
+        if named:
+            torch._assert_async((shortest >= needed).all(), "a row is too short for a position of query or protect")
         return mask
     row = int(shortest.argmin())
     if (found := int(shortest[row])) == 0:

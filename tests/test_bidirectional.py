@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import reference
 import torch
+from expecttest import assert_expected_inline
 from graph_cases import WIDTH, Block, Both, Plain, Real, Turned, TurnedOutside
 from hypothesis import given
 from hypothesis import strategies as st
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 import simba_fx
-from simba_fx import plain
+from simba_fx import pipeline, plain
 from simba_fx.capture import capture
 from simba_fx.errors import GraphError, InputError, SimbaError
 from simba_fx.ops import protect_tokens, row_positions
@@ -490,6 +491,60 @@ def test_equal_blocks_are_one_kind() -> None:
         sparse = transformed(module, (1, 0.8, 0.6, 0.4), **options)
         held = simba_fx.program(sparse).program.attributes()
         assert len({type(held[f"block_{i}"]) for i in (1, 2)}) == 1
+
+
+def test_the_outlined_graph_and_what_a_block_does_at_its_end() -> None:
+    program = simba_fx.program(transformed(BOTH.module(), (1, 0.5, 0.3), query=5, protect=(0,))).program
+    assert_expected_inline(
+        pipeline.text(program.graph),
+        """\
+forward(x, tail):
+batch = sym_size(x, 0)    # track-tokens, block -1
+input_length = sym_size(x, 1)    # track-tokens, block -1
+arange_default = arange(batch, dtype=torch.int64, device=cpu)    # track-tokens, block -1
+rows = unsqueeze(arange_default, 1)    # track-tokens, block -1
+arange_default_1 = arange(input_length, dtype=torch.int64, device=cpu)    # track-tokens, block -1
+positions = expand(arange_default_1, [batch, input_length])    # track-tokens, block -1
+query = row_positions(positions, None, [5])    # protect-tokens, block -1
+protected = row_positions(positions, None, [5, 0])    # protect-tokens, block -1
+block_0 = block_0(x, positions, query)    # outline-blocks, block 0
+hidden_0 = getitem(block_0, 0)    # outline-blocks, block 0
+unprotected_0 = getitem(block_0, 1)    # outline-blocks, block 0
+score_0 = protect_tokens(unprotected_0, positions, protected)    # score-tokens, block 0
+chosen_0 = select_tokens(score_0, positions, input_length, tail, 1, 2, 4)    # select-tokens, block 0
+kept_0 = getitem(chosen_0, 0)    # select-tokens, block 0
+dropped_0 = getitem(chosen_0, 1)    # select-tokens, block 0
+positions_0 = getitem(chosen_0, 2)    # select-tokens, block 0
+left_0 = getitem(chosen_0, 3)    # select-tokens, block 0
+exit_0 = take_tokens(hidden_0, dropped_0)    # restore-length, block 0
+block_1 = block_1(hidden_0, rows, kept_0, positions_0, query)    # outline-blocks, block 1
+hidden_1 = getitem(block_1, 0)    # outline-blocks, block 1
+unprotected_1 = getitem(block_1, 1)    # outline-blocks, block 1
+score_1 = protect_tokens(unprotected_1, positions_0, protected)    # score-tokens, block 1
+chosen_1 = select_tokens(score_1, positions_0, input_length, tail, 3, 10, 4)    # select-tokens, block 1
+kept_1 = getitem(chosen_1, 0)    # select-tokens, block 1
+dropped_1 = getitem(chosen_1, 1)    # select-tokens, block 1
+positions_1 = getitem(chosen_1, 2)    # select-tokens, block 1
+left_1 = getitem(chosen_1, 3)    # select-tokens, block 1
+exit_1 = take_tokens(hidden_1, dropped_1)    # restore-length, block 1
+hidden_2 = block_2(hidden_1, rows, kept_1)    # outline-blocks, block 2
+restore_tokens_default = restore_tokens([exit_0, exit_1, hidden_2], [left_0, left_1, positions_1], input_length)    # restore-length, block 3
+layer_norm_3 = layer_norm(restore_tokens_default, [6], norm_weight, norm_bias, 1e-05, False)
+linear_18 = linear(layer_norm_3, head_weight, head_bias)
+return [linear_18, positions_0, positions_1]""",  # noqa: E501
+    )
+    block = pipeline.text(program.attributes()["block_1"].graph)
+    assert_expected_inline(
+        "\n".join(line for line in block.splitlines() if "score-tokens" in line),
+        """\
+le_tensor = le(positions, query)    # score-tokens, block 1
+selective_token_score_default = selective_token_score(transpose_int, transpose_int_1, neg_default, transpose_int_2, transpose_int_3, None, False, le_tensor, 1, simba)    # score-tokens, block 1
+ge_tensor = ge(positions, query)    # score-tokens, block 1
+flip_default_2 = flip(ge_tensor, [1])    # score-tokens, block 1
+selective_token_score_default_1 = selective_token_score(transpose_int_5, transpose_int_6, neg_default_1, transpose_int_7, transpose_int_8, None, False, flip_default_2, 1, simba)    # score-tokens, block 1
+flip_default_3 = flip(selective_token_score_default_1, [1])    # score-tokens, block 1
+unprotected = where(le_tensor, selective_token_score_default, flip_default_3)    # score-tokens, block 1""",  # noqa: E501
+    )
 
 
 # --- what can be asked of the result -----------------------------------------------------------------------------
