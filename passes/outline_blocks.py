@@ -29,6 +29,12 @@ from simba_fx.program import Block
 
 _TOP = ("track-tokens", "select-tokens", "restore-length")
 """Passes whose nodes stay at the top level: what connects blocks rather than computes in them."""
+_BY_POSITION = (
+    torch.ops.simba_fx.position_score.default,
+    torch.ops.simba_fx.protect_tokens.default,
+    torch.ops.simba_fx.take_square.default,
+)
+"""And operators of other passes that read no scan."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +152,7 @@ class OutlineBlocks:
 
 def _at_top(node: fx.Node) -> bool:
     mark = node.meta.get(MARK) or {}
-    by_position = node.target in (torch.ops.simba_fx.position_score.default, torch.ops.simba_fx.take_square.default)
+    by_position = node.target in _BY_POSITION
     outlined = mark.get("pass") == OutlineBlocks.name
     return node.op in ("placeholder", "get_attr", "output") or mark.get("pass") in _TOP or by_position or outlined
 

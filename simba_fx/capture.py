@@ -22,6 +22,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from simba_fx import lift
+from simba_fx.directions import settle_flips
 from simba_fx.errors import CaptureError, ScanNotFoundError, SimbaError
 from simba_fx.graphs import REGION, SCANS, Facts, drop_dead_code, expression, look_up, returned, value, where
 from simba_fx.inputs import named_sizes
@@ -125,6 +126,7 @@ def capture(module: nn.Module, owner: nn.Module, inputs: Mapping[str, Any], *, p
     mask_name = None if mask is None else named[mask].name
     facts = Facts(sequence, batch, named[primary].name, mask_name, blocks, count)
     _read_sizes_once(graph, facts)
+    settle_flips(graph, facts)
     graph.lint()
     return Captured(graph, attributes, facts, sites, exported.call_spec.out_spec, arguments, placeholders)
 

@@ -24,10 +24,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
-from simba_fx import passes
-from simba_fx.build import CustomCriterion, Options
+from simba_fx import ops, passes
+from simba_fx.build import CustomCriterion, Options, scoring_blocks
 from simba_fx.capture import Captured
-from simba_fx.graphs import MARK, Facts, region, scans_of, value
+from simba_fx.directions import reaches_all
+from simba_fx.graphs import MARK, Facts, region, value
 from simba_fx.plan import Cut, cuts_of, entering
 from simba_fx.schedule import Cost, kept_count
 
@@ -174,18 +175,22 @@ Surroundings = Callable[[Mapping[str, Any], int], None]
 
 
 def model_flops(captured: Captured, *, rows: int, length: int, criterion: str = "simba",
-                custom: nn.Module | None = None, surroundings: Surroundings | None = None) -> ModelFlops:  # fmt: skip
+                custom: nn.Module | None = None, surroundings: Surroundings | None = None,
+                query: int | None = None) -> ModelFlops:  # fmt: skip
     """Count a captured model for `rows` rows of any number of tokens.
 
     Args:
         length: tokens in the input; the longest of the three lengths that are counted.
         criterion: by name; `custom`: the module that runs a user's.
         surroundings: of the stack, see `surroundings_of`; None: nothing surrounds it.
+        query: the position that every scan is scored at, if one was named.
     """
     facts = captured.facts
-    cuts = tuple(Cut(block, Fraction(1, 2)) for block in range(facts.n_blocks - 1) if scans_of(captured.graph, block))
+    scored = reaches_all(captured.graph, facts, None if criterion in ops.POSITION_CRITERIA else query)
+    cuts = tuple(Cut(block, Fraction(1, 2)) for block in range(facts.n_blocks - 1) if scored[block])
     graph = copy.deepcopy(captured.graph)
-    for step in (passes.EraseSites(), passes.TrackTokens(), passes.ScoreTokens(cuts, criterion)):
+    protect = () if query is None else (passes.ProtectTokens(query),)
+    for step in (passes.EraseSites(), passes.TrackTokens(), *protect, passes.ScoreTokens(cuts, criterion)):
         step.rewrite(graph, facts)  # not through the runner, which drops scores that nothing reads
     attributes = captured.attributes | ({} if custom is None else {"criterion": custom})
     longest = max(length, _SHORTEST)
@@ -284,12 +289,12 @@ class BudgetCost:
         if self.known is None:
             self.known = self._count(captured, options, length)
         flops, n_blocks = self.known, captured.facts.n_blocks
-        has_scan = [bool(scans_of(captured.graph, block)) for block in range(n_blocks)]
+        has_scan = scoring_blocks(captured, options)
         dense = flops.stack([length] * n_blocks) + flops.head(length)
 
         def cost(shares: tuple[Fraction, ...]) -> float:
             cuts = cuts_of(shares, has_scan)
-            tokens = [kept_count(length, share, 1, options.floor) for share in entering(cuts, n_blocks)]
+            tokens = [kept_count(length, share, options.tail, options.least) for share in entering(cuts, n_blocks)]
             head = flops.head(length if options.output == "full" else tokens[-1])
             return (flops.stack(tokens) + flops.scoring([cut.block for cut in cuts], tokens) + head) / dense
 
@@ -304,7 +309,7 @@ class BudgetCost:
             stack: Any = self.model.base_model
             surroundings = surroundings_of(self.model, stack, (ids,), {}, length)
         return model_flops(captured, rows=1, length=length, criterion=criterion, custom=custom,
-                           surroundings=surroundings)  # fmt: skip
+                           surroundings=surroundings, query=options.query)  # fmt: skip
 
 
 def budget_cost(model: nn.Module | None) -> BudgetCost:

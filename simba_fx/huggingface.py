@@ -54,7 +54,7 @@ def install(model: nn.Module, options: Options, cost: Any) -> nn.Module:
     refuse_other_attention(stack)
     copies: dict[nn.Module, nn.Module] = {}
     twin, inner = copied(model, copies), copied(stack, copies)
-    runtime = SparseStack(stack, options, cost)
+    runtime = SparseStack(stack, options, cost, options.tail)
     blocks = options.compile == "blocks"
     inner.__class__ = _stack_class(type(stack), blocks)
     inner.__dict__["_simba"] = runtime
@@ -421,7 +421,7 @@ def _prepare(stack: Any, given: dict[str, Any]) -> Call | None:
         )
     if isinstance(mask, dict):  # `generate` with a static cache has made masks already; among them the padding's own
         mask = mask.get("linear_attention")
-    mask = check_mask(mask, rows, length, runtime.tail)
+    mask = check_mask(mask, rows, length, runtime.tail, runtime.options.named)
     if length == 1:
         runtime.last = (rows, length, None, (), None, mask)
         return None

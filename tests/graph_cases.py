@@ -69,6 +69,29 @@ class Block(nn.Module):
         return x + y
 
 
+class Both(Block):
+    """Two scans side by side, the second against the order of the tokens, as in Vision Mamba."""
+
+    directions = (False, True)
+
+    def __init__(self) -> None:
+        super().__init__(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        ahead, back = self.mixers
+        return x + ahead(y) + back(y.flip(1)).flip(1)
+
+
+class Turned(Block):
+    """One scan, against the order of the tokens."""
+
+    directions = (True,)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.mixers[0](self.norm(x).flip(1)).flip(1)
+
+
 class Feedforward(nn.Module):
     """A block without a scan."""
 
@@ -115,6 +138,25 @@ class Masked(Plain):
         return self.head(self.norm(x))
 
 
+class Real(Plain):
+    """With a padding mask that keeps pads from every scan: a row's result does not depend on its padding."""
+
+    def forward(self, x: Tensor, mask: Tensor) -> Any:
+        x = x * mask[..., None]
+        for block in self.layers:
+            x = block(x) * mask[..., None]
+        return self.head(self.norm(x))
+
+
+class TurnedOutside(Plain):
+    """Every second block sees the tokens in reversed order; the outer forward turns them around."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for index, block in enumerate(self.layers):
+            x = block(x.flip(1)).flip(1) if index % 2 else block(x)
+        return self.head(self.norm(x))
+
+
 class Recalling(Plain):
     """Two embeddings of the input are read again by every block."""
 
@@ -153,6 +195,8 @@ class Case:
     n_blocks: int
     mask: bool = False
     cache: bool | None = None  # None: a plain module
+    query: int | None = None
+    protect: tuple[int, ...] = ()
 
     def __str__(self) -> str:
         return self.name
@@ -216,6 +260,11 @@ CASES: tuple[Case, ...] = (
     Case("length arithmetic in a block", lambda: Plain(*(Positioned() for _ in range(3))), (0, 1), 3),
     Case("hidden states", lambda: Plain(Block(), Block(), Block(), hidden_states=True), (0, 1), 3),
     Case("embeddings read again", lambda: Recalling(Block(), Block(), Block()), (0, 1), 3),
+    Case("two directions", lambda: Plain(Both(), Both(), Both()), (0, 1), 3, query=5, protect=(0,)),
+    Case("two directions with a mask", lambda: Real(Both(), Both(), Both()), (0, 1), 3, mask=True, query=-2),
+    Case("two directions, each at its end", lambda: Real(Both(), Both(), Both()), (0, 1), 3, mask=True, protect=(4, 0)),
+    Case("alternating directions", lambda: Plain(Block(), Turned(), Block(), Turned()), (0, 1, 2), 4, protect=(-1, 3)),
+    Case("turned outside", lambda: TurnedOutside(Block(), Positioned(), Block(), Positioned()), (0, 1, 2), 4),
     Case("mamba", _mamba, (0, 1, 2), 4, cache=False),
     Case("mamba with a mask", _mamba, (0, 1, 2), 4, mask=True, cache=False),
     Case("mamba with a cache", _mamba, (0, 1, 2), 4, cache=True),

@@ -88,6 +88,8 @@ def test_the_signature_of_transform() -> None:
         "kernels": "auto",
         "compile": "blocks",
         "seed": 0,
+        "query": None,
+        "protect": (),
         "example_inputs": None,
     }
     keyword_only = [name for name, p in parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY]

@@ -18,6 +18,7 @@ Importing this package compiles nothing and imports neither transformers nor mam
 """
 
 from simba_fx.ops.backends import kernel_path
+from simba_fx.ops.protect import protect_tokens, row_positions
 from simba_fx.ops.restore import restore_tokens, take_tokens
 from simba_fx.ops.scan import causal_conv1d, selective_scan, ssd_scan
 from simba_fx.ops.score import CRITERIA, query_position, selective_token_score, ssd_token_score
@@ -32,8 +33,10 @@ __all__ = [
     "flops",
     "kernel_path",
     "position_score",
+    "protect_tokens",
     "query_position",
     "restore_tokens",
+    "row_positions",
     "select_real_tokens",
     "select_tokens",
     "selective_scan",
