@@ -1,9 +1,9 @@
 """FLOPs of a model, dense and pruned, from shapes alone: nothing is computed.
 
 The captured graph, with a score behind every scan, runs on fake tensors under torch's flop counter (matrix products;
-`simba_fx.ops.flops` has the formulas of the operators). A block's FLOPs are a polynomial of degree 2 at most in the
-tokens that it sees: linear for a scan, quadratic for attention. So counts at three lengths give them for every number
-of tokens, hence for every schedule, whatever `kernels` runs the scans.
+`simba_fx.ops.flops` has the formulas of the operators, and those that torch lacks). A block's FLOPs are a polynomial of
+degree 2 at most in the tokens that it sees: linear for a scan, quadratic for attention. So counts at three lengths give
+them for every number of tokens, hence for every schedule, whatever `kernels` runs the scans.
 
 Words: *head* is what lies outside the block stack: for a transformers model what the outer model does around its
 backbone (the LM head), for a plain module what comes after its last block. Units: FLOPs, a multiplication and an
@@ -57,7 +57,7 @@ def count(graph: fx.Graph, attributes: Mapping[str, Any], facts: Facts, rows: in
     what `get_attr` and `call_module` nodes name; real tensors are read for their shapes only.
     """
     mode = mode or FakeTensorMode()
-    with mode, torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with mode, torch.no_grad(), FlopCounterMode(display=False, custom_mapping=ops.flops.missing()) as counter:
         inputs = [_input(value(node), rows, length) for node in graph.find_nodes(op="placeholder")]
         counting = _Counting(graph, attributes, mode, counter)
         outputs = counting.run(*inputs)
@@ -201,7 +201,7 @@ def model_flops(captured: Captured, *, rows: int, length: int, criterion: str = 
         head = found.regions.get(facts.n_blocks, 0)
         if surroundings is not None:
             named, _ = pytree.tree_unflatten(list(found.outputs), captured.out_spec)
-            with mode, torch.no_grad(), FlopCounterMode(display=False) as counter:
+            with mode, torch.no_grad(), FlopCounterMode(display=False, custom_mapping=ops.flops.missing()) as counter:
                 surroundings(named, tokens)
             head += counter.get_total_flops()
         heads.append((tokens, head))

@@ -318,6 +318,7 @@ def padded(rows: Sequence[Tensor], left: Sequence[int], width: int) -> tuple[Ten
 
 @given(st.sampled_from([(None, ()), (None, (2, -1)), (-2, (0,)), (3, (-5,)), (0, ())]), seeds, st.data())
 @examples(10)
+@pytest.mark.capability("padding", "both directions (Vision Mamba)")
 def test_a_row_in_a_padded_batch_is_the_row_alone(named: tuple[int | None, tuple[int, ...]], seed: int,
                                                   data: st.DataObject) -> None:  # fmt: skip
     """For any padding side; and alone it is the reference's row."""
@@ -348,6 +349,7 @@ def test_a_row_in_a_padded_batch_is_the_row_alone(named: tuple[int | None, tuple
 
 
 @pytest.mark.parametrize("stack", STACKS, ids=str)
+@pytest.mark.capability("parity", "both directions (Vision Mamba)")
 def test_everything_kept_is_the_dense_module_bit_for_bit(stack: Stack) -> None:
     """With score, protection, selection and gathers in the graph: only the counts keep every token."""
     module, x = stack.module(), rows_of(7, 2, 21)
@@ -361,6 +363,7 @@ def test_everything_kept_is_the_dense_module_bit_for_bit(stack: Stack) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*gradients))
 
 
+@pytest.mark.capability("train", "both directions (Vision Mamba)")
 def test_gradients_equal_the_references() -> None:
     schedule = (Fraction(1), Fraction(1, 2), Fraction(1, 4))
     module, x = BOTH.module(), rows_of(8, 1, 30)
@@ -467,6 +470,7 @@ def test_the_floor_makes_room_for_what_is_protected() -> None:
 
 
 @pytest.mark.parametrize("mode", ["blocks", "whole"])
+@pytest.mark.capability("compile", "both directions (Vision Mamba)")
 def test_compiled_code_equals_eager_and_serves_every_length(mode: str) -> None:
     torch._dynamo.reset()
     counters.clear()
