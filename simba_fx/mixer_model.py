@@ -104,7 +104,7 @@ class SparseMixer(SparseStack):
             built = build(captured, self.options, self.cost)
         own = {path for path, _ in (*stack.named_parameters(), *stack.named_buffers())}
         parameters = tuple((path, tensor) for path, tensor in captured.attributes.items() if path in own)
-        return Variant(built, Tensor, parameters, tuple(shell.stored))
+        return Variant(built, Tensor, parameters, shell.stored.entries)
 
     def finish(self, variant: Variant, call: Any, flat: Any) -> Any:
         """Fill the states; return the stack's output `(B, L, M)`."""
@@ -155,13 +155,13 @@ class _Shell(nn.Module):
         self.stack = stack
         self.training = stack.training
         self.cache = cache
-        self.stored: list[Entry] = []
+        self.stored = SimpleNamespace(entries=())  # no container: export puts those back as they were
 
     def forward(self, input_ids: Tensor) -> Any:
         notes: dict[Entry, Tensor] = {}
         states = _recording_states(self.stack, notes) if self.cache else None
         output = _own_forward(self.stack)(input_ids, inference_params=states)
-        self.stored[:] = notes  # in place: export puts back the attributes of a module that it traced
+        self.stored.entries = tuple(notes)
         return output, list(notes.values())
 
 
