@@ -272,8 +272,9 @@ class _StackOutput:
 class BudgetCost:
     """Answers `simba_fx.Budget`: what a schedule costs, as a share of the dense forward.
 
-    `model`: the model around a block stack, whose head counts, and `stack`; None for a plain module. Only a first question counts anything:
-    later captures of the same model (with a mask, in another dtype) get the same answers, hence the same schedule.
+    `model`: the model around a block `stack`, whose head counts; None for a plain module. Only a first question counts
+    anything: later captures of the same model (with a mask, in another dtype) get the same answers, hence the same
+    schedule.
     """
 
     model: nn.Module | None

@@ -54,8 +54,8 @@ def install(model: nn.Module, options: Options, cost: Any) -> nn.Module:
     """
     stack = stack_of(model)
     _refuse_rotary(stack)
-    twin: Any = _shallow(model)
-    inner = twin
+    twin = _shallow(model)
+    inner: Any = twin
     if stack is not model:
         inner = twin._modules["backbone"] = _shallow(stack)
     runtime = SparseMixer(stack, options, cost)

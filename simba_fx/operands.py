@@ -13,8 +13,9 @@ from torch import Tensor
 __all__ = ["Adapter", "CausalConv", "Finish", "Operands", "SSDScan", "SelectiveScan", "StandIn"]
 
 
+@dataclass(frozen=True)
 class Operands:
-    """What one lifted call is given: a frozen dataclass with the call's tensors, and how to run it.
+    """What one lifted call is given: base of a frozen dataclass with the call's tensors, and how to run it.
 
     A fused function, which holds a scan among other operators, has a class of its own beside its rows
     (`simba_fx.lifts.mamba_ssm`): its `run` is the same computation as ordinary operators and a scan.

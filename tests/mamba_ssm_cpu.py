@@ -1,6 +1,6 @@
 """`mamba_ssm` and `causal_conv1d` on a machine without a GPU, and an eager reference of the method for their models.
 
-Importing this module puts empty modules in the place of the two CUDA extensions, then lets the packages' own *reference*
+Importing this module puts empty modules in the place of the two CUDA extensions, then lets the packages' own reference
 functions run wherever a kernel would (read in mamba-ssm 2.3.2.post1 and causal-conv1d 1.7.0). It belongs in a process
 of its own: transformers, asked in a process where `mamba_ssm` can be imported, would run its Mamba through it.
 
@@ -31,8 +31,8 @@ with warnings.catch_warnings():
     from causal_conv1d.causal_conv1d_interface import causal_conv1d_ref, causal_conv1d_update_ref
     from mamba_ssm.models import mixer_seq_simple
     from mamba_ssm.models.config_mamba import MambaConfig
-    from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel, MixerModel
-    from mamba_ssm.modules import block, mamba2, mamba3, mamba_simple, mha
+    from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel, MixerModel  # noqa: F401  # for the checks
+    from mamba_ssm.modules import block, mamba2, mamba3, mamba_simple, mha  # noqa: F401  # likewise
     from mamba_ssm.ops import selective_scan_interface as interface
     from mamba_ssm.ops.triton import layer_norm, layernorm_gated, selective_state_update
     from mamba_ssm.utils.generation import InferenceParams
@@ -41,7 +41,7 @@ SCANS: list[dict[str, Any]] = []
 """What every scan was given since the list was last cleared, as `reference.operands` wants it."""
 
 
-# --- the packages' reference functions under the names of their kernels ------------------------------------------------
+# --- the packages' reference functions under the names of their kernels ----------------------------------------------
 
 
 def selective_scan_fn(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -158,7 +158,7 @@ class _NoEvent:
 torch.cuda.Event = _NoEvent  # type: ignore[assignment,misc]
 
 
-# --- models ------------------------------------------------------------------------------------------------------------
+# --- models ----------------------------------------------------------------------------------------------------------
 
 
 def build(layer: str = "Mamba1", seed: int = 0, dtype: torch.dtype = torch.float32, ssm: Any = None,
@@ -173,7 +173,7 @@ def build(layer: str = "Mamba1", seed: int = 0, dtype: torch.dtype = torch.float
     return model.to(dtype).eval()
 
 
-# --- the reference -----------------------------------------------------------------------------------------------------
+# --- the reference ---------------------------------------------------------------------------------------------------
 
 
 def final_norm(mixer: Any, hidden: Tensor, residual: Tensor) -> Tensor:

@@ -43,7 +43,8 @@ def _ssd(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk_size: int
          return_varlen_states: bool = False, **_: Any) -> tuple[Operands, Finish]:  # fmt: skip
     packed = {"initial_states": initial_states, "seq_idx": seq_idx, "cu_seqlens": cu_seqlens}
     _refuse_packed("mamba_chunk_scan_combined", **packed)
-    scan = SSDScan(x, dt, A, B, C, D, z, dt_bias, dt_softplus, *map(float, dt_limit), chunk_size)
+    dt_min, dt_max = map(float, dt_limit)
+    scan = SSDScan(x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_min, dt_max, chunk_size)
     return scan, lambda y, state: (y, state) if return_final_states else y
 
 
@@ -179,7 +180,7 @@ class GatedNorm(Operands):
         if gate is not None and not self.norm_before_gate:
             x = x * gate
         groups = (-1, self.group_size or x.shape[-1])
-        x = _rms_scaled(x.unflatten(-1, groups), self.eps).flatten(-2) * self.weight.float()
+        x = _rms_scaled(torch.unflatten(x, -1, groups), self.eps).flatten(-2) * self.weight.float()
         x = x if self.bias is None else x + self.bias.float()
         if gate is not None and self.norm_before_gate:
             x = x * gate
@@ -226,7 +227,7 @@ class MambaInner(Operands):
         x, z = self.xz.chunk(2, dim=1)  # (B, D, L) each
         x, _ = CausalConv(x, self.conv1d_weight.squeeze(1), self.conv1d_bias, "silu").run()
         rank, states = self.delta_proj_weight.shape[1], self.A.shape[1]
-        parts = F.linear(x.transpose(1, 2), self.x_proj_weight).split([rank, states, states], -1)
+        parts = torch.split(F.linear(x.transpose(1, 2), self.x_proj_weight), [rank, states, states], -1)
         delta = self._scaled(F.linear(parts[0], self.delta_proj_weight), self.norms[0])  # (B, L, D)
         B, C = self.B, self.C
         if B is None:
@@ -289,16 +290,16 @@ class Mamba2Inner(Operands):
 
     def run(self) -> tuple[Any, None]:
         heads, width, groups = self.A.shape[0], self.headdim, self.ngroups
-        scanned = heads * width
+        scanned, sizes = heads * width, (groups, -1)
         both = self.conv1d_weight.shape[0] - scanned  # channels of B and C
         beside = (self.zxbcdt.shape[-1] - 2 * scanned - both - heads) // 2
-        z0, x0, z, xbc, dt = self.zxbcdt.split([beside, beside, scanned, scanned + both, heads], -1)
+        z0, x0, z, xbc, dt = torch.split(self.zxbcdt, [beside, beside, scanned, scanned + both, heads], -1)
         xbc, _ = CausalConv(xbc.transpose(1, 2), self.conv1d_weight, self.conv1d_bias, self.activation).run()
-        x, B, C = xbc.transpose(1, 2).split([scanned, both // 2, both // 2], -1)
-        gate = z.unflatten(-1, (heads, width)) if self.rmsnorm_weight is None else None
-        scan = SSDScan(x.unflatten(-1, (heads, width)), dt, self.A, B.unflatten(-1, (groups, -1)),
-                       C.unflatten(-1, (groups, -1)), self.D, gate, self.dt_bias, True, *map(float, self.dt_limit),
-                       self.chunk_size)  # fmt: skip
+        x, B, C = torch.split(xbc.transpose(1, 2), [scanned, both // 2, both // 2], -1)
+        x, B, C = torch.unflatten(x, -1, (heads, width)), torch.unflatten(B, -1, sizes), torch.unflatten(C, -1, sizes)
+        gate = torch.unflatten(z, -1, (heads, width)) if self.rmsnorm_weight is None else None
+        dt_min, dt_max = map(float, self.dt_limit)
+        scan = SSDScan(x, dt, self.A, B, C, self.D, gate, self.dt_bias, True, dt_min, dt_max, self.chunk_size)
         y, state = scan.run()
         y = y.flatten(-2)
         if self.rmsnorm_weight is not None:
