@@ -77,16 +77,16 @@ class RestoreLength:
     def _left_with(self, node: fx.Node, before: list[fx.Node], read_last: list[fx.Node],
                    facts: Facts) -> list[fx.Node]:  # fmt: skip
         """For each cut before `node`, the gather of the value that it continues."""
-        beside = read_last if node in read_last else [node]
-        gathers = [continued(node, _result(cut, 0).users, beside, facts) for cut in before]
-        if any(gathered is None for gathered in gathers):
+        beside = read_last if node in read_last else []
+        gathers = continued(node, [_result(cut, 0).users for cut in before], beside, facts)
+        if gathers is None:
             names = [[_read_by(gathered).name for gathered in _carried(cut)] for cut in before]
             raise GraphError(
                 f"Node {node.name} in {where(node)} is read after the last block; expected one value per cut that it "
                 f"continues (the residual stream), found {names[0]} at the first cut and {names[-1]} at the last. Use "
                 "output='kept', or keep the blocks around it whole."
             )
-        return [gathered for gathered in gathers if gathered is not None]
+        return gathers
 
     def _restore(self, graph: fx.Graph, facts: Facts, node: fx.Node, left_with: list[fx.Node], before: list[fx.Node],
                  exits: dict[tuple[fx.Node, torch.dtype], fx.Node]) -> fx.Node:  # fmt: skip
