@@ -129,8 +129,10 @@ def _row(owner: Any, name: str, value: Any) -> Row | None:
             continue
     if not inspect.ismodule(owner):
         return None
-    own = lifts.row_of(getattr(value, "__module__", None) or "", getattr(value, "__name__", ""))
-    return lifts.row_of(owner.__name__, name) or own
+    row = lifts.row_of(owner.__name__, name)
+    if row is None and inspect.isfunction(value):
+        return lifts.row_of(value.__module__ or "", value.__name__)
+    return row
 
 
 def _callers(model: nn.Module) -> Iterator[Any]:

@@ -8,6 +8,7 @@ whose slots are written in place. `mamba_ssm` is not imported: its classes are k
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -67,14 +68,14 @@ def install(model: nn.Module, options: Options, cost: Any) -> nn.Module:
         twin.__class__ = _outer_class(type(twin))
     runtime.stack = inner
     runtime.variant(_signature(stack, torch.int64, cache=False))
-    if not blocks and not _attention(stack):  # a graph that is traced whole cannot stop to capture another
+    if not blocks and not runtime.attention:  # a graph that is traced whole cannot stop to capture another
         runtime.variant(_signature(stack, torch.int64, cache=True))
     return twin
 
 
-def _attention(stack: nn.Module) -> list[str]:
+def _attention(stack: nn.Module) -> tuple[str, ...]:
     """Paths of the attention layers."""
-    return [path for path, module in stack.named_modules() if _is(module, "MHA", owner="mamba_ssm.modules.mha")]
+    return tuple(path for path, module in stack.named_modules() if _is(module, "MHA", owner="mamba_ssm.modules.mha"))
 
 
 def _refuse_rotary(stack: nn.Module) -> None:
@@ -93,6 +94,11 @@ def _signature(stack: Any, ids: torch.dtype, *, cache: bool) -> Signature:
 
 class SparseMixer(SparseStack):
     """The runtime of one transformed model of `mamba_ssm`."""
+
+    @functools.cached_property
+    def attention(self) -> tuple[str, ...]:
+        """Paths of the attention layers. (Late: a deep copy's stack is not whole yet when its runtime is made.)"""
+        return _attention(self.stack)
 
     def _capture(self, signature: Signature) -> Variant:
         stack = self.stack
@@ -214,11 +220,11 @@ def _prepare(stack: Any, given: dict[str, Any]) -> Call | None:
             "and inference_params. Pass each sequence in a row of its own, all rows of one length."
         )
     rows, length = ids.shape
-    if states is not None and (attention := _attention(stack)):
+    if states is not None and runtime.attention:
         raise InputError(
-            f"{name} was called with inference_params, but {attention[0]} is an attention layer, whose keys and values "
-            "mamba_ssm keeps at one length for all layers. Generate with the dense model; calls without "
-            "inference_params are pruned."
+            f"{name} was called with inference_params, but {runtime.attention[0]} is an attention layer, whose keys "
+            "and values mamba_ssm keeps at one length for all layers; expected Mamba layers only. Generate with the "
+            "dense model; calls without inference_params are pruned."
         )
     if states is not None and states.seqlen_offset > 0:
         if length == 1:

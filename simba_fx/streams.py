@@ -35,9 +35,9 @@ def continued(node: fx.Node, cuts: Sequence[Iterable[fx.Node]], beside: Sequence
     1. One value is read: it continues the only candidate that the block before the cut computed. 2. Several are read:
     each continues the only candidate that the same place of a block computed with the same operator. Where one value
     and one candidate are left over, they match too, and that place is known at the cuts before. 3. Where the block
-    before the cut computed too few, candidates that it only passed on count as well, if one block takes them up for good
-    (at the first cut, the sum so far is the embedding). 4. A value that the last block only passed on could be any of
-    the candidates: there must be one, or one of its place.
+    before the cut computed too few, candidates that it only passed on count as well, if one block takes them up for
+    good (at the first cut, the sum so far is the embedding). 4. A value that the last block only passed on could be any
+    of the candidates: there must be one, or one of its place.
     """
     sizes = value(node).shape[2:]
     group = [other for other in beside if value(other).shape[2:] == sizes] or [node]

@@ -481,6 +481,8 @@ def test_attention_layers_prune_without_states_and_are_refused_with_them() -> No
     assert [cut.block for cut in simba_fx.program(kept).cuts] == [0], "attention scores no tokens"
     with pytest.raises(InputError, match=r"layers\.1\.mixer is an attention layer, whose keys"):
         kept(ids, inference_params=states())
+    last = build(**FUSED, attn_layer_idx=[2], attn_cfg={"num_heads": 4, "causal": True}, n_layer=3)
+    assert simba_fx.transform(last, keep_all(3), kernels="model")(ids).logits.equal(last(ids).logits)
     model.backbone.layers[1].mixer.rotary_emb_dim = 4  # as it can be where flash_attn is installed
     assert refusal(model).startswith("layers.1.mixer (MHA) turns keys by their place in the sequence")
 

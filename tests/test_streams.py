@@ -1,4 +1,4 @@
-"""Blocks that carry two values of one width, as `mamba_ssm`'s do: each comes back as itself, or the model is refused."""
+"""Blocks that carry two values of one width, as `mamba_ssm`'s do: each comes back as itself, or is refused."""
 
 from __future__ import annotations
 
