@@ -31,7 +31,7 @@ class RestoreKernels:
 
     def rewrite(self, graph: fx.Graph, facts: Facts) -> int:
         shared: dict[tuple[Any, ...], Callable[..., Any]] = {}
-        tensors = {n.args[2]: n.args[1] for n in graph.nodes if n.target is _ENTER}
+        enters = {n.args[2]: n for n in graph.nodes if n.target is _ENTER}  # read late: calls feed calls
         calls: dict[int, fx.Node] = {}
         for node in list(graph.nodes):
             if node.target is not _EXIT:
@@ -41,7 +41,7 @@ class RestoreKernels:
             insert = Insert(graph, node, region(node), self.name)
             if index not in calls:
                 function = shared.setdefault(site.key, _named(site))
-                calls[index] = insert(function, *tensors[index], like=node, role="kernel")
+                calls[index] = insert(function, *_tensors(enters[index]), like=node, role="kernel")
             val = value(node)
             calls[index].meta["val"] = [*(calls[index].meta["val"] or ()), val]
             out = insert(operator.getitem, calls[index], leaf, val=val)
@@ -53,6 +53,10 @@ class RestoreKernels:
                 node.replace_all_uses_with(node.args[0])
                 graph.erase_node(node)
         return len(calls)
+
+
+def _tensors(enter: fx.Node) -> Any:
+    return enter.args[1]
 
 
 def _named(site: CallSite) -> Callable[..., Any]:

@@ -22,6 +22,7 @@ from simba_fx.graphs import (
     value,
     where,
 )
+from simba_fx.streams import continued
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,8 @@ class RestoreLength:
 
     1. Each token is read once and written once: the places are a permutation of 0 … L-1 (with padding, place L takes
     what has none of its own). 2. Values of earlier blocks that are outputs (`output_hidden_states`) are restored
-    from the exits before them. 3. `output="kept"`: nothing to restore.
+    from the exits before them. 3. `output="kept"`: nothing to restore. 4. Of several values carried from block to block
+    each is restored from its own exits (`simba_fx.streams`).
     """
 
     output: str = "full"
@@ -51,15 +53,18 @@ class RestoreLength:
         values = set(returned(graph)[: facts.values])
         readers = [node for node in graph.nodes if region(node) == facts.n_blocks and node is not outputs]
         changed = 0
-        exits: dict[tuple[fx.Node, int], fx.Node] = {}
+        exits: dict[tuple[fx.Node, torch.dtype], fx.Node] = {}
+        found = {}
         for node in list(graph.nodes):
             before = [cut for cut in cuts if region(cut) < region(node) < facts.n_blocks]
             if not before or not any(user in readers or (user is outputs and node in values) for user in node.users):
                 continue
-            if not isinstance(value(node), Tensor) or not sequence_dims(node, facts):
-                continue
-            index = self._carried_index(node, cuts)
-            full = self._restore(graph, facts, node, index, before, exits)
+            if isinstance(value(node), Tensor) and sequence_dims(node, facts):
+                found[node] = before
+        read_last = [node for node in found if any(user in readers for user in node.users)]
+        left_with = {node: self._left_with(node, before, read_last, facts) for node, before in found.items()}
+        for node, before in found.items():
+            full = self._restore(graph, facts, node, left_with[node], before, exits)
             read_after = lambda user: user in readers  # noqa: E731
             node.replace_all_uses_with(full, delete_user_cb=read_after)
             if node in values:
@@ -69,26 +74,27 @@ class RestoreLength:
             changed += 1
         return changed
 
-    def _carried_index(self, node: fx.Node, cuts: list[fx.Node]) -> int:
-        """Which of the values carried from block to block `node` continues."""
-        carried = [_carried(cut) for cut in cuts]
-        matching = [i for i, gathered in enumerate(carried[0]) if value(gathered).shape[2:] == value(node).shape[2:]]
-        if len({len(values) for values in carried}) > 1 or len(matching) != 1:
-            names = [[_read_by(gathered).name for gathered in values] for values in carried]
+    def _left_with(self, node: fx.Node, before: list[fx.Node], read_last: list[fx.Node],
+                   facts: Facts) -> list[fx.Node]:  # fmt: skip
+        """For each cut before `node`, the gather of the value that it continues."""
+        beside = read_last if node in read_last else []
+        gathers = continued(node, [_result(cut, 0).users for cut in before], beside, facts)
+        if gathers is None:
+            names = [[_read_by(gathered).name for gathered in _carried(cut)] for cut in before]
             raise GraphError(
                 f"Node {node.name} in {where(node)} is read after the last block; expected one value per cut that it "
                 f"continues (the residual stream), found {names[0]} at the first cut and {names[-1]} at the last. Use "
                 "output='kept', or keep the blocks around it whole."
             )
-        return matching[0]
+        return gathers
 
-    def _restore(self, graph: fx.Graph, facts: Facts, node: fx.Node, index: int, before: list[fx.Node],
-                 exits: dict[tuple[fx.Node, int], fx.Node]) -> fx.Node:  # fmt: skip
-        pieces, places = [], []
-        for cut in before:
-            if (cut, index) not in exits:
-                exits[cut, index] = self._exit(graph, cut, index, value(node).dtype)
-            pieces.append(exits[cut, index])
+    def _restore(self, graph: fx.Graph, facts: Facts, node: fx.Node, left_with: list[fx.Node], before: list[fx.Node],
+                 exits: dict[tuple[fx.Node, torch.dtype], fx.Node]) -> fx.Node:  # fmt: skip
+        pieces, places, dtype = [], [], value(node).dtype
+        for cut, gathered in zip(before, left_with):
+            if (gathered, dtype) not in exits:
+                exits[gathered, dtype] = self._exit(graph, cut, gathered, dtype)
+            pieces.append(exits[gathered, dtype])
             places.append(_result(cut, 3))
         places.append(_result(before[-1], 2))
         insert = Insert(graph, end_of(graph, facts.n_blocks - 1), facts.n_blocks, self.name)
@@ -98,11 +104,11 @@ class RestoreLength:
         return insert(torch.ops.simba_fx.restore_tokens.default, [*pieces, node], places, length, val=full,
                       role="restored")  # fmt: skip
 
-    def _exit(self, graph: fx.Graph, cut: fx.Node, index: int, dtype: torch.dtype) -> fx.Node:
+    def _exit(self, graph: fx.Graph, cut: fx.Node, gathered: fx.Node, dtype: torch.dtype) -> fx.Node:
         """What the tokens that leave at `cut` carry with them, `(B, m - k + 2, D)`, in the result's dtype."""
-        gathered = _carried(cut)[index]
         insert = Insert(graph, end_of(graph, region(cut)), region(cut), self.name)
-        name = f"exit_{region(cut)}" + (f"_{index}" if index else "")
+        others = sum(user.target is torch.ops.simba_fx.take_tokens.default for user in _result(cut, 1).users)
+        name = f"exit_{region(cut)}" + (f"_{others}" if others else "")
         arguments = (_read_by(gathered), _result(cut, 1))
         val = value(gathered)
         taken = insert(torch.ops.simba_fx.take_tokens.default, *arguments, val=val, role="exit", name=name)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from simba_fx import huggingface, plain
+from simba_fx import huggingface, mixer_model, plain
 from simba_fx.build import Built, Criterion, Options
 from simba_fx.errors import SimbaError
 from simba_fx.flops import budget_cost
@@ -34,7 +34,8 @@ def transform(model: nn.Module, schedule: ScheduleLike = "linear", *, criterion:
     contribution to the scan's output at the query position (Simba, TMLR 2025).
 
     Args:
-        model: a transformers Mamba-style model, or any `nn.Module` that calls a registered scan function.
+        model: a transformers Mamba-style model, a `MambaLMHeadModel` or `MixerModel` of mamba_ssm, or any `nn.Module`
+            that calls a registered scan function.
         schedule: share of the tokens that enters each block: a name ("linear", "cosine", "constant", "dense"), a share
             for all blocks, one share per block, a mapping block → share, a callable `n_blocks -> shares`, or an object
             such as `Linear(final=0.1, every=1, start=0)` or `Budget(0.5)`.
@@ -56,7 +57,7 @@ def transform(model: nn.Module, schedule: ScheduleLike = "linear", *, criterion:
             read. A module that takes token ids needs none.
 
     Returns:
-        For a transformers model a model of the same class; for a plain module a `torch.fx.GraphModule`.
+        For a transformers or mamba_ssm model a model of the same class; for a plain module a `torch.fx.GraphModule`.
 
     Raises:
         ScanNotFoundError: no registered scan was called; `register_scan` makes one known.
@@ -77,13 +78,17 @@ def transform(model: nn.Module, schedule: ScheduleLike = "linear", *, criterion:
         )
     named: Any = protect  # checked, and made a tuple, in Options
     options = Options(as_schedule(schedule), criterion, output, floor, kernels, compile, seed, query, named)
-    if huggingface.is_pretrained(model):
+    pretrained = huggingface.is_pretrained(model)
+    if pretrained or mixer_model.is_mixer(model):
         if example_inputs is not None:
+            library = "transformers" if pretrained else "mamba_ssm"
             raise SimbaError(
-                f"example_inputs are for plain modules; expected none for a transformers {type(model).__name__}, whose "
+                f"example_inputs are for plain modules; expected none for a {library} {type(model).__name__}, whose "
                 "inputs are known. Leave the argument out."
             )
-        return huggingface.install(model, options, budget_cost(model))
+        if pretrained:
+            return huggingface.install(model, options, budget_cost(model, model.base_model))
+        return mixer_model.install(model, options, budget_cost(model, mixer_model.stack_of(model)))
     return plain.install(model, options, example_inputs, budget_cost(None))
 
 

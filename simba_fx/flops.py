@@ -170,8 +170,8 @@ class ModelFlops:
         return sum(self.scores[block](tokens[block]) for block in cut_blocks)
 
 
-Surroundings = Callable[[Mapping[str, Any], int], None]
-"""`(the stack's outputs by name, tokens)`: runs what surrounds the stack, on fake tensors."""
+Surroundings = Callable[[Any, int], None]
+"""`(the stack's outputs by name, or its one output, tokens)`: runs what surrounds the stack, on fake tensors."""
 
 
 def model_flops(captured: Captured, *, rows: int, length: int, criterion: str = "simba",
@@ -223,7 +223,7 @@ _SHORTEST = 8  # of the longest length that is counted: three lengths must diffe
 
 def surroundings_of(model: nn.Module, stack: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any],
                     length: int) -> Surroundings | None:  # fmt: skip
-    """What a transformers model does around its block stack when called so; None where the stack is all there is.
+    """What a model does around its block stack when called so; None where the stack is all there is.
 
     The model's own forward runs, in a shallow copy whose stack only hands out what the graph gave. Of the tensors
     among the arguments only shapes matter: a size behind the first that is `length` becomes the number of tokens.
@@ -236,14 +236,14 @@ def surroundings_of(model: nn.Module, stack: nn.Module, args: Sequence[Any], kwa
         inner._modules[name] = held = _apart(inner.get_submodule(name))
         inner = held
 
-    def run(named: Mapping[str, Any], tokens: int) -> None:
+    def run(named: Any, tokens: int) -> None:
         def resized(leaf: Any) -> Any:
             if not isinstance(leaf, Tensor):
                 return leaf
             sizes = [tokens if d > 0 and n == length else n for d, n in enumerate(leaf.shape)]
             return torch.empty(sizes, dtype=leaf.dtype, device=leaf.device)
 
-        inner.__dict__["forward"] = lambda *_, **__: _StackOutput(named)
+        inner.__dict__["forward"] = lambda *_, **__: named if isinstance(named, Tensor) else _StackOutput(named)
         call_args, call_kwargs = pytree.tree_map(resized, (tuple(args), dict(kwargs)))
         twin(*call_args, **call_kwargs)
 
@@ -277,11 +277,13 @@ class _StackOutput:
 class BudgetCost:
     """Answers `simba_fx.Budget`: what a schedule costs, as a share of the dense forward.
 
-    `model`: the transformers model, whose head counts; None for a plain module. Only a first question counts anything:
-    later captures of the same model (with a mask, in another dtype) get the same answers, hence the same schedule.
+    `model`: the model around a block `stack`, whose head counts; None for a plain module. Only a first question counts
+    anything: later captures of the same model (with a mask, in another dtype) get the same answers, hence the same
+    schedule.
     """
 
     model: nn.Module | None
+    stack: nn.Module | None = None
     known: ModelFlops | None = None
 
     def __call__(self, captured: Captured, options: Options, length: int) -> Cost:
@@ -304,14 +306,13 @@ class BudgetCost:
         criterion = options.criterion if isinstance(options.criterion, str) else "custom"
         custom = None if isinstance(options.criterion, str) else CustomCriterion(options.criterion)
         surroundings = None
-        if self.model is not None:
+        if self.model is not None and self.stack is not None:
             ids = torch.empty(1, length, dtype=torch.int64, device="meta")
-            stack: Any = self.model.base_model
-            surroundings = surroundings_of(self.model, stack, (ids,), {}, length)
+            surroundings = surroundings_of(self.model, self.stack, (ids,), {}, length)
         return model_flops(captured, rows=1, length=length, criterion=criterion, custom=custom,
                            surroundings=surroundings, query=options.query)  # fmt: skip
 
 
-def budget_cost(model: nn.Module | None) -> BudgetCost:
-    """What `simba_fx.build` asks when the schedule is a FLOP budget; `model` as in `BudgetCost`."""
-    return BudgetCost(model)
+def budget_cost(model: nn.Module | None, stack: Any = None) -> BudgetCost:
+    """What `simba_fx.build` asks when the schedule is a FLOP budget; arguments as in `BudgetCost`."""
+    return BudgetCost(model, stack)

@@ -170,7 +170,7 @@ class SparseStack:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SparseStack:
         """Programs hold the original's parameters: a copy captures its own."""
-        twin = SparseStack(copy.deepcopy(self.stack, memo), self.options, self.cost, self.tail)
+        twin = type(self)(copy.deepcopy(self.stack, memo), self.options, self.cost, self.tail)
         memo[id(self)] = twin
         return twin
 

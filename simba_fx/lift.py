@@ -117,7 +117,8 @@ def register_scan(function: Callable[..., Any], adapter: Adapter) -> None:
 
 
 def _row(owner: Any, name: str, value: Any) -> Row | None:
-    """The row that lifts `owner.name`, a user's own before the table's."""
+    """The row that lifts `owner.name`: a user's own before the table's; found by who looks the name up, or, where a
+    user's code imports a library's function, by whose function it is."""
     if not callable(value):
         return None
     for candidate in (value, inspect.unwrap(value)):
@@ -126,7 +127,12 @@ def _row(owner: Any, name: str, value: Any) -> Row | None:
                 return _registered[candidate]
         except TypeError:  # an unhashable callable
             continue
-    return lifts.row_of(owner.__name__, name) if inspect.ismodule(owner) else None
+    if not inspect.ismodule(owner):
+        return None
+    row = lifts.row_of(owner.__name__, name)
+    if row is None and inspect.isfunction(value):
+        return lifts.row_of(value.__module__ or "", value.__name__)
+    return row
 
 
 def _callers(model: nn.Module) -> Iterator[Any]:
@@ -159,6 +165,7 @@ def suggestions(model: nn.Module) -> list[str]:
 def lifted(model: nn.Module) -> Iterator[list[CallSite]]:
     """Replace the scan functions that `model` calls while the body runs; yield the list of call sites, filled as the
     model is traced. One thread at a time: names are patched for the whole process."""
+    lifts.refuse_unsupported(model)
     sites: list[CallSite] = []
     with _patching:
         undo: list[tuple[Any, str, Any]] = []

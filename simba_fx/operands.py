@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -14,7 +14,23 @@ __all__ = ["Adapter", "CausalConv", "Finish", "Operands", "SSDScan", "SelectiveS
 
 
 @dataclass(frozen=True)
-class SelectiveScan:
+class Operands:
+    """What one lifted call is given: base of a frozen dataclass with the call's tensors, and how to run it.
+
+    A fused function, which holds a scan among other operators, has a class of its own beside its rows
+    (`simba_fx.lifts.mamba_ssm`): its `run` is the same computation as ordinary operators and a scan.
+    """
+
+    entry: ClassVar[str]
+    """The field that the call's enter marker stands before."""
+
+    def run(self) -> tuple[Any, Any]:
+        """What is computed, as operators of the graph: `(y, last_state)`; a fused function: `(its result, None)`."""
+        raise NotImplementedError(f"{type(self).__name__} does not say how it runs")
+
+
+@dataclass(frozen=True)
+class SelectiveScan(Operands):
     """The operands of one Mamba-1 scan, in the layout of `simba_fx::selective_scan` (glossary: `simba_fx.ops`).
 
     `u`, `delta`, `z` are `(B, D, L)`; `A` is `(D, N)`, negative; `B`, `C` are `(B, N, L)` or `(B, G, N, L)`; `D` and
@@ -41,7 +57,7 @@ class SelectiveScan:
 
 
 @dataclass(frozen=True)
-class SSDScan:
+class SSDScan(Operands):
     """The operands of one Mamba-2 scan, in the layout of `simba_fx::ssd_scan`.
 
     `x`, `z` are `(B, L, H, P)`; `dt` is `(B, L, H)`; `A` is `(H,)`, negative; `B`, `C` are `(B, L, G, N)`; `D` is
@@ -71,7 +87,7 @@ class SSDScan:
 
 
 @dataclass(frozen=True)
-class CausalConv:
+class CausalConv(Operands):
     """The operands of a depthwise causal convolution: `x (B, D, L)`, `weight (D, W)`, `bias (D,)`."""
 
     x: Tensor
@@ -85,8 +101,7 @@ class CausalConv:
         return torch.ops.simba_fx.causal_conv1d(self.x, self.weight, self.bias, self.activation), None
 
 
-Operands = SelectiveScan | SSDScan | CausalConv
-Finish = Callable[[Tensor, Any], Any]
+Finish = Callable[[Any, Any], Any]
 Adapter = Callable[..., "Operands | tuple[Operands, Finish] | None"]
 """Takes the arguments of the function it stands for. Returns the scan's operands, and, unless the function returns `y`
 alone, a second function `(y, last_state) -> what the function returns`. None: this call is left as it is."""

@@ -6,14 +6,26 @@ registered one by one (`simba_fx.register_scan`).
 
 from __future__ import annotations
 
-from simba_fx.lifts import transformers
+from torch import nn
+
+from simba_fx.lifts import mamba_ssm, transformers
 from simba_fx.operands import Row
 
-__all__ = ["row_of"]
+__all__ = ["refuse_unsupported", "row_of"]
 
-LIBRARIES = (transformers,)
+LIBRARIES = (transformers, mamba_ssm)
 
 
 def row_of(module: str, name: str) -> Row | None:
     """The row of `name` as the Python module called `module` looks it up, if there is one."""
     return next((lib.ROWS[name] for lib in LIBRARIES if module.startswith(lib.OWNERS) and name in lib.ROWS), None)
+
+
+def refuse_unsupported(model: nn.Module) -> None:
+    """Stop before tracing where a module's recurrence is none that can be pruned.
+
+    Raises:
+        CaptureError: names the module and what it is.
+    """
+    for path, module in model.named_modules():
+        mamba_ssm.refuse_unsupported(path, module)
