@@ -32,7 +32,7 @@ bench: $(VENV)/.dev
 	set -e; for script in benchmarks/*.py; do $(BIN)/python $$script $(ARGS); done
 
 # What each family of models can do, as the tests just showed it.
-table: $(VENV)/.dev
+table: $(VENV)/.dev $(VENV)/.mamba-ssm
 	$(BIN)/pytest -n $(WORKERS) -q --capabilities $(ARGS)
 
 clean:

@@ -19,6 +19,10 @@ PACKAGES = Path(sys.prefix) / "mamba-ssm"
 TESTS = Path(__file__).parent
 
 
+@pytest.mark.capability("parity", "mamba_ssm `MambaLMHeadModel`, `MixerModel`")
+@pytest.mark.capability("generate", "mamba_ssm `MambaLMHeadModel`, `MixerModel`")
+@pytest.mark.capability("train", "mamba_ssm `MambaLMHeadModel`, `MixerModel`")
+@pytest.mark.capability("compile", "mamba_ssm `MambaLMHeadModel`, `MixerModel`")
 @pytest.mark.skipif(not PACKAGES.is_dir(), reason=f"no folder {PACKAGES}: make test adds it")
 def test_the_checks_of_mamba_ssms_models_pass() -> None:
     paths = os.pathsep.join(map(str, (PACKAGES, TESTS)))
