@@ -4,6 +4,7 @@ What each does, and what it needs before it:
 
     erase-sites       the markers of lifted calls go                       (kernels="auto"; else restore-kernels)
     track-tokens      where each token stood in the input, which are real
+    protect-tokens    where the tokens stand that a caller named           only with `query` or `protect`
     score-tokens      one score per cut, at the block's end                needs the scans' operands
     select-tokens     one selection per score                              needs the scores and the bookkeeping
     gather-survivors  everything alive across a cut is gathered            needs every selection in place
@@ -25,6 +26,7 @@ from typing import Any
 from simba_fx.passes.erase_sites import EraseSites
 from simba_fx.passes.gather_survivors import GatherSurvivors
 from simba_fx.passes.outline_blocks import OutlineBlocks
+from simba_fx.passes.protect_tokens import ProtectTokens
 from simba_fx.passes.restore_kernels import RestoreKernels
 from simba_fx.passes.restore_length import RestoreLength
 from simba_fx.passes.score_tokens import ScoreTokens
@@ -36,6 +38,7 @@ __all__ = [
     "EraseSites",
     "GatherSurvivors",
     "OutlineBlocks",
+    "ProtectTokens",
     "RestoreKernels",
     "RestoreLength",
     "ScoreTokens",
@@ -46,12 +49,14 @@ __all__ = [
 
 
 def pipeline(cuts: tuple[Cut, ...], *, criterion: str = "simba", floor: int = 4, seed: int = 0, output: str = "full",
-             sites: tuple[Any, ...] = (), kernels: str = "auto") -> tuple[Any, ...]:  # fmt: skip
+             sites: tuple[Any, ...] = (), kernels: str = "auto", query: int | None = None,
+             protect: tuple[int, ...] = ()) -> tuple[Any, ...]:  # fmt: skip
     """The passes of one transform up to outlining, first to last."""
     own_kernels = kernels == "model"
     return (
         *(() if own_kernels else (EraseSites(),)),
         TrackTokens(),
+        *((ProtectTokens(query, protect),) if query is not None or protect else ()),
         ScoreTokens(cuts, criterion, floor, seed),
         SelectTokens(cuts, floor),
         GatherSurvivors(output),

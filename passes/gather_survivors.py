@@ -20,6 +20,7 @@ from simba_fx.graphs import (
     selects,
     sequence_dims,
     shape_text,
+    stem,
     tracked,
     value,
     where,
@@ -37,6 +38,7 @@ class GatherSurvivors:
 
         survivors = h[rows, kept_3]             # (B, k, D); one gather for every live tensor with a length
         mask_4 = where(real_3, mask[kept_3], 0)  # what is computed from the padding mask alone: fillers are padding
+        square_4 = take_square(mask_of_pairs, positions_3, real_3)  # (B, 1, L, L): only where a block reads it
         length_4 = kept_3.size(1)                # and size arithmetic that starts from it
 
     1. Parameters and cache states have no sequence dimension: untouched. 2. The graph's own outputs are left alone:
@@ -59,6 +61,7 @@ class GatherSurvivors:
         if any(user.meta.get("simba_fx", {}).get("pass") == self.name for user in kept.users):
             return 0
         block = region(select)
+        until = next((region(later) for later in selects(graph) if region(later) > block), facts.n_blocks)
 
         def beyond(user: fx.Node) -> bool:
             return block < region(user) <= last and user.op != "output"
@@ -73,6 +76,9 @@ class GatherSurvivors:
                 node.replace_all_uses_with(renamed[role], delete_user_cb=beyond)
                 continue
             if not (dims := sequence_dims(node, facts)):
+                continue
+            if dims == (2, 3) and value(node).dim() == 4:
+                self._take_square(insert, node, results, until, facts)
                 continue
             carried = region(node) == block and role not in ("carried", "invariant") and node not in from_mask
             gathered = self._gather(insert, node, dims, kept, carried, facts)
@@ -89,15 +95,33 @@ class GatherSurvivors:
         if dims != (1,) or val.shape[0] != value(kept).shape[0]:
             raise GraphError(
                 f"Node {node.name} in {where(node)} has shape {shape_text(val, facts)} and crosses a cut; expected "
-                f"(B, L, ...) with L in dimension 1 alone, found it in {dims}. This layout cannot be gathered yet; "
-                "keep the blocks around it whole (give them the same share)."
+                f"(B, L, ...) with L in dimension 1 alone, or (B, H, L, L), found it in {dims}. This layout cannot be "
+                "gathered; keep the blocks around it whole (give them the same share)."
             )
         role = "carried" if carried else "invariant"
         if val.dim() == 2:
             return insert(torch.ops.aten.gather.default, node, 1, kept, val=val, role=role, like=node)
         rows = tracked(insert.graph, "rows")
-        name = f"survivors_{insert.region}"
+        name = f"{'survivors' if carried else stem(node.name)}_{insert.region}"
         return insert(torch.ops.aten.index.Tensor, node, [rows, kept], val=val, role=role, like=node, name=name)
+
+    def _take_square(self, insert: Insert, node: fx.Node, results: dict[int, fx.Node], until: int,
+                     facts: Facts) -> None:  # fmt: skip
+        """A mask over pairs of tokens, taken from the input's up to the next cut, and only where it is read."""
+        readers = [user for user in node.users if insert.region <= region(user) <= until and user.op != "output"]
+        if region(node) != -1:
+            raise GraphError(
+                f"Node {node.name} in {where(node)} has shape {shape_text(value(node), facts)} and crosses a cut; "
+                "expected a mask over pairs of tokens to be made before the first block, found it made in a block. "
+                "Keep that block whole (give the next block the same share)."
+            )
+        if not readers:
+            return
+        name = f"square_{insert.region}"
+        taken = insert(torch.ops.simba_fx.take_square.default, node, results[2], results.get(4), val=value(node),
+                       role="square", like=node, name=name)  # fmt: skip
+        for user in readers:
+            user.replace_input_with(node, taken)
 
     def _blank_fillers(self, insert: Insert, gathered: fx.Node, dims: tuple[int, ...], real: fx.Node) -> fx.Node:
         val = value(gathered)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,11 +13,28 @@ import torch
 from torch import Tensor, fx
 
 from simba_fx.errors import GraphError
-from simba_fx.graphs import MARK, Facts, Insert, drop_dead_code, expression, from_mask_alone, is_size, nodes_of, value
+from simba_fx.graphs import (
+    MARK,
+    Facts,
+    Insert,
+    drop_dead_code,
+    expression,
+    from_mask_alone,
+    is_size,
+    nodes_of,
+    stem,
+    value,
+)
 from simba_fx.program import Block
 
 _TOP = ("track-tokens", "select-tokens", "restore-length")
 """Passes whose nodes stay at the top level: what connects blocks rather than computes in them."""
+_BY_POSITION = (
+    torch.ops.simba_fx.position_score.default,
+    torch.ops.simba_fx.protect_tokens.default,
+    torch.ops.simba_fx.take_square.default,
+)
+"""And operators of other passes that read no scan."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +76,7 @@ class OutlineBlocks:
     def _outline(self, graph: fx.Graph, facts: Facts, inside: list[fx.Node], path: str, target: str,
                  kinds: dict[Any, Block], masks: set[fx.Node]) -> Block:  # fmt: skip
         members = set(inside)
+        after = set(itertools.dropwhile(lambda n: n is not inside[0], nodes_of(graph, inside[0].meta["region"])))
         outside = list(dict.fromkeys(n for node in inside for n in node.all_input_nodes if n not in members))
         inputs = [node for node in outside if node.op != "get_attr" and not _recomputed(node)]
         sub, env, owned = fx.Graph(), {}, {}
@@ -71,9 +89,9 @@ class OutlineBlocks:
         for node in outside:
             if node.op == "get_attr":
                 attribute: Any = node.target
-                name = _attribute_name(attribute, path)
-                owned[name] = self.attributes[attribute]
-                env[node] = sub.get_attr(name)
+                own = _attribute_name(attribute, path)
+                owned[own] = self.attributes[attribute]
+                env[node] = sub.get_attr(own)
                 env[node].meta = dict(node.meta)
 
         def size(node: fx.Node) -> fx.Node:
@@ -91,12 +109,15 @@ class OutlineBlocks:
 
         for node in inside:
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: env[n] if n in env else size(n))
-            stem = _stem(node.name) if node.meta.get(MARK) else None
-            env[node] = sub.create_node(node.op, node.target, args, kwargs, name=stem)
+            name = stem(node.name) if node.meta.get(MARK) else None
+            env[node] = sub.create_node(node.op, node.target, args, kwargs, name=name)
             env[node].meta = dict(node.meta)
         outputs = [node for node in inside if any(_reads(user, node) for user in node.users if user not in members)]
         sub.output(tuple(env[node] for node in outputs) if len(outputs) > 1 else env[outputs[0]])
         drop_dead_code(sub)
+        for node in inputs:
+            if node.op == "call_function" and node in after:  # made in this region by what stays at the top level
+                inside[0].prepend(node)
         self._replace(graph, inside, inputs, outputs, target)
         key = (sub.python_code("self").src, tuple(n.target for n in sub.nodes), tuple(_kind_of(owned)))
         if key not in kinds:
@@ -131,7 +152,7 @@ class OutlineBlocks:
 
 def _at_top(node: fx.Node) -> bool:
     mark = node.meta.get(MARK) or {}
-    by_position = node.target is torch.ops.simba_fx.position_score.default
+    by_position = node.target in _BY_POSITION
     outlined = mark.get("pass") == OutlineBlocks.name
     return node.op in ("placeholder", "get_attr", "output") or mark.get("pass") in _TOP or by_position or outlined
 
@@ -144,12 +165,7 @@ def _recomputed(node: fx.Node) -> bool:
 def _role(node: fx.Node, facts: Facts) -> str:
     """What an input is to a block, whichever block it is: equal blocks must name equal inputs alike."""
     known = {facts.primary: "hidden", facts.mask: "mask"}
-    return known.get(node.name) or _stem(node.name)
-
-
-def _stem(name: str) -> str:
-    """A node's name without its numbers: equal blocks must name equal nodes alike."""
-    return re.sub(r"(_\d+)+$", "", name)
+    return known.get(node.name) or stem(node.name)
 
 
 def _reads(user: fx.Node, node: fx.Node) -> bool:

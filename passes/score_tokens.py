@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import fx
 
 from simba_fx import ops
+from simba_fx.directions import carrying, check_cuts, scan_directions, ways
 from simba_fx.graphs import Facts, Insert, end_of, nodes_of, operator_of, scans_of, tracked, value
 from simba_fx.plan import Cut
 
@@ -29,6 +31,9 @@ class ScoreTokens:
 
     1. One scan in the block: its score. 2. Several: the maximum over them. 3. A criterion that looks at positions
     only ("recent", "random", "stride") reads no scan. 4. A user's criterion is the graph's submodule `criterion`.
+    5. A scan that runs against the input's order is scored at its own end, the row's first real token, and its scores
+    are flipped back. 6. With a `query` position every scan is scored there; a token is scored by the scans that carry
+    it to the query: forward ones before it, reversed ones behind it. 7. Protected tokens get +inf.
     """
 
     cuts: tuple[Cut, ...]
@@ -39,40 +44,87 @@ class ScoreTokens:
     name = "score-tokens"
 
     def rewrite(self, graph: fx.Graph, facts: Facts) -> int:
-        changed = 0
-        for cut in self.cuts:
-            if any(node.meta.get("simba_fx", {}).get("role") == "score" for node in nodes_of(graph, cut.block)):
-                continue
+        cuts = [cut for cut in self.cuts if _scored(graph, cut.block) is None]
+        if not cuts:
+            return 0
+        found = ways(graph, facts)
+        reads_scans = self.criterion not in ops.POSITION_CRITERIA
+        directions = scan_directions(graph, facts, [c.block for c in cuts], found) if reads_scans else {}
+        check_cuts(graph, facts, cuts, found)
+        positions: Any = tracked(graph, "positions")
+        protected = tracked(graph, "protected")
+        val = value(positions).new_empty(value(positions).shape, dtype=torch.float32)
+        for cut in cuts:
             insert = Insert(graph, end_of(graph, cut.block), cut.block, self.name)
             scans = scans_of(graph, cut.block)
-            positions: Any = tracked(graph, "positions")
-            real = tracked(graph, "real")
-            val = value(positions).new_empty(value(positions).shape, dtype=torch.float32)
-            if self.criterion in ops.POSITION_CRITERIA:
-                bookkeeping = [positions, real, tracked(graph, "lengths"), tracked(graph, "length")]
-                rule = [tracked(graph, "tail"), cut.share.numerator, cut.share.denominator, self.floor]
-                target = torch.ops.simba_fx.position_score.default
-                arguments = [*bookkeeping, *rule, self.criterion, self.seed]
-                insert(target, *arguments, val=val, role="score", name=f"score_{cut.block}", like=scans[0])
-                changed += 1
-                continue
-            score = None
-            for scan in scans:
-                one = self._score(insert, scan, real, tracked(graph, "tail"), val)
-                score = one if score is None else insert(torch.ops.aten.maximum.default, score, one, val=val)
-            assert score is not None  # the plan cuts only behind blocks that have a scan
+            if reads_scans:
+                score = self._by_scans(insert, {scan: directions[scan] for scan in scans}, val)
+            else:
+                score = self._by_position(insert, cut, scans[0], val)
+            if protected is not None:
+                score.name = f"unprotected_{cut.block}"
+                score = insert(torch.ops.simba_fx.protect_tokens.default, score, positions, protected, val=val)
             score.meta["simba_fx"]["role"] = "score"
             score.name = f"score_{cut.block}"
-            changed += 1
-        return changed
+        return len(cuts)
 
-    def _score(self, insert: Insert, scan: fx.Node, real: fx.Node | None, tail: fx.Node | None, val: Any) -> fx.Node:
+    def _by_position(self, insert: Insert, cut: Cut, like: fx.Node, val: Any) -> fx.Node:
+        bookkeeping = [tracked(insert.graph, role) for role in ("positions", "real", "lengths", "length", "tail")]
+        rule = [cut.share.numerator, cut.share.denominator, self.floor]
+        target = torch.ops.simba_fx.position_score.default
+        return insert(target, *bookkeeping, *rule, self.criterion, self.seed, val=val, like=like)
+
+    def _by_scans(self, insert: Insert, scans: dict[fx.Node, bool], val: Any) -> fx.Node:
+        """The largest score over the scans; with a query, over those that carry a token there."""
+        graph, sides = insert.graph, {}
+        query, positions = tracked(graph, "query"), tracked(graph, "positions")
+        before: fx.Node | None = None
+        if query is not None:
+            wanted: Any = query.args[2]
+            scans = {scan: way for scan, way in scans.items() if way in carrying(wanted[0])}
+            if False in scans.values():
+                before = insert(torch.ops.aten.le.Tensor, positions, query, val=val.bool())
+        for backward in dict.fromkeys(scans.values()):
+            window, tail = self._aim(insert, before, backward, val)
+            scores = [self._score(insert, scan, window, tail, val) for scan, way in scans.items() if way == backward]
+            sides[backward] = functools.reduce(lambda a, b: insert(_MAXIMUM, a, b, val=val), scores)
+            if backward:
+                sides[True] = insert(torch.ops.aten.flip.default, sides[True], [1], val=val)
+        if len(sides) == 1:
+            return next(iter(sides.values()))
+        if before is None:
+            return insert(_MAXIMUM, *sides.values(), val=val)
+        return insert(torch.ops.aten.where.self, before, sides[False], sides[True], val=val)
+
+    def _aim(self, insert: Insert, before: fx.Node | None, backward: bool, val: Any) -> tuple[Any, Any]:
+        """`real` and `tail` of a score, in the scan's own direction: they say at which token it is taken."""
+        graph, grid = insert.graph, val.bool()
+        real: Any = tracked(graph, "real")
+        tail: Any = tracked(graph, "tail")
+        if (query := tracked(graph, "query")) is not None:  # it is the last of the tokens that the scan has met by then
+            tail, met = 1, before
+            if backward:
+                met = insert(torch.ops.aten.ge.Tensor, tracked(graph, "positions"), query, val=grid)
+            real = met if real is None else insert(torch.ops.aten.bitwise_and.Tensor, met, real, val=grid)
+        if backward:  # without a query a reversed scan ends at the row's first token: no tail
+            tail = 1
+            real = None if real is None else insert(torch.ops.aten.flip.default, real, [1], val=grid)
+        return real, tail
+
+    def _score(self, insert: Insert, scan: fx.Node, real: fx.Node | None, tail: Any, val: Any) -> fx.Node:
         if self.criterion not in ops.CRITERIA:
             args = (str(operator_of(scan)._opname), list(scan.args), real, tail)
             return insert("criterion", *args, val=val, like=scan, op="call_module")
         names = [argument.name for argument in operator_of(scan)._schema.arguments]
         operands = [value for name, value in zip(names, _all_arguments(scan)) if name not in _SKIPPED]
         return insert(_SCORES[operator_of(scan)], *operands, real, tail, self.criterion, val=val, like=scan)
+
+
+_MAXIMUM = torch.ops.aten.maximum.default
+
+
+def _scored(graph: fx.Graph, block: int) -> fx.Node | None:
+    return next((n for n in nodes_of(graph, block) if n.meta.get("simba_fx", {}).get("role") == "score"), None)
 
 
 def _all_arguments(node: fx.Node) -> list[Any]:

@@ -25,7 +25,8 @@ ScheduleLike = str | float | Fraction | Sequence[Any] | Mapping[int, Any] | Call
 
 def transform(model: nn.Module, schedule: ScheduleLike = "linear", *, criterion: str | Criterion = "simba",
               output: Literal["full", "kept"] = "full", floor: int = 4, kernels: Literal["auto", "model"] = "auto",
-              compile: Literal["blocks", "whole"] = "blocks", seed: int = 0,
+              compile: Literal["blocks", "whole"] = "blocks", seed: int = 0, query: int | None = None,
+              protect: Sequence[int] = (),
               example_inputs: tuple[Any, ...] | Mapping[str, Any] | None = None) -> Any:  # fmt: skip
     """A sparse twin of `model` over the same weights; `model` itself is untouched and stays dense.
 
@@ -42,10 +43,16 @@ def transform(model: nn.Module, schedule: ScheduleLike = "linear", *, criterion:
             `(scan operands, query (B,)) -> (B, L)`, higher = keep.
         output: "full": results of the input's length, a dropped token with the hidden state it left with; "kept":
             survivors only, see `kept`.
-        floor: least number of tokens kept before the tail.
+        floor: least number of tokens kept before the tail; raised to the number of positions named below.
         kernels: "auto": the fastest scan there is for the device; "model": the model's own scan functions.
         compile: how `torch.compile(result)` works: "blocks" compiles each kind of block once; "whole" gives one graph.
         seed: of criterion "random".
+        query: the position at which every scan is scored, for models that read a class token or run both ways: an int
+            that counts a row's real tokens, 0 the first, -1 the last. It is kept in every block, and there is no tail
+            (`tail` may still protect one; it does not move the query). A token is scored by the scans that carry it to
+            the query, forward ones before it, reversed ones behind it; tokens leave only after blocks whose scans
+            reach it from all sides. None: the first token of the tail, and for a reversed scan the row's first token.
+        protect: positions, counted likewise, that are kept in every block.
         example_inputs: for a plain `nn.Module`: its arguments, tensors `(B, L, ...)`, B ≠ L. Only shapes and dtypes are
             read. A module that takes token ids needs none.
 
@@ -56,7 +63,8 @@ def transform(model: nn.Module, schedule: ScheduleLike = "linear", *, criterion:
         ScanNotFoundError: no registered scan was called; `register_scan` makes one known.
         CaptureError: the model cannot be one graph with a symbolic length.
         ScheduleError, CriterionError: an unknown name, shares that increase or lie outside (0, 1], a wrong count.
-        GraphError: a value crosses a cut that cannot be gathered.
+        GraphError: a value crosses a cut that cannot be gathered; a scan's tokens were reordered on the way to it by
+            anything but `torch.flip`; no block's scans reach the query.
     """
     if not isinstance(model, nn.Module):
         raise SimbaError(
@@ -68,7 +76,8 @@ def transform(model: nn.Module, schedule: ScheduleLike = "linear", *, criterion:
             f"This {type(model).__name__} is already the result of simba_fx.transform; expected a dense model. "
             "Transform the original instead."
         )
-    options = Options(as_schedule(schedule), criterion, output, floor, kernels, compile, seed)
+    named: Any = protect  # checked, and made a tuple, in Options
+    options = Options(as_schedule(schedule), criterion, output, floor, kernels, compile, seed, query, named)
     pretrained = huggingface.is_pretrained(model)
     if pretrained or mixer_model.is_mixer(model):
         if example_inputs is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, Literal
@@ -12,9 +12,10 @@ from torch import Tensor, fx, nn
 
 from simba_fx import ops, passes, schedule
 from simba_fx.capture import Captured
-from simba_fx.errors import CriterionError, SimbaError
-from simba_fx.graphs import scans_of
+from simba_fx.directions import carrying, reaches_all
+from simba_fx.errors import CriterionError, GraphError, SimbaError
 from simba_fx.operands import SelectiveScan, SSDScan
+from simba_fx.passes.protect_tokens import named_positions
 from simba_fx.pipeline import Stage, run_passes
 from simba_fx.plan import Cut, cuts_of
 from simba_fx.program import Program
@@ -36,6 +37,23 @@ class Options:
     kernels: Literal["auto", "model"] = "auto"
     compile: Literal["blocks", "whole"] = "blocks"
     seed: int = 0
+    query: int | None = None
+    protect: tuple[int, ...] = ()
+
+    @property
+    def named(self) -> tuple[int, ...]:
+        """The positions that are kept in every block, each once."""
+        return tuple(named_positions(self.query, self.protect))
+
+    @property
+    def least(self) -> int:
+        """The floor that selections have: room for every named position."""
+        return max(self.floor, len(self.named))
+
+    @property
+    def tail(self) -> int:
+        """Trailing tokens that are kept unless `simba_fx.tail` says more: with a query of its own, none."""
+        return 1 if self.query is None else 0
 
     def __post_init__(self) -> None:
         if isinstance(self.criterion, str) and self.criterion not in CRITERIA:
@@ -62,6 +80,23 @@ class Options:
                 raise SimbaError(
                     f"transform expects {name} to be {kind}; found {number!r}. Write for example {name}=4."
                 )
+        if self.query is not None and not _is_position(self.query):
+            raise SimbaError(
+                "transform expects query to be a position in the row, an int (0 the first token, -1 the last), or "
+                f"None; found {self.query!r}. Write for example query=0."
+            )
+        sequence = isinstance(self.protect, Sequence) and not isinstance(self.protect, str)
+        wrong = [position for position in self.protect if not _is_position(position)] if sequence else [self.protect]
+        if wrong:
+            raise SimbaError(
+                "transform expects protect to be a sequence of positions in the row, ints (0 the first token, -1 the "
+                f"last); found {wrong[0]!r}. Write for example protect=[0]."
+            )
+        object.__setattr__(self, "protect", tuple(self.protect))
+
+
+def _is_position(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and -(2**31) <= value < 2**31
 
 
 @dataclass(frozen=True)
@@ -75,6 +110,7 @@ class Built:
     shares: tuple[Fraction, ...]
     cuts: tuple[Cut, ...]
     has_scan: tuple[bool, ...]
+    """For each block whether it has a scan that tokens can be scored by."""
     history: list[Stage]
 
 
@@ -83,20 +119,40 @@ def build(captured: Captured, options: Options, cost: Callable[..., schedule.Cos
     """Run the passes over a captured graph; `cost(captured, options, length)` prices schedules for a FLOP budget."""
     facts = captured.facts
     shares = schedule_shares(captured, options, cost)
-    has_scan = tuple(bool(scans_of(captured.graph, block)) for block in range(facts.n_blocks))
+    has_scan = scoring_blocks(captured, options)
     cuts = cuts_of(shares, has_scan)
     attributes = dict(captured.attributes)
     name = options.criterion if isinstance(options.criterion, str) else "custom"
     if not isinstance(options.criterion, str):
         attributes["criterion"] = CustomCriterion(options.criterion)
-    rewrites = passes.pipeline(cuts, criterion=name, floor=options.floor, seed=options.seed, output=options.output,
-                               sites=tuple(captured.sites), kernels=options.kernels)  # fmt: skip
+    rewrites = passes.pipeline(cuts, criterion=name, floor=options.least, seed=options.seed, output=options.output,
+                               sites=tuple(captured.sites), kernels=options.kernels, query=options.query,
+                               protect=options.protect)  # fmt: skip
     graph, history = run_passes(captured.graph, facts, rewrites)
     top = graph
     if options.compile == "blocks":
         top, stages = run_passes(graph, facts, [passes.OutlineBlocks(attributes)])
         history += stages[1:]
     return Built(program_class(attributes, top), captured, graph, shares, cuts, has_scan, history)
+
+
+def scoring_blocks(captured: Captured, options: Options) -> tuple[bool, ...]:
+    """For each block whether tokens can leave after it: it has a scan, and its scans reach the query from all sides.
+
+    Raises:
+        GraphError: no block's scans reach the query.
+    """
+    facts, query = captured.facts, options.query
+    by_position = options.criterion in ops.POSITION_CRITERIA  # looks at no scan
+    reached = reaches_all(captured.graph, facts, None if by_position else query)
+    if query is not None and not any(reached):
+        needed = " and ".join(("a forward scan", "a reversed scan")[way] for way in sorted(carrying(query)))
+        raise GraphError(
+            f"query={query} is reached by every token only where a block has {needed}; found no such block among the "
+            f"{facts.n_blocks} of this model. Leave query out (each scan is then scored at its own end), or, to keep "
+            "the last tokens of a text, use simba_fx.tail."
+        )
+    return reached
 
 
 def schedule_shares(captured: Captured, options: Options, cost: Any) -> tuple[Fraction, ...]:

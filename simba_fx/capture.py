@@ -12,7 +12,7 @@ import inspect
 import itertools
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from simba_fx import lift
+from simba_fx.directions import settle_flips
 from simba_fx.errors import CaptureError, ScanNotFoundError, SimbaError
 from simba_fx.graphs import REGION, SCANS, Facts, drop_dead_code, expression, look_up, returned, value, where
 from simba_fx.inputs import named_sizes
@@ -65,7 +66,8 @@ def _root(module: nn.Module, names: list[str]) -> nn.Module:
 
 
 def capture(module: nn.Module, owner: nn.Module, inputs: Mapping[str, Any], *, primary: str, mask: str | None = None,
-            prefix: str = "", values: Callable[[], int] | None = None) -> Captured:  # fmt: skip
+            prefix: str = "", values: Callable[[], int] | None = None,
+            spare: Collection[str] = ()) -> Captured:  # fmt: skip
     """Trace `module(**inputs)` into a flat graph.
 
     Args:
@@ -75,6 +77,7 @@ def capture(module: nn.Module, owner: nn.Module, inputs: Mapping[str, Any], *, p
             symbolic.
         primary: the name of the tensor `(B, L, ...)` that sizes are read from; `mask`: of the padding mask.
         values: called after tracing; how many flat outputs are values (the others are cache states). None: all.
+        spare: names of inputs that are left out of the graph where nothing reads them.
 
     Raises:
         ScanNotFoundError: no registered scan function ran.
@@ -106,8 +109,10 @@ def capture(module: nn.Module, owner: nn.Module, inputs: Mapping[str, Any], *, p
         node.target = _cut(node.target, inside)
         node.name = graph._graph_namespace.create_name(node.target.replace(".", "_"), None)
         attributes[node.target] = tensor
-    arguments = tuple(name for name, held in inputs.items() if isinstance(held, Tensor))
-    named = dict(zip(arguments, graph.find_nodes(op="placeholder")))
+    given = [name for name, held in inputs.items() if isinstance(held, Tensor)]
+    named = dict(zip(given, graph.find_nodes(op="placeholder")))
+    for name in [name for name in spare if name in named and not named[name].users]:
+        graph.erase_node(named.pop(name))
     shape = value(named[primary]).shape
     batch, sequence = (expression(size) for size in shape[:2])
     if not isinstance(sequence, sympy.Symbol) or not isinstance(batch, sympy.Symbol):
@@ -117,10 +122,11 @@ def capture(module: nn.Module, owner: nn.Module, inputs: Mapping[str, Any], *, p
         )
     blocks = _assign_regions(graph, owner, sequence)
     count = len(returned(graph)) if values is None else values()
-    placeholders = tuple(node.name for node in graph.find_nodes(op="placeholder"))
+    arguments, placeholders = tuple(named), tuple(node.name for node in named.values())
     mask_name = None if mask is None else named[mask].name
     facts = Facts(sequence, batch, named[primary].name, mask_name, blocks, count)
     _read_sizes_once(graph, facts)
+    settle_flips(graph, facts)
     graph.lint()
     return Captured(graph, attributes, facts, sites, exported.call_spec.out_spec, arguments, placeholders)
 

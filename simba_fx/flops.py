@@ -1,9 +1,9 @@
 """FLOPs of a model, dense and pruned, from shapes alone: nothing is computed.
 
 The captured graph, with a score behind every scan, runs on fake tensors under torch's flop counter (matrix products;
-`simba_fx.ops.flops` has the formulas of the operators). A block's FLOPs are a polynomial of degree 2 at most in the
-tokens that it sees: linear for a scan, quadratic for attention. So counts at three lengths give them for every number
-of tokens, hence for every schedule, whatever `kernels` runs the scans.
+`simba_fx.ops.flops` has the formulas of the operators, and those that torch lacks). A block's FLOPs are a polynomial of
+degree 2 at most in the tokens that it sees: linear for a scan, quadratic for attention. So counts at three lengths give
+them for every number of tokens, hence for every schedule, whatever `kernels` runs the scans.
 
 Words: *head* is what lies outside the block stack: for a transformers model what the outer model does around its
 backbone (the LM head), for a plain module what comes after its last block. Units: FLOPs, a multiplication and an
@@ -24,10 +24,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
-from simba_fx import passes
-from simba_fx.build import CustomCriterion, Options
+from simba_fx import ops, passes
+from simba_fx.build import CustomCriterion, Options, scoring_blocks
 from simba_fx.capture import Captured
-from simba_fx.graphs import MARK, Facts, region, scans_of, value
+from simba_fx.directions import reaches_all
+from simba_fx.graphs import MARK, Facts, region, value
 from simba_fx.plan import Cut, cuts_of, entering
 from simba_fx.schedule import Cost, kept_count
 
@@ -56,7 +57,7 @@ def count(graph: fx.Graph, attributes: Mapping[str, Any], facts: Facts, rows: in
     what `get_attr` and `call_module` nodes name; real tensors are read for their shapes only.
     """
     mode = mode or FakeTensorMode()
-    with mode, torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with mode, torch.no_grad(), FlopCounterMode(display=False, custom_mapping=ops.flops.missing()) as counter:
         inputs = [_input(value(node), rows, length) for node in graph.find_nodes(op="placeholder")]
         counting = _Counting(graph, attributes, mode, counter)
         outputs = counting.run(*inputs)
@@ -174,18 +175,22 @@ Surroundings = Callable[[Any, int], None]
 
 
 def model_flops(captured: Captured, *, rows: int, length: int, criterion: str = "simba",
-                custom: nn.Module | None = None, surroundings: Surroundings | None = None) -> ModelFlops:  # fmt: skip
+                custom: nn.Module | None = None, surroundings: Surroundings | None = None,
+                query: int | None = None) -> ModelFlops:  # fmt: skip
     """Count a captured model for `rows` rows of any number of tokens.
 
     Args:
         length: tokens in the input; the longest of the three lengths that are counted.
         criterion: by name; `custom`: the module that runs a user's.
         surroundings: of the stack, see `surroundings_of`; None: nothing surrounds it.
+        query: the position that every scan is scored at, if one was named.
     """
     facts = captured.facts
-    cuts = tuple(Cut(block, Fraction(1, 2)) for block in range(facts.n_blocks - 1) if scans_of(captured.graph, block))
+    scored = reaches_all(captured.graph, facts, None if criterion in ops.POSITION_CRITERIA else query)
+    cuts = tuple(Cut(block, Fraction(1, 2)) for block in range(facts.n_blocks - 1) if scored[block])
     graph = copy.deepcopy(captured.graph)
-    for step in (passes.EraseSites(), passes.TrackTokens(), passes.ScoreTokens(cuts, criterion)):
+    protect = () if query is None else (passes.ProtectTokens(query),)
+    for step in (passes.EraseSites(), passes.TrackTokens(), *protect, passes.ScoreTokens(cuts, criterion)):
         step.rewrite(graph, facts)  # not through the runner, which drops scores that nothing reads
     attributes = captured.attributes | ({} if custom is None else {"criterion": custom})
     longest = max(length, _SHORTEST)
@@ -196,7 +201,7 @@ def model_flops(captured: Captured, *, rows: int, length: int, criterion: str = 
         head = found.regions.get(facts.n_blocks, 0)
         if surroundings is not None:
             named, _ = pytree.tree_unflatten(list(found.outputs), captured.out_spec)
-            with mode, torch.no_grad(), FlopCounterMode(display=False) as counter:
+            with mode, torch.no_grad(), FlopCounterMode(display=False, custom_mapping=ops.flops.missing()) as counter:
                 surroundings(named, tokens)
             head += counter.get_total_flops()
         heads.append((tokens, head))
@@ -286,12 +291,12 @@ class BudgetCost:
         if self.known is None:
             self.known = self._count(captured, options, length)
         flops, n_blocks = self.known, captured.facts.n_blocks
-        has_scan = [bool(scans_of(captured.graph, block)) for block in range(n_blocks)]
+        has_scan = scoring_blocks(captured, options)
         dense = flops.stack([length] * n_blocks) + flops.head(length)
 
         def cost(shares: tuple[Fraction, ...]) -> float:
             cuts = cuts_of(shares, has_scan)
-            tokens = [kept_count(length, share, 1, options.floor) for share in entering(cuts, n_blocks)]
+            tokens = [kept_count(length, share, options.tail, options.least) for share in entering(cuts, n_blocks)]
             head = flops.head(length if options.output == "full" else tokens[-1])
             return (flops.stack(tokens) + flops.scoring([cut.block for cut in cuts], tokens) + head) / dense
 
@@ -305,7 +310,7 @@ class BudgetCost:
             ids = torch.empty(1, length, dtype=torch.int64, device="meta")
             surroundings = surroundings_of(self.model, self.stack, (ids,), {}, length)
         return model_flops(captured, rows=1, length=length, criterion=criterion, custom=custom,
-                           surroundings=surroundings)  # fmt: skip
+                           surroundings=surroundings, query=options.query)  # fmt: skip
 
 
 def budget_cost(model: nn.Module | None, stack: Any = None) -> BudgetCost:

@@ -13,6 +13,7 @@ along the list. Before the sequence is cut, every size that depends on the lengt
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -130,6 +131,11 @@ def from_mask_alone(graph: fx.Graph, facts: Facts) -> set[fx.Node]:
         if inputs and isinstance(value(node), Tensor) and not bookkeeping and all(n in found for n in inputs):
             found.add(node)
     return found
+
+
+def stem(name: str) -> str:
+    """A node's name without its numbers: equal blocks must name equal nodes alike."""
+    return re.sub(r"(_\d+)+$", "", name)
 
 
 def where(node: fx.Node) -> str:

@@ -1,8 +1,8 @@
 """Transformers models: which part is captured, how a call is bound to a graph, and what comes back.
 
-The block stack (transformers' backbone, `model.base_model`) is replaced in a shallow copy of the model by a shallow
-copy of itself whose class is a subclass of its own: `isinstance`, `state_dict` keys, hooks, `generate` and
-`save_pretrained` stay true, parameters stay the original's objects. Its `forward` chooses between a captured graph
+The result is a copy of the model's module tree over the original's own parameters, in which the block stack
+(transformers' backbone, `model.base_model`) has a subclass of its own class: `isinstance`, `state_dict` keys, hooks,
+`generate` and `save_pretrained` stay true. Its `forward` chooses between a captured graph
 (prompts) and the class's own forward (decoding steps).
 """
 
@@ -12,23 +12,25 @@ import copy
 import dataclasses
 import inspect
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from simba_fx.build import Built, Options, build
 from simba_fx.caches import Entry, fill, is_warm, new_cache, recording_cache
-from simba_fx.capture import capture
+from simba_fx.capture import Captured, capture
+from simba_fx.decoding import attention_modules, call_with_own_mask, expect_token, make_sparse, sparse_layers
 from simba_fx.errors import CaptureError, InputError
-from simba_fx.graphs import look_up
-from simba_fx.inputs import EXAMPLE, check_mask, named_sizes
+from simba_fx.graphs import look_up, region, returned
+from simba_fx.inputs import EXAMPLE, check_mask, check_positions, named_sizes
 from simba_fx.program import dynamic_marker, left_alone, left_to_python
 
-__all__ = ["SparseStack", "install", "is_pretrained"]
+__all__ = ["Signature", "SparseStack", "capture_stack", "install", "is_pretrained"]
 
 _EAGERLY_FIRST = "With compile='whole', call the model once with such arguments before torch.compile traces it."
 _CACHE_NAMES = ("cache", "past_key_values", "cache_params")
@@ -49,14 +51,10 @@ def install(model: nn.Module, options: Options, cost: Any) -> nn.Module:
     """
     stack: Any = model.base_model
     refuse_eager_experts(model)
-    path = next(name for name, module in model.named_modules() if module is stack)
-    sparse = stack if not path else model
-    twin = _shallow(sparse)
-    inner: Any = twin
-    for name in filter(None, path.split(".")):
-        inner._modules[name] = _shallow(inner._modules[name])
-        inner = inner._modules[name]
-    runtime = SparseStack(stack, options, cost)
+    refuse_other_attention(stack)
+    copies: dict[nn.Module, nn.Module] = {}
+    twin, inner = copied(model, copies), copied(stack, copies)
+    runtime = SparseStack(stack, options, cost, options.tail)
     blocks = options.compile == "blocks"
     inner.__class__ = _stack_class(type(stack), blocks)
     inner.__dict__["_simba"] = runtime
@@ -81,6 +79,29 @@ def refuse_eager_experts(model: nn.Module) -> None:
         )
 
 
+def refuse_other_attention(stack: Any) -> None:
+    """Masks are made for two implementations of attention, in prompts and in decoding steps."""
+    chosen = getattr(stack.config, "_attn_implementation", None)
+    if chosen not in (None, "sdpa", "eager") and any(hasattr(module, "is_causal") for module in stack.modules()):
+        raise CaptureError(
+            f"attn_implementation={chosen!r} of {type(stack).__name__} cannot be captured; expected 'sdpa' or 'eager'. "
+            "Call model.set_attn_implementation('sdpa')."
+        )
+
+
+def copied(module: nn.Module, copies: dict[nn.Module, nn.Module]) -> nn.Module:
+    """A module tree of its own over the same parameters and buffers; `copies` remembers what was copied.
+
+    Hooks, modes (`train`, `eval`) and submodules of one tree do not reach the other. A module that occurs twice occurs
+    twice in the copy.
+    """
+    if module not in copies:
+        copies[module] = twin = _shallow(module)
+        for name, child in twin._modules.items():
+            twin._modules[name] = None if child is None else copied(child, copies)
+    return copies[module]
+
+
 def _shallow(module: nn.Module) -> nn.Module:
     """The same parameters, buffers, hooks and submodules in containers of its own."""
     twin = copy.copy(module)
@@ -100,15 +121,20 @@ class Signature:
     cache: bool
     training: bool
     hidden_states: bool
+    ids: bool = True
+    """Whether the call gave token ids: some models scale embeddings that they looked up themselves."""
     extra: tuple[tuple[str, Any], ...] = ()
-    """Tensors beside embeddings and mask, as (name, (dtype, dimensions that are B, that are L, other sizes))."""
+    """Tensors beside embeddings and mask, as (name, (dtype, sizes)), a size "B", "L" or a number."""
+    constants: tuple[tuple[str, Any], ...] = ()
+    """Numbers, flags and words among the arguments, which are part of the graph."""
 
     @staticmethod
     def default(stack: nn.Module, weight: Tensor) -> Signature:
         config: Any = stack.config
         cache = bool(config.use_cache and not stack.training)
         hidden = bool(getattr(config, "output_hidden_states", False))
-        return Signature(weight.dtype, weight.device, None, cache, stack.training, hidden)
+        positions = (("position_ids", (torch.int64, ("B", "L"))),) if takes_positions(type(stack)) else ()
+        return Signature(weight.dtype, weight.device, None, cache, stack.training, hidden, extra=positions)
 
 
 @dataclass
@@ -119,6 +145,8 @@ class Variant:
     output_type: type
     parameters: tuple[tuple[str, Any], ...]
     states: tuple[Entry, ...]
+    attention: Mapping[int, int]
+    """For each cache layer with keys, how many cuts are before the block that fills it."""
 
     def fresh(self, stack: nn.Module) -> bool:
         """Whether the stack still holds the parameters that the program was built over."""
@@ -164,23 +192,38 @@ class SparseStack:
 
     def _capture(self, signature: Signature) -> Variant:
         stack = self.stack
-        width = stack.get_input_embeddings().weight.shape[1]
-        make: dict[str, Any] = {"device": signature.device}
-        inputs = {"inputs_embeds": torch.zeros(_ROWS, _LENGTH, width, dtype=signature.dtype, **make)}
-        if signature.mask is not None:
-            inputs["attention_mask"] = torch.ones(_ROWS, _LENGTH, dtype=signature.mask, **make)
-        for name, (dtype, sizes) in signature.extra:
-            shape = [{"B": _ROWS, "L": _LENGTH}.get(size, size) for size in sizes]
-            inputs[name] = torch.zeros(shape, dtype=dtype, **make)
-        shell = _Shell(stack, signature)
-        captured = capture(shell, stack, inputs, primary="inputs_embeds", prefix="stack",
-                           mask="attention_mask" if signature.mask is not None else None,
-                           values=lambda: shell.observed.values)  # fmt: skip
+        captured, seen = capture_stack(stack, signature)
         built = build(captured, self.options, self.cost)
         own = {path for path, _ in (*stack.named_parameters(), *stack.named_buffers())}
         parameters = tuple((path, tensor) for path, tensor in captured.attributes.items() if path in own)
-        seen = shell.observed
-        return Variant(built, seen.output_type, parameters, seen.states)
+        keys = self._keys(captured, seen.states)
+        self._watch(attention_modules(stack, keys.values()))
+        before = {layer: sum(cut.block < region(node) for cut in built.cuts) for layer, node in keys.items()}
+        return Variant(built, seen.output_type, parameters, seen.states, before)
+
+    def _keys(self, captured: Captured, states: tuple[Entry, ...]) -> dict[int, fx.Node]:
+        """The node of each attention layer's keys.
+
+        Raises:
+            CaptureError: a layer whose past after a pruned prompt this package does not know how to continue.
+        """
+        nodes = returned(captured.graph)[captured.facts.values :]
+        keys = {layer: node for (layer, kind, _), node in zip(states, nodes) if kind == "keys"}
+        layers = new_cache(self.stack.config).layers if keys else []
+        if sliding := [layer for layer in keys if getattr(layers[layer], "is_sliding", False)]:
+            raise CaptureError(
+                f"Layers {', '.join(map(str, sliding))} of {type(self.stack).__name__} attend to a sliding window; "
+                "expected attention to the whole past, which is what can be decoded after a pruned prompt. Pass "
+                "use_cache=False."
+            )
+        return keys
+
+    def _watch(self, paths: list[str]) -> None:
+        """Attention modules get the mask of their own cache layer."""
+        for path in paths:
+            module = self.stack.get_submodule(path)
+            if call_with_own_mask not in module._forward_pre_hooks.values():
+                module.register_forward_pre_hook(call_with_own_mask, with_kwargs=True)
 
     def finish(self, variant: Variant, call: Call, flat: Any) -> Any:
         """Fill the cache; return the model's values as the model returns them."""
@@ -193,9 +236,20 @@ class SparseStack:
         named, _ = pytree.tree_unflatten([*values, *states], variant.built.captured.out_spec)
         if call.cache is not None:
             fill(call.cache, variant.states, states)
+            self._describe_attention(variant, call.cache)
             named[call.cache_name] = call.cache
         output = variant.output_type(**named)
         return output if call.return_dict else output.to_tuple()
+
+    def _describe_attention(self, variant: Variant, cache: Any) -> None:
+        """Tell the cache's attention layers which tokens of the prompt they hold, unless they hold them all."""
+        _, length, built, positions, real, mask = self.last or ()
+        if not variant.attention or (mask is None and not built.cuts):
+            return
+        for layer, cuts in variant.attention.items():
+            slots = positions[cuts - 1].shape[1] if cuts else length
+            here = None if mask is None else real[cuts - 1] if cuts else mask != 0
+            make_sparse(cache.layers[layer], length - slots, here)
 
 
 @dataclass
@@ -205,6 +259,24 @@ class _Observed:
     output_type: type = dict
     states: tuple[Entry, ...] = ()
     values: int = 0
+
+
+def capture_stack(stack: Any, signature: Signature) -> tuple[Captured, _Observed]:
+    """The graph of `stack` for calls of this signature."""
+    width = stack.get_input_embeddings().weight.shape[1]
+    make: dict[str, Any] = {"device": signature.device}
+    inputs = {"inputs_embeds": torch.zeros(_ROWS, _LENGTH, width, dtype=signature.dtype, **make)}
+    if signature.ids:
+        inputs["input_ids"] = torch.zeros(_ROWS, _LENGTH, dtype=torch.int64, **make)
+    if signature.mask is not None:
+        inputs["attention_mask"] = torch.ones(_ROWS, _LENGTH, dtype=signature.mask, **make)
+    for name, (dtype, sizes) in signature.extra:
+        inputs[name] = torch.zeros([EXAMPLE.get(size, size) for size in sizes], dtype=dtype, **make)
+    shell = _Shell(stack, signature)
+    mask = "attention_mask" if signature.mask is not None else None
+    captured = capture(shell, stack, inputs, primary="inputs_embeds", prefix="stack", mask=mask,
+                       values=lambda: shell.observed.values, spare=("input_ids", "position_ids"))  # fmt: skip
+    return captured, shell.observed
 
 
 class _Shell(nn.Module):
@@ -219,20 +291,37 @@ class _Shell(nn.Module):
 
     def forward(self, **tensors: Tensor) -> Any:
         options: dict[str, Any] = {"return_dict": True, "use_cache": self.signature.cache}
+        options |= dict(self.signature.constants)
         parameters = inspect.signature(_own_forward(self.stack)).parameters
-        if "output_hidden_states" in parameters:
+        if "output_hidden_states" in parameters or self.signature.hidden_states:
             options["output_hidden_states"] = self.signature.hidden_states
         cache_name = cache_parameter(parameters)
         cache = recording_cache(self.stack.config) if self.signature.cache else None
         if cache is not None:
             options[cache_name] = cache
-        output = _own_forward(self.stack)(**tensors, **options)
+        if self.signature.ids:  # the embeddings are looked up outside of the graph; what follows is the model's own
+            embeds = tensors.pop("inputs_embeds")
+            embedding = self.stack.get_input_embeddings()
+            with _forward_is(embedding, lambda _: embeds):
+                output = _own_forward(self.stack)(input_ids=tensors.pop("input_ids"), **tensors, **options)
+        else:
+            output = _own_forward(self.stack)(**tensors, **options)
         named = {name: value for name, value in output.items() if name != cache_name}
         stored = cache.stored() if cache is not None else {}
         observed = self.observed
         observed.output_type, observed.states = type(output), tuple(stored)
         observed.values = len(pytree.tree_leaves(named))
         return named, list(stored.values())
+
+
+@contextmanager
+def _forward_is(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Calls of `module` run `forward` inside, its hooks included."""
+    module.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        del module.__dict__["forward"]
 
 
 def cache_parameter(parameters: Any) -> str:
@@ -289,7 +378,7 @@ def _stack_class(cls: type[nn.Module], blocks: bool) -> type:
         given = _with_own_names(names, dict(zip(names, args)) | kwargs)
         call = prepare(self, given)
         if call is None:
-            return own(self, **given)
+            return own(self, **decode(given))
         runtime = self._simba
         variant = runtime.variant(call.signature) if not blocks else lookup(runtime, call.signature)
         inputs = [call.tensors[name] for name in variant.built.captured.arguments]
@@ -298,7 +387,7 @@ def _stack_class(cls: type[nn.Module], blocks: bool) -> type:
             mark((output[0],), ((0, 1),))
         return output
 
-    lookup, mark = python(SparseStack.variant), dynamic_marker()
+    lookup, mark, decode = python(SparseStack.variant), dynamic_marker(), python(_decoding)
     return _subclass(cls, "blocks" if blocks else "whole", left_to_python(forward) if blocks else forward)
 
 
@@ -330,7 +419,9 @@ def _prepare(stack: Any, given: dict[str, Any]) -> Call | None:
             f"{type(stack).__name__} was called with {length} new tokens on a warm cache; expected a whole prompt with "
             "an empty cache, or one new token. Pass the tokens one at a time, or start with an empty cache."
         )
-    mask = check_mask(mask, rows, length, runtime.tail)
+    if isinstance(mask, dict):  # `generate` with a static cache has made masks already; among them the padding's own
+        mask = mask.get("linear_attention")
+    mask = check_mask(mask, rows, length, runtime.tail, runtime.options.named)
     if length == 1:
         runtime.last = (rows, length, None, (), None, mask)
         return None
@@ -345,15 +436,35 @@ def _prepare(stack: Any, given: dict[str, Any]) -> Call | None:
     hidden = stack.config.output_hidden_states if hidden is None else hidden
     known = ("input_ids", "inputs_embeds", "attention_mask", "use_cache", "output_hidden_states", "return_dict")
     more = {k: v for k, v in given.items() if k not in (*known, cache_name) and v is not None}
+    if takes_positions(type(stack)):
+        more["position_ids"] = check_positions(more.get("position_ids"), embeds, mask)
+    constants = {name: held for name, held in more.items() if isinstance(held, bool | int | float | str)}
+    more = {name: held for name, held in more.items() if name not in constants}
     extra = refuse_or_describe(stack, more, embeds)
-    tensors = {"inputs_embeds": embeds, **({} if mask is None else {"attention_mask": mask}), **more}
+    given_ids = {} if ids is None else {"input_ids": ids}
+    tensors = {"inputs_embeds": embeds, **given_ids, **({} if mask is None else {"attention_mask": mask}), **more}
     signature = Signature(embeds.dtype, embeds.device, None if mask is None else mask.dtype, bool(use_cache),
-                          stack.training, bool(hidden), extra)  # fmt: skip
+                          stack.training, bool(hidden), ids is not None, extra,
+                          tuple(sorted(constants.items())))  # fmt: skip
     if use_cache and cache is None:
         cache = new_cache(stack.config)
     return_dict = given.get("return_dict")
     return_dict = bool(stack.config.return_dict if return_dict is None else return_dict)
     return Call(signature, tensors, cache if use_cache else None, cache_name, return_dict)
+
+
+def _decoding(given: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a decoding step; sparse layers (`simba_fx.decoding`) have masks of their own."""
+    cache = next((given[name] for name in _CACHE_NAMES if given.get(name) is not None), None)
+    if not (layers := sparse_layers(cache)):
+        return given
+    mask = given.get("attention_mask")
+    expect_token(layers, mask if isinstance(mask, Tensor) and mask.dim() == 2 else None)
+    return given | {"attention_mask": None}
+
+
+def takes_positions(cls: type[nn.Module]) -> bool:
+    return "position_ids" in inspect_parameters(cls)
 
 
 def inspect_parameters(cls: type[nn.Module]) -> Any:
@@ -368,7 +479,7 @@ def refuse_or_describe(stack: Any, more: dict[str, Any], embeds: Tensor) -> tupl
         if not isinstance(value, Tensor):
             raise InputError(
                 f"{type(stack).__name__} was called with {name}={value!r}, which a captured graph cannot take; "
-                "expected tensors, use_cache, output_hidden_states and return_dict. Leave the argument out."
+                "expected tensors, numbers, flags and words. Leave the argument out."
             )
         described.append((name, (value.dtype, named_sizes(value, rows, length))))
     return tuple(described)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -26,13 +28,20 @@ def named_sizes(tensor: Tensor, rows: int, length: int) -> tuple[int | str, ...]
     return tuple(sizes)
 
 
-def check_mask(mask: Tensor | None, rows: int, length: int, tail: int) -> Tensor | None:
+def check_mask(mask: Tensor | None, rows: int, length: int, tail: int, named: Sequence[int] = ()) -> Tensor | None:
     """A padding mask that can be used, or None where nothing is padded.
 
     Raises:
-        InputError: not `(B, L)`; a row without a real token; a tail longer than a row. On a GPU the last two are
-            asserted on the device, without a synchronisation.
+        InputError: not `(B, L)`; a row without a real token; a tail longer than a row, or a row too short for one of
+            the `named` positions (of `query` and `protect`). On a GPU what concerns rows is asserted on the device,
+            without a synchronisation.
     """
+    needed = max([1, *[_needed(position) for position in named]])
+    if needed > length:
+        raise InputError(
+            f"query or protect names position {_farthest(named)}, but the prompt has {length} tokens; expected at "
+            f"least {needed}. Name a position that it has, or pass a longer prompt."
+        )
     if tail > length:
         raise InputError(
             f"simba_fx.tail protects the last {tail} tokens, but the prompt has {length}; expected a tail of at most "
@@ -50,6 +59,8 @@ def check_mask(mask: Tensor | None, rows: int, length: int, tail: int) -> Tensor
     shortest = (mask != 0).sum(1)
     if mask.is_cuda:
         torch._assert_async((shortest >= max(tail, 1)).all(), "a row has fewer real tokens than the protected tail")
+        if named:
+            torch._assert_async((shortest >= needed).all(), "a row is too short for a position of query or protect")
         return mask
     row = int(shortest.argmin())
     if (found := int(shortest[row])) == 0:
@@ -62,4 +73,45 @@ def check_mask(mask: Tensor | None, rows: int, length: int, tail: int) -> Tensor
             f"simba_fx.tail protects the last {tail} tokens, but row {row} has {found} real tokens; expected a tail of "
             "at most the shortest row's length. Lower the tail or remove the row."
         )
+    if found < needed:
+        raise InputError(
+            f"query or protect names position {_farthest(named)}, but row {row} has {found} real tokens; expected at "
+            f"least {needed} in every row. Name a position that every row has, or remove the row."
+        )
     return None if bool((mask == 1).all()) else mask
+
+
+def check_positions(positions: Tensor | None, embeds: Tensor, mask: Tensor | None) -> Tensor:
+    """Positions of the tokens `(B, L)` int64; counted from 0 where none are given.
+
+    Raises:
+        InputError: not `(B, L)` or `(1, L)`; without a mask, positions that do not rise by one: several sequences
+            packed in a row.
+    """
+    rows, length = embeds.shape[:2]
+    if positions is None:
+        return torch.arange(length, device=embeds.device).expand(rows, length)
+    if positions.dim() != 2 or positions.shape[0] not in (1, rows) or positions.shape[1] != length:
+        raise InputError(
+            f"Expected position_ids (B, L) = ({rows}, {length}); found shape {tuple(positions.shape)}. Leave the "
+            "argument out, or pass one position per token."
+        )
+    if mask is None and not torch.compiler.is_compiling():
+        rising = (positions.diff(dim=1) == 1).all()
+        if positions.is_cuda:
+            torch._assert_async(rising, "position_ids of a packed row: only whole sequences can be pruned")
+        elif not bool(rising):
+            raise InputError(
+                "position_ids do not rise by one from token to token, as in rows that pack several sequences; expected "
+                "one sequence per row. Pass one sequence per row, padded, with an attention_mask."
+            )
+    return positions.expand(rows, length)
+
+
+def _needed(position: int) -> int:
+    """How many tokens a row has that has this position."""
+    return position + 1 if position >= 0 else -position
+
+
+def _farthest(named: Sequence[int]) -> int:
+    return max(named, key=_needed)

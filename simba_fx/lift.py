@@ -143,6 +143,9 @@ def _callers(model: nn.Module) -> Iterator[Any]:
     yield from classes
 
 
+_SCAN_WORDS = ("scan", "recurren", "delta_rule")
+
+
 def suggestions(model: nn.Module) -> list[str]:
     """Names of functions in the model's own code that look like scans and are not registered."""
     found = []
@@ -152,7 +155,8 @@ def suggestions(model: nn.Module) -> list[str]:
             continue
         for name, value in vars(owner).items():
             ours = getattr(value, "__module__", "").startswith("simba_fx.")
-            if inspect.isfunction(value) and not ours and "scan" in name.lower() and _row(owner, name, value) is None:
+            alike = any(word in name.lower() for word in _SCAN_WORDS)
+            if inspect.isfunction(value) and not ours and alike and _row(owner, name, value) is None:
                 found.append(f"{prefix}.{name}")
     return sorted(found)
 

@@ -1,7 +1,7 @@
 """`mamba_ssm`'s own models: `MambaLMHeadModel`, and the `MixerModel` inside it, with Mamba-1 and Mamba-2 blocks.
 
-As for a transformers model, the block stack (the MixerModel) is replaced in a shallow copy of the model by a shallow
-copy of itself whose class is a subclass of its own; see `simba_fx.huggingface`. What differs: a graph starts from
+As for a transformers model, the block stack (the MixerModel) gets, in a copy of the model over the same parameters, a
+class that is a subclass of its own; see `simba_fx.huggingface`. What differs: a graph starts from
 token ids `(B, L)`; there is no padding mask; and the states of a prompt go through the caller's `inference_params`,
 whose slots are written in place. `mamba_ssm` is not imported: its classes are known by name.
 """
@@ -22,7 +22,7 @@ from simba_fx.build import Options, build
 from simba_fx.caches import Entry
 from simba_fx.capture import capture
 from simba_fx.errors import CaptureError, InputError
-from simba_fx.huggingface import Signature, SparseStack, Variant, _outer_class, _own_forward, _shallow, _subclass
+from simba_fx.huggingface import Signature, SparseStack, Variant, _outer_class, _own_forward, _subclass, copied
 from simba_fx.inputs import EXAMPLE, check_mask
 from simba_fx.program import dynamic_marker, left_alone, left_to_python
 
@@ -55,11 +55,9 @@ def install(model: nn.Module, options: Options, cost: Any) -> nn.Module:
     """
     stack = stack_of(model)
     _refuse_rotary(stack)
-    twin = _shallow(model)
-    inner: Any = twin
-    if stack is not model:
-        inner = twin._modules["backbone"] = _shallow(stack)
-    runtime = SparseMixer(stack, options, cost)
+    copies: dict[nn.Module, nn.Module] = {}
+    twin, inner = copied(model, copies), copied(stack, copies)
+    runtime = SparseMixer(stack, options, cost, options.tail)
     blocks = options.compile == "blocks"
     inner.__class__ = _stack_class(type(stack), blocks)
     inner.__dict__["_simba"] = runtime
@@ -89,7 +87,7 @@ def _refuse_rotary(stack: nn.Module) -> None:
 
 def _signature(stack: Any, ids: torch.dtype, *, cache: bool) -> Signature:
     weight = stack.embedding.weight
-    return Signature(weight.dtype, weight.device, None, cache, stack.training, False, (("input_ids", ids),))
+    return Signature(weight.dtype, weight.device, None, cache, stack.training, False, extra=(("input_ids", ids),))
 
 
 class SparseMixer(SparseStack):
@@ -110,7 +108,7 @@ class SparseMixer(SparseStack):
             built = build(captured, self.options, self.cost)
         own = {path for path, _ in (*stack.named_parameters(), *stack.named_buffers())}
         parameters = tuple((path, tensor) for path, tensor in captured.attributes.items() if path in own)
-        return Variant(built, Tensor, parameters, shell.stored.entries)
+        return Variant(built, Tensor, parameters, shell.stored.entries, attention={})
 
     def finish(self, variant: Variant, call: Any, flat: Any) -> Any:
         """Fill the states; return the stack's output `(B, L, M)`."""
@@ -233,7 +231,7 @@ def _prepare(stack: Any, given: dict[str, Any]) -> Call | None:
             f"{name} was called with {length} new tokens at seqlen_offset={states.seqlen_offset}; expected a whole "
             "prompt at offset 0, or one new token. Pass the tokens one at a time, or start with new inference_params."
         )
-    check_mask(None, rows, length, runtime.tail)
+    check_mask(None, rows, length, runtime.tail, runtime.options.named)
     if length == 1:
         runtime.last = (rows, length, None, (), None, None)
         return None

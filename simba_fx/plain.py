@@ -58,7 +58,7 @@ class PlainRuntime:
             )
         inputs = [bound[name] for name in captured.arguments]
         lead, mask = inputs[captured.inputs.index(captured.facts.primary)], self._mask(inputs)
-        check_mask(mask, lead.shape[0], lead.shape[1], self.tail)
+        check_mask(mask, lead.shape[0], lead.shape[1], self.tail, self.options.named)
         self.built.program.rebind()
         return [*inputs, self.tail]
 
@@ -96,7 +96,7 @@ def install(model: nn.Module, options: Options, example: Any, cost: Any) -> fx.G
     primary = next(name for name, value in inputs.items() if isinstance(value, Tensor) and value.dim() >= 2)
     mask = next((name for name in inputs if name in _MASKS), None)
     built = build(capture(model, model, inputs, primary=primary, mask=mask), options, cost, program_class=PlainProgram)
-    _call_as_module(built.program, PlainRuntime(built, options, type(model).__name__, signature))
+    _call_as_module(built.program, PlainRuntime(built, options, type(model).__name__, signature, options.tail))
     _mirror(model, built.program)
     built.program.train(model.training)
     return built.program

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from simba_fx import ops
 from simba_fx.api import _runtime, kept
-from simba_fx.build import Built, CustomCriterion
+from simba_fx.build import Built, CustomCriterion, Options
 from simba_fx.errors import SimbaError
 from simba_fx.flops import model_flops, surroundings_of
 from simba_fx.graphs import MARK, operator_of, scans_of
@@ -252,6 +252,7 @@ def report(sparse: nn.Module, *args: Any, **kwargs: Any) -> Report:
         criterion=criterion,
         custom=custom,
         surroundings=surroundings_of(model, runtime.stack, args, kwargs, length) if outer else None,
+        query=runtime.options.query,
     )
     why = _why(built, tokens, ran is None)
     rows = tuple(
@@ -288,7 +289,7 @@ def report(sparse: nn.Module, *args: Any, **kwargs: Any) -> Report:
         kernels=_kernels(built, device),
         machine=_machine(device),
         torch_version=str(torch.__version__),
-        notes=(flops.not_counted,) if flops.not_counted else (),
+        notes=tuple(filter(None, (_named(runtime.options), flops.not_counted))),
         positions=tuple(entered.cpu() for entered in positions),
     )
 
@@ -316,6 +317,13 @@ def _criterion(built: Built, cut_blocks: Sequence[int]) -> tuple[str, nn.Module 
 
 def _name(function: Any) -> str:
     return str(getattr(function, "__qualname__", type(function).__qualname__))
+
+
+def _named(options: Options) -> str:
+    """Which tokens were named by position."""
+    scored = "" if options.query is None else f"every scan is scored at position {options.query}; "
+    kept_always = ", ".join(map(str, options.named))
+    return f"{scored}kept in every block: {kept_always}" if options.named else ""
 
 
 def _schedule(runtime: Any, built: Built) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
@@ -16,3 +18,43 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 settings.register_profile("simba_fx", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("simba_fx-ci", settings.get_profile("simba_fx"), derandomize=True, print_blob=True)
 settings.load_profile("simba_fx-ci" if os.environ.get("CI") else "simba_fx")
+
+
+# --- the table of capabilities ------------------------------------------------------------------------------------
+# `make table`: what the tests marked `capability` showed, model by model. The README holds a copy.
+
+COLUMNS = ("parity", "padding", "generate", "train", "compile")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--capabilities", action="store_true", help="print a table of what each model can do")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With the option, only tests that stand for a cell run. The cell travels with the test's report."""
+    if not config.getoption("--capabilities"):
+        return
+    items[:] = [item for item in items if item.get_closest_marker("capability")]
+    for item in items:
+        for mark in item.iter_markers("capability"):
+            entry = getattr(item, "callspec", None) and item.callspec.params.get("entry")  # type: ignore[attr-defined]
+            item.user_properties.append(("capability", (*mark.args, entry.name if entry else "")[:2]))
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    if config.getoption("--capabilities"):
+        terminalreporter.write_line("\n" + "\n".join(table_of(terminalreporter.stats)))
+
+
+def table_of(stats: dict[str, list[Any]]) -> list[str]:
+    """Markdown: a cell says "yes" where every test that stands for it passed, "NO" where one did not."""
+    cells: dict[str, dict[str, bool]] = {}
+    for outcome in ("passed", "failed", "error", "skipped"):
+        for report in stats.get(outcome, []):
+            for column, model in (cell for name, cell in report.user_properties if name == "capability"):
+                row = cells.setdefault(model, {})
+                row[column] = row.get(column, True) and outcome == "passed"
+    head = ["| model | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
+    word = {True: "yes", False: "NO", None: "–"}
+    rows = [f"| {m} | " + " | ".join(word[row.get(c)] for c in COLUMNS) + " |" for m, row in cells.items()]
+    return head + rows

@@ -13,13 +13,13 @@ from fractions import Fraction
 from typing import Any
 
 import torch
-from models import _falcon_mamba, _mamba, _mamba2, randomise
+from models import VOCABULARY, _falcon_h1, _falcon_mamba, _jamba, _mamba, _mamba2, _zamba, randomise
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from simba_fx import SelectiveScan, register_scan
 from simba_fx.capture import Captured, capture
-from simba_fx.huggingface import Signature, _Shell
+from simba_fx.huggingface import Signature, capture_stack
 
 ROWS, LENGTH = 3, 24  # of the example that is traced; no width below equals either
 WIDTH, STATES = 6, 5
@@ -69,6 +69,29 @@ class Block(nn.Module):
         return x + y
 
 
+class Both(Block):
+    """Two scans side by side, the second against the order of the tokens, as in Vision Mamba."""
+
+    directions = (False, True)
+
+    def __init__(self) -> None:
+        super().__init__(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        ahead, back = self.mixers
+        return x + ahead(y) + back(y.flip(1)).flip(1)
+
+
+class Turned(Block):
+    """One scan, against the order of the tokens."""
+
+    directions = (True,)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.mixers[0](self.norm(x).flip(1)).flip(1)
+
+
 class Feedforward(nn.Module):
     """A block without a scan."""
 
@@ -115,6 +138,25 @@ class Masked(Plain):
         return self.head(self.norm(x))
 
 
+class Real(Plain):
+    """With a padding mask that keeps pads from every scan: a row's result does not depend on its padding."""
+
+    def forward(self, x: Tensor, mask: Tensor) -> Any:
+        x = x * mask[..., None]
+        for block in self.layers:
+            x = block(x) * mask[..., None]
+        return self.head(self.norm(x))
+
+
+class TurnedOutside(Plain):
+    """Every second block sees the tokens in reversed order; the outer forward turns them around."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for index, block in enumerate(self.layers):
+            x = block(x.flip(1)).flip(1) if index % 2 else block(x)
+        return self.head(self.norm(x))
+
+
 class Recalling(Plain):
     """Two embeddings of the input are read again by every block."""
 
@@ -153,6 +195,8 @@ class Case:
     n_blocks: int
     mask: bool = False
     cache: bool | None = None  # None: a plain module
+    query: int | None = None
+    protect: tuple[int, ...] = ()
 
     def __str__(self) -> str:
         return self.name
@@ -173,12 +217,9 @@ class Case:
 
     def _transformers(self) -> Captured:
         kind = torch.int64 if self.mask else None
-        shell = _Shell(self.module, Signature(torch.float32, torch.device("cpu"), kind, bool(self.cache), False, False))
-        inputs = {"inputs_embeds": torch.zeros(ROWS, LENGTH, self.module.config.hidden_size)}
-        if self.mask:
-            inputs["attention_mask"] = torch.ones(ROWS, LENGTH, dtype=torch.int64)
-        return capture(shell, self.module, inputs, primary="inputs_embeds", prefix="stack",
-                       mask="attention_mask" if self.mask else None, values=lambda: shell.observed.values)  # fmt: skip
+        cpu, cache = torch.device("cpu"), bool(self.cache)
+        extra = Signature.default(self.module, self.module.get_input_embeddings().weight).extra
+        return capture_stack(self.module, Signature(torch.float32, cpu, kind, cache, False, False, extra=extra))[0]
 
     @property
     def shares(self) -> tuple[Fraction, ...]:
@@ -188,12 +229,17 @@ class Case:
     def inputs(self, rows: int, length: int, *, padded: bool = False) -> list[Tensor]:
         """Random inputs of the graph, in its order; `padded`: row b has b pads on the left."""
         generator = torch.Generator().manual_seed(rows * 1000 + length)
-        width = self.captured.graph.find_nodes(op="placeholder")
-        lead = next(iter(width)).meta["val"]
-        found = [torch.randn(rows, length, lead.shape[2], generator=generator)]
-        if self.mask:
-            pads = torch.arange(rows)[:, None] if padded else torch.zeros(rows, 1)
-            found.append((torch.arange(length)[None] >= pads).long())
+        pads = torch.arange(rows)[:, None] if padded else torch.zeros(rows, 1)
+        grid = torch.arange(length).expand(rows, length)
+        integers = {"position_ids": grid, "input_ids": grid % VOCABULARY}
+        found = []
+        for node in self.captured.graph.find_nodes(op="placeholder"):
+            if node.name == self.captured.facts.primary:
+                found.append(torch.randn(rows, length, node.meta["val"].shape[2], generator=generator))
+            elif node.name == self.captured.facts.mask:
+                found.append((grid >= pads).to(node.meta["val"].dtype if self.cache is None else torch.int64))
+            else:
+                found.append(integers[node.name])
         return found
 
 
@@ -214,9 +260,17 @@ CASES: tuple[Case, ...] = (
     Case("length arithmetic in a block", lambda: Plain(*(Positioned() for _ in range(3))), (0, 1), 3),
     Case("hidden states", lambda: Plain(Block(), Block(), Block(), hidden_states=True), (0, 1), 3),
     Case("embeddings read again", lambda: Recalling(Block(), Block(), Block()), (0, 1), 3),
+    Case("two directions", lambda: Plain(Both(), Both(), Both()), (0, 1), 3, query=5, protect=(0,)),
+    Case("two directions with a mask", lambda: Real(Both(), Both(), Both()), (0, 1), 3, mask=True, query=-2),
+    Case("two directions, each at its end", lambda: Real(Both(), Both(), Both()), (0, 1), 3, mask=True, protect=(4, 0)),
+    Case("alternating directions", lambda: Plain(Block(), Turned(), Block(), Turned()), (0, 1, 2), 4, protect=(-1, 3)),
+    Case("turned outside", lambda: TurnedOutside(Block(), Positioned(), Block(), Positioned()), (0, 1, 2), 4),
     Case("mamba", _mamba, (0, 1, 2), 4, cache=False),
     Case("mamba with a mask", _mamba, (0, 1, 2), 4, mask=True, cache=False),
     Case("mamba with a cache", _mamba, (0, 1, 2), 4, cache=True),
     Case("mamba2 with a mask and a cache", lambda: _mamba2(n_groups=2), (0, 1, 2), 4, mask=True, cache=True),
     Case("falcon-mamba with a mask and a cache", _falcon_mamba, (0, 1), 3, mask=True, cache=True),
+    Case("jamba", _jamba, (0, 2), 4, cache=False),
+    Case("zamba with a mask", _zamba, (0, 1, 2, 3), 5, mask=True, cache=False),
+    Case("falcon-h1 with a mask and a cache", _falcon_h1, (0, 1, 2), 4, mask=True, cache=True),
 )

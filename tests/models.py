@@ -19,17 +19,38 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import (
+    BambaConfig,
+    BambaForCausalLM,
+    FalconH1Config,
+    FalconH1ForCausalLM,
     FalconMambaConfig,
     FalconMambaForCausalLM,
+    GraniteMoeHybridConfig,
+    GraniteMoeHybridForCausalLM,
+    JambaConfig,
+    JambaForCausalLM,
     Mamba2Config,
     Mamba2ForCausalLM,
     MambaConfig,
     MambaForCausalLM,
     MambaModel,
+    NemotronHConfig,
+    NemotronHForCausalLM,
+    Zamba2Config,
+    Zamba2ForCausalLM,
+    ZambaConfig,
+    ZambaForCausalLM,
 )
+from transformers.models.bamba import modeling_bamba
+from transformers.models.falcon_h1 import modeling_falcon_h1
 from transformers.models.falcon_mamba import modeling_falcon_mamba
+from transformers.models.granitemoehybrid import modeling_granitemoehybrid
+from transformers.models.jamba import modeling_jamba
 from transformers.models.mamba import modeling_mamba
 from transformers.models.mamba2 import modeling_mamba2
+from transformers.models.nemotron_h import modeling_nemotron_h
+from transformers.models.zamba import modeling_zamba
+from transformers.models.zamba2 import modeling_zamba2
 
 VOCABULARY = 53  # a prime, so that no other size of a model equals it by accident
 CACHE = next(name for name in ("cache", "cache_params") if name in inspect.signature(MambaModel.forward).parameters)
@@ -71,14 +92,14 @@ def randomise(model: nn.Module, seed: int) -> None:
             role = ".".join(name.rsplit(".", 2)[-2:])
             if name.endswith("A_log"):  # time constants from a few tokens to hundreds
                 value = log_uniform(p, 0.1, 4.0).log()
-            elif name.endswith(("dt_bias", "dt_proj.bias")):  # inverse softplus of the step size
+            elif name.endswith(("dt_bias", "dt_proj.bias", "dt_proj_bias")):  # inverse softplus of the step size
                 step = log_uniform(p, 0.01, 0.3)
                 value = step + torch.log(-torch.expm1(-step))
             elif p.ndim == 1 and "norm" in role:
                 value = normal(p, 0.2, mean=1.0)
             elif p.ndim == 1:  # D and the other biases
                 value = normal(p, 0.5)
-            elif "embeddings" in role:
+            elif "embed" in role:
                 value = normal(p, 1.0)
             elif "out_proj" in role:  # blocks that speak louder than the embedding, else greedy decoding repeats itself
                 value = normal(p, 2 * p.shape[-1] ** -0.5)
@@ -123,6 +144,86 @@ def _mamba2(**changes: Any) -> nn.Module:
     return Mamba2ForCausalLM(Mamba2Config(**(_COMMON | sizes | changes)))
 
 
+# Hybrids. Widths differ from one another wherever a family allows it.
+
+_HYBRID: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+    "bos_token_id": 0,
+    "eos_token_id": None,
+    "use_cache": True,
+    "tie_word_embeddings": False,
+}
+_SELECTIVE: dict[str, Any] = {"mamba_d_state": 5, "mamba_d_conv": 4, "mamba_expand": 2, "mamba_dt_rank": 3}
+_SSD: dict[str, Any] = {"mamba_n_heads": 4, "mamba_d_head": 8, "mamba_n_groups": 2, "mamba_d_state": 6,
+                        "mamba_d_conv": 4, "mamba_expand": 2, "mamba_chunk_size": 8}  # fmt: skip
+
+
+def _hybrid(model: type[nn.Module], config: Any, *sizes: dict[str, Any], experts: str | None = None) -> nn.Module:
+    merged: dict[str, Any] = functools.reduce(lambda a, b: a | b, (_HYBRID, *sizes))
+    made = model(config(**merged))
+    if experts is not None:
+        made.set_experts_implementation(experts)
+    return made
+
+
+def _jamba(**changes: Any) -> nn.Module:
+    """Attention at block 1, experts at every second block."""
+    sizes = {"num_hidden_layers": 4, "attn_layer_period": 3, "attn_layer_offset": 1, "expert_layer_period": 2,
+             "expert_layer_offset": 1, "num_experts": 4, "num_experts_per_tok": 2}  # fmt: skip
+    experts = changes.pop("experts", "grouped_mm")
+    return _hybrid(JambaForCausalLM, JambaConfig, _SELECTIVE, sizes, changes, experts=experts)
+
+
+def _bamba(**changes: Any) -> nn.Module:
+    sizes = {"num_hidden_layers": 4, "attn_layer_indices": [1]}
+    return _hybrid(BambaForCausalLM, BambaConfig, _SSD, sizes, changes)
+
+
+def _zamba(**changes: Any) -> nn.Module:
+    """Two scans per block; one attention block's weights are shared by two blocks."""
+    sizes = {"num_hidden_layers": 5, "attention_hidden_size": 32, "num_key_value_heads": 4, "n_mamba_heads": 2,
+             "attn_layer_period": 2, "attn_layer_offset": 1}  # fmt: skip
+    return _hybrid(ZambaForCausalLM, ZambaConfig, _SELECTIVE, sizes, changes)
+
+
+def _zamba2(**changes: Any) -> nn.Module:
+    sizes = {"num_hidden_layers": 4, "num_key_value_heads": 4, "n_mamba_heads": 4, "mamba_headdim": 8,
+             "mamba_ngroups": 2, "mamba_d_state": 6, "mamba_d_conv": 4, "mamba_expand": 2, "chunk_size": 8,
+             "num_mem_blocks": 1, "use_mem_rope": True, "use_shared_attention_adapter": True, "adapter_rank": 3,
+             "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"]}  # fmt: skip
+    return _hybrid(Zamba2ForCausalLM, Zamba2Config, sizes, changes)
+
+
+def _falcon_h1(**changes: Any) -> nn.Module:
+    """Attention and scan side by side in each block; embeddings scaled where the model looks them up."""
+    sizes = {"num_hidden_layers": 4, "mamba_d_ssm": 32, "embedding_multiplier": 1.7, "mamba_rms_norm": True,
+             "ssm_out_multiplier": 0.8, "attention_out_multiplier": 1.2}  # fmt: skip
+    return _hybrid(FalconH1ForCausalLM, FalconH1Config, _SSD, sizes, changes)
+
+
+def _nemotron_h(**changes: Any) -> nn.Module:
+    """Two blocks without a scan: attention, experts."""
+    sizes = {"layers_block_type": ["mamba", "attention", "mamba", "moe", "mamba"], "head_dim": 4, "mamba_num_heads": 4,
+             "mamba_head_dim": 8, "n_groups": 2, "ssm_state_size": 6, "conv_kernel": 4, "chunk_size": 8,
+             "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12,
+             "moe_shared_expert_intermediate_size": 12}  # fmt: skip
+    experts = changes.pop("experts", "grouped_mm")
+    return _hybrid(NemotronHForCausalLM, NemotronHConfig, sizes, changes, experts=experts)
+
+
+def _granite(**changes: Any) -> nn.Module:
+    sizes = {"num_hidden_layers": 4, "layer_types": ["mamba", "attention", "mamba", "mamba"], "num_local_experts": 4,
+             "num_experts_per_tok": 2, "shared_intermediate_size": 12, "position_embedding_type": "rope",
+             "embedding_multiplier": 1.5, "residual_multiplier": 0.7}  # fmt: skip
+    experts = changes.pop("experts", "batched_mm")
+    return _hybrid(GraniteMoeHybridForCausalLM, GraniteMoeHybridConfig, _SSD, sizes, changes, experts=experts)
+
+
 REGISTRY: tuple[Entry, ...] = (
     Entry("mamba", _mamba, "selective", modeling_mamba),
     Entry(
@@ -147,9 +248,19 @@ REGISTRY: tuple[Entry, ...] = (
     Entry("mamba2-bf16", functools.partial(_mamba2, n_groups=2), "ssd", modeling_mamba2, dtype=torch.bfloat16, seed=6),
 )
 FLOAT32: tuple[Entry, ...] = tuple(entry for entry in REGISTRY if entry.dtype is torch.float32)
-BY_NAME: dict[str, Entry] = {entry.name: entry for entry in REGISTRY}
+HYBRIDS: tuple[Entry, ...] = (
+    Entry("jamba", _jamba, "selective", modeling_jamba, seed=10),
+    Entry("bamba", _bamba, "ssd", modeling_bamba, seed=11),
+    Entry("zamba", _zamba, "selective", modeling_zamba, seed=12),
+    Entry("zamba2", _zamba2, "ssd", modeling_zamba2, seed=13),
+    Entry("falcon-h1", _falcon_h1, "ssd", modeling_falcon_h1, seed=14),
+    Entry("nemotron-h", _nemotron_h, "ssd", modeling_nemotron_h, seed=15),
+    Entry("granite-hybrid", _granite, "ssd", modeling_granitemoehybrid, seed=16),
+)
+BY_NAME: dict[str, Entry] = {entry.name: entry for entry in (*REGISTRY, *HYBRIDS)}
 # For tests that need many captures: one float32 entry per modeling file, and one per kind of scan.
 PER_FAMILY: tuple[Entry, ...] = tuple({entry.modeling: entry for entry in FLOAT32}.values())
+FAMILIES: tuple[Entry, ...] = (*PER_FAMILY, *HYBRIDS)
 PER_KIND: tuple[Entry, ...] = (BY_NAME["mamba"], BY_NAME["mamba2-two-groups"])
 
 
@@ -159,7 +270,7 @@ def names(entries: Iterable[Entry]) -> list[str]:
 
 
 def n_blocks(model: nn.Module) -> int:
-    return len(model.get_submodule("backbone").layers)
+    return len(model.base_model.layers)
 
 
 @functools.cache

@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from models import CACHE
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -251,6 +250,88 @@ class Row:
     tokens: list[int] = field(default_factory=list)  # what `generate` continued with
 
 
+def cache_name(model: nn.Module) -> str:
+    """What the cache argument of `model` is called; it differs between families and versions of transformers."""
+    parameters = inspect.signature(type(model).forward).parameters
+    return next(name for name in ("cache", "past_key_values", "cache_params") if name in parameters)
+
+
+class Pruned(nn.Module):
+    """One of the model's own blocks, which sees only the tokens that are left, and drops some of them behind it.
+
+    The model's own loop calls it with arguments for the whole row; they are indexed here, by name.
+    """
+
+    def __init__(self, block: nn.Module, index: int, row: Pruning) -> None:
+        super().__init__()
+        self.block, self.index, self.row = block, index, row
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("block"), name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        signature = inspect.signature(self.block.forward)
+        positional = [name for name, p in signature.parameters.items() if p.kind is not p.VAR_KEYWORD]
+        named = dict(zip(positional, args)) | kwargs
+        stay = torch.tensor(self.row.positions)
+        named = {name: indexed(name, value, stay) for name, value in named.items()}
+        self.row.calls.clear()
+        out = self.block(**named)
+        hidden = self.row.leave(self.index, out[0] if isinstance(out, tuple) else out)
+        return (hidden, *out[1:]) if isinstance(out, tuple) else hidden
+
+
+def indexed(name: str, value: Any, stay: Tensor) -> Any:
+    """An argument of a block for the tokens `stay`; hidden states come for these alone."""
+    if name == "hidden_states" or not isinstance(value, Tensor | tuple):
+        return value
+    if name in ("position_ids", "original_hidden_states", "mamba_attention_mask"):
+        return value[:, stay]
+    if name == "position_embeddings":  # cos and sin
+        return tuple(table[:, stay] for table in value)
+    if name in ("attention_mask", "causal_mask"):
+        return value[:, stay] if value.ndim == 2 else value[:, :, stay][..., stay]
+    raise AssertionError(f"the reference does not know how to index the argument {name}")
+
+
+@dataclass
+class Pruning:
+    """The state of one row on its way through the blocks."""
+
+    planned: list[int]
+    criterion: str
+    tail: int
+    calls: list[dict[str, Any]]
+    result: Row
+    positions: list[int]
+    carried: Tensor | None = None  # (1, L, H): for every token, the hidden state of the last block it went through
+
+    def leave(self, i: int, hidden: Tensor) -> Tensor:
+        """What the next block sees of block i's output; behind the last one, every token's last hidden state."""
+        self.result.kept.append(list(self.positions))
+        before = hidden if self.carried is None else self.carried
+        self.carried = before.index_copy(1, torch.tensor(self.positions), hidden)
+        if i + 1 == len(self.planned):
+            return self.carried
+        if self.planned[i + 1] >= len(self.positions) or not self.calls:
+            return hidden
+        q = len(self.positions) - self.tail
+        every = [score(operands(call), q, self.criterion) for call in self.calls]
+        scores, sizes = every[0]
+        for other, other_sizes in every[1:]:  # several scans in one block: the scores combine by max
+            scores, sizes = np.maximum(scores, other), np.maximum(sizes, other_sizes)
+        # The tokens before the query compete; the query and all after it are the tail.
+        best = choose(scores[:q].tolist(), self.planned[i + 1] - self.tail)
+        self.result.scores.append(scores)
+        self.result.margin = min(self.result.margin, margin(scores[:q], sizes[:q], best))
+        stay = best + list(range(q, len(self.positions)))
+        self.positions = [self.positions[j] for j in stay]
+        return hidden[:, stay]
+
+
 def run_row(
     model: nn.Module,
     ids: Tensor,
@@ -262,7 +343,7 @@ def run_row(
     use_cache: bool = False,
 ) -> Row:
     """The method on one row of ids `(L,)`, block by block, differentiable through the model's own operations."""
-    backbone: Any = model.get_submodule("backbone")
+    backbone: Any = model.base_model
     cache = None
     if use_cache:
         from transformers import DynamicCache
@@ -272,37 +353,22 @@ def run_row(
     assert len(planned) == len(backbone.layers), "one share per block"
     assert 1 <= tail <= len(ids)
 
-    hidden = backbone.embeddings(ids[None])  # (1, L, H)
-    positions = list(range(len(ids)))
-    result = Row(logits=hidden, hidden=hidden, kept=[], cache=cache, margin=float("inf"))
-    carried = None  # (1, L, H): for every token of the input, the hidden state of the last block it went through
+    result = Row(logits=ids, hidden=ids, kept=[], cache=cache, margin=float("inf"))
+    blocks = backbone.layers
+
+    def after_the_norm(_: Any, __: Any, output: Any) -> None:
+        result.hidden = output[0][0]
+
+    hook = backbone.register_forward_hook(after_the_norm)
     with recorded_scans(model) as calls:
-        for i, block in enumerate(backbone.layers):
-            result.kept.append(list(positions))
-            calls.clear()
-            hidden = block(hidden, **{CACHE: cache}, attention_mask=None)
-            carried = hidden if carried is None else carried.index_copy(1, torch.tensor(positions), hidden)
-
-            last = i + 1 == len(backbone.layers)
-            if last or planned[i + 1] >= len(positions) or not calls:
-                continue
-            q = len(positions) - tail
-            every = [score(operands(call), q, criterion) for call in calls]
-            scores, sizes = every[0]
-            for other, other_sizes in every[1:]:  # several scans in one block: the scores combine by max
-                scores, sizes = np.maximum(scores, other), np.maximum(sizes, other_sizes)
-            # The tokens before the query compete; the query and all after it are the tail.
-            best = choose(scores[:q].tolist(), planned[i + 1] - tail)
-            result.scores.append(scores)
-            result.margin = min(result.margin, margin(scores[:q], sizes[:q], best))
-            stay = best + list(range(q, len(positions)))
-            hidden = hidden[:, stay]
-            positions = [positions[j] for j in stay]
-
-    result.hidden = backbone.norm_f(carried)
-    head: Any = model.get_submodule("lm_head")
-    result.logits = head(result.hidden.to(head.weight.dtype)).float()[0]
-    result.hidden = result.hidden[0]
+        row = Pruning(planned, criterion, tail, calls, result, list(range(len(ids))))
+        try:
+            backbone.layers = nn.ModuleList(Pruned(block, i, row) for i, block in enumerate(blocks))
+            given = {cache_name(model): cache} if use_cache else {}
+            result.logits = model(input_ids=ids[None], use_cache=use_cache, **given).logits[0].float()
+        finally:
+            backbone.layers = blocks
+            hook.remove()
     return result
 
 
@@ -341,6 +407,9 @@ def run(
 def generate(model: nn.Module, ids: Tensor, shares: Sequence[Fraction | float], new: int, **options: Any) -> Row:
     """Greedy decoding of one row: the original model, step by step, from the states of the pruned prefill.
 
+    One token attends to everything that an attention layer holds, so no step needs a mask; where the token stands is
+    said, since the model would ask a layer that holds fewer tokens.
+
     Returns the prefill's `Row` with `tokens` filled in, its states advanced, and a margin that counts argmaxes too.
     """
     row = run_row(model, ids, shares, use_cache=True, **options)
@@ -351,7 +420,10 @@ def generate(model: nn.Module, ids: Tensor, shares: Sequence[Fraction | float], 
         chosen.append(int(logits.argmax()))
         if len(chosen) == new:
             break
-        step = model(input_ids=torch.tensor([chosen[-1:]]), **{CACHE: states}, use_cache=True)
+        given: dict[str, Any] = {cache_name(model): states}
+        if "position_ids" in inspect.signature(type(model).forward).parameters:
+            given["position_ids"] = torch.tensor([[len(ids) + len(chosen) - 1]])
+        step = model(input_ids=torch.tensor([chosen[-1:]]), use_cache=True, **given)
         logits = step.logits[0, -1]
     row.tokens = chosen
     return row

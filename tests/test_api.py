@@ -88,6 +88,8 @@ def test_the_signature_of_transform() -> None:
         "kernels": "auto",
         "compile": "blocks",
         "seed": 0,
+        "query": None,
+        "protect": (),
         "example_inputs": None,
     }
     keyword_only = [name for name, p in parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY]
@@ -126,7 +128,7 @@ def test_the_result_is_a_model_of_the_same_class(family: str) -> None:
         assert inspect.signature(getattr(sparse, method)) == inspect.signature(getattr(model, method))
         assert inspect.signature(getattr(sparse.backbone, method)) == inspect.signature(model.backbone.forward)
     assert sparse.training == model.training
-    assert sparse.get_input_embeddings() is model.get_input_embeddings()
+    assert sparse.get_input_embeddings().weight is model.get_input_embeddings().weight
     assert [name for name, _ in sparse.named_modules()] == [name for name, _ in model.named_modules()]
 
 

@@ -403,8 +403,8 @@ def test_a_value_with_the_length_in_another_dimension_crosses_a_cut() -> None:
     turned = Carrying(lambda x: x.transpose(1, 2) * 2, lambda side: side.transpose(1, 2))
     assert refusal(turned) == (
         "Node mul in the model's own forward has shape (B, 6, L) and crosses a cut; expected (B, L, ...) with L in "
-        "dimension 1 alone, found it in (2,). This layout cannot be gathered yet; keep the blocks around it whole "
-        "(give them the same share)."
+        "dimension 1 alone, or (B, H, L, L), found it in (2,). This layout cannot be gathered; keep the blocks around "
+        "it whole (give them the same share)."
     )
 
 

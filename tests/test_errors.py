@@ -566,11 +566,11 @@ def test_several_tokens_on_a_warm_cache(sparse: Any) -> None:
 
 def test_an_argument_that_is_no_tensor(sparse: Any) -> None:
     message = (
-        "MambaModel was called with packed=True, which a captured graph cannot take; expected tensors, use_cache,"
-        " output_hidden_states and return_dict. Leave the argument out."
+        "MambaModel was called with packed=[3, 17], which a captured graph cannot take; expected tensors, numbers,"
+        " flags and words. Leave the argument out."
     )
     with refused(InputError, message, sparse):
-        sparse.backbone(tokens(0, 2, 20), packed=True)
+        sparse.backbone(tokens(0, 2, 20), packed=[3, 17])
 
 
 def test_ids_and_embeddings_together_meet_the_models_own_message(sparse: Any) -> None:
@@ -689,6 +689,6 @@ class ChannelsFirst(own_model.MyMamba):  # type: ignore[misc, name-defined]
 def test_a_layout_that_cannot_be_gathered() -> None:
     assert message_of_refused_graph(ChannelsFirst().eval()) == (
         "Node contiguous in blocks.0 has shape (B, 8, L) and crosses a cut; expected (B, L, ...) with L in dimension 1"
-        " alone, found it in (2,). This layout cannot be gathered yet; keep the blocks around it whole (give them the"
-        " same share)."
+        " alone, or (B, H, L, L), found it in (2,). This layout cannot be gathered; keep the blocks around it whole"
+        " (give them the same share)."
     )

@@ -34,3 +34,21 @@ def test_the_model_of_the_example_is_about_sixty_lines() -> None:
     model = text.split("# --- the model")[1].split("# --- making it sparse")[0]
     assert len(model.splitlines()) <= 65
     assert "simba_fx" not in model
+
+
+def test_vision_mamba(tmp_path: Path) -> None:
+    """With hardly any training: the numbers differ, the lines do not; and the picture is one."""
+    command = [sys.executable, str(EXAMPLES / "vision_mamba.py"), "--steps", "2"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    dense, head, *table, saved = result.stdout.splitlines()
+    assert re.fullmatch(r"dense: 0\.\d{3} of the directions told, chance 0\.25", dense)
+    assert " ".join(head.split()) == "schedule mean share FLOPs of dense accuracy keeping random tokens"
+    rows = [line.split() for line in table]
+    assert [row[0] for row in rows] == [f"Linear(final={final})" for final in (0.5, 0.3, 0.1)]
+    shares, flops, *accuracies = ([float(row[i]) for row in rows] for i in range(1, 5))
+    assert 1 > shares[0] > shares[1] > shares[2] > 0.5
+    assert 1 > flops[0] > flops[1] > flops[2] > 0.5
+    assert all(0 <= found <= 1 for column in accuracies for found in column)
+    assert saved == "saved vision_mamba.png: the patches that entered the last block"
+    assert (tmp_path / "vision_mamba.png").read_bytes().startswith(b"\x89PNG")

@@ -271,6 +271,11 @@ def sample_arguments() -> dict[str, tuple[Any, ...]]:
         "select_tokens": (score, positions, *count),
         "select_real_tokens": (score, positions, real, real.sum(1), *count),
         "position_score": (positions, real, real.sum(1), *count, "random", 3),
+        "take_square": (
+            torch.randn(rows, 3, length, length),
+            positions[:, ::2].contiguous(),
+            real[:, ::2].contiguous(),
+        ),
     }
 
 
@@ -294,6 +299,28 @@ def test_every_operator_is_checked_and_documented() -> None:
     assert defined == set(sample_arguments())
     for name in ops.__all__:
         assert inspect.getdoc(getattr(ops, name)), name
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("heads", [1, 3])
+def test_a_mask_over_pairs_is_taken_at_the_survivors_places(dtype: torch.dtype, heads: int) -> None:
+    """Against indexing in a loop; position 9, outside the input, is a ghost's and no key for anyone."""
+    square = (
+        (torch.randn(2, heads, 9, 9) > 0).to(dtype) if dtype == torch.bool else torch.randn(2, heads, 9, 9).to(dtype)
+    )
+    positions = torch.tensor([[1, 4, 8, 9], [0, 2, 3, 7]])
+    real = torch.tensor([[True, True, True, False], [False, True, True, True]])
+    masked = torch.tensor(False) if dtype == torch.bool else torch.tensor(torch.finfo(dtype).min, dtype=dtype)
+    found, unpadded = (
+        ops.take_square(square, positions, real),
+        ops.take_square(square, positions[1:].repeat(2, 1), None),
+    )
+    for b, row in enumerate(positions.tolist()):
+        for i, j in itertools.product(range(4), range(4)):
+            query, key = min(row[i], 8), min(row[j], 8)
+            wanted = square[b, :, query, key] if real[b, j] else masked.expand(heads)
+            assert torch.equal(found[b, :, i, j], wanted)
+            assert torch.equal(unpadded[b, :, i, j], square[b, :, positions[1, i], positions[1, j]])
 
 
 def ungated(operands: dict[str, Any]) -> list[Any]:

@@ -133,7 +133,8 @@ def runs(case: Case, way: str) -> tuple[Run, ...]:
     captured, options = case.captured, WAYS[way]
     facts = captured.facts
     has_scan = [bool(scans_of(captured.graph, block)) for block in range(facts.n_blocks)]
-    steps = passes.pipeline(cuts_of(case.shares, has_scan), sites=tuple(captured.sites), **options)
+    cuts, named = cuts_of(case.shares, has_scan), {"query": case.query, "protect": case.protect}
+    steps = passes.pipeline(cuts, sites=tuple(captured.sites), **named, **options)
     attributes = dict(captured.attributes)
     if options.get("criterion") == "custom":
         attributes["criterion"] = CustomCriterion(largest_input)

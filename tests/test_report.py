@@ -379,3 +379,21 @@ def test_shares_asked_and_delivered() -> None:
     assert [block.share_delivered for block in found.blocks] == [n / 101 for n in (101, 51, 51, 26)]
     assert [bool(block.reason) for block in found.blocks] == [False, True, False, True]
     assert [block.scan for block in found.blocks] == ["selective scan"] * 4
+
+
+def test_attention_and_experts_are_counted() -> None:
+    """torch has no formula for attention on a CPU, nor for grouped products: by hand, for Jamba's block of both."""
+    model, length = models.dense("jamba"), 64
+    found = simba_fx.report(models.sparse("jamba", models.schedules(4)["linear"]), models.tokens(1, 1, length))
+    config = model.config
+    width, inner, heads, kv = 16, 24, config.num_attention_heads, config.num_key_value_heads
+    head = width // heads
+    projections = 2 * length * width * (2 * heads * head + 2 * kv * head)
+    pairs = 2 * heads * length * length * 2 * head
+    router = 2 * length * width * 4
+    experts = 2 * (2 * length * width * 2 * inner + 2 * length * inner * width)  # two for each token
+    assert found.blocks[1].scan == "none"
+    assert found.blocks[1].flops_dense == projections + pairs + router + experts
+    kept = found.blocks[1].tokens
+    shorter = (projections + router + experts) * kept // length + pairs * kept * kept // length**2
+    assert found.blocks[1].flops_sparse == shorter

@@ -1,4 +1,5 @@
-"""The functions of `transformers.models.*` that a captured model must not run itself: scans, convolutions, fused paths.
+"""The functions of `transformers.models.*` that a captured model must not run itself: scans, convolutions, fused paths,
+and causal masks that attention does not need.
 
 Rows are found by name: every modeling file holds a twin of the same few functions (read in transformers 5.17 to 5.24).
 transformers itself is not imported.
@@ -6,6 +7,8 @@ transformers itself is not imported.
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -62,10 +65,30 @@ def _absent(_: Any) -> Any:
     return lambda *_, **__: None
 
 
+def _causal_mask(create: Callable[..., Any]) -> Callable[..., Any]:
+    """No mask where nothing is padded: `scaled_dot_product_attention` then runs causally by itself, as it does outside
+    of a trace, and builds no `(L, L)` tensor. Survivors keep their order, so causal stays causal."""
+    signature = inspect.signature(create)
+
+    def stand_in(*args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(*args, **kwargs).arguments
+        config = given["config"]
+        plain = all(given.get(name) is None for name in ("attention_mask", *_OVERLAYS))
+        if plain and config._attn_implementation == "sdpa" and getattr(config, "is_causal", True):
+            return None
+        return create(*args, **kwargs)
+
+    return stand_in
+
+
+_OVERLAYS = ("or_mask_function", "and_mask_function", "block_sequence_ids")
+
+
 ROWS: dict[str, Row] = {
     "mamba_selective_scan": _selective,
     "mamba2_chunk_scan": _ssd,
     "causal_conv1d_fn": _conv,
+    "create_causal_mask": StandIn(_causal_mask),
     "mamba_inner_fn": StandIn(_absent),
     "mamba2_split_conv1d_scan_combined": StandIn(_absent),
 }

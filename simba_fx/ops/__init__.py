@@ -18,10 +18,11 @@ Importing this package compiles nothing and imports neither transformers nor mam
 """
 
 from simba_fx.ops.backends import kernel_path
+from simba_fx.ops.protect import protect_tokens, row_positions
 from simba_fx.ops.restore import restore_tokens, take_tokens
 from simba_fx.ops.scan import causal_conv1d, selective_scan, ssd_scan
 from simba_fx.ops.score import CRITERIA, query_position, selective_token_score, ssd_token_score
-from simba_fx.ops.select import POSITION_CRITERIA, position_score, select_real_tokens, select_tokens
+from simba_fx.ops.select import POSITION_CRITERIA, position_score, select_real_tokens, select_tokens, take_square
 
 from simba_fx.ops import flops  # isort: skip  # after the operators: it registers a formula for each of them
 
@@ -32,13 +33,16 @@ __all__ = [
     "flops",
     "kernel_path",
     "position_score",
+    "protect_tokens",
     "query_position",
     "restore_tokens",
+    "row_positions",
     "select_real_tokens",
     "select_tokens",
     "selective_scan",
     "selective_token_score",
     "ssd_scan",
     "ssd_token_score",
+    "take_square",
     "take_tokens",
 ]

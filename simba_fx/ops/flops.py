@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import register_flop_formula
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 _OPS = torch.ops.simba_fx
 
@@ -72,3 +72,33 @@ def _selective_token_score(u: Any, delta: Any, A: Any, *args: Any, out_shape: An
 def _ssd_token_score(x: Any, dt: Any, A: Any, B: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
     """Per token: `C_q . B_t` in each group, and one product and comparison per channel."""
     return 2 * _tokens_times_state(B, 1) + 2 * _tokens_times_state(x, 1)
+
+
+# --- operators of others that torch has no formula for --------------------------------------------------------------
+
+
+def _attention(query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    """Two matrix products per head, over all pairs of tokens, masked or not, as torch counts attention on a GPU."""
+    rows, heads, queries, width = query
+    return 2 * rows * heads * queries * key[2] * (width + value[3])
+
+
+def _grouped_mm(rows: Any, weights: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    """`(M, K)` rows, each times one of the matrices `(E, K, N)`."""
+    return 2 * rows[-2] * rows[-1] * weights[-1] * (1 if len(rows) == 2 else rows[0])
+
+
+def missing() -> dict[Any, Any]:
+    """By operator, for `FlopCounterMode(custom_mapping=...)`: nothing is registered globally for what is not ours."""
+    known = {
+        "aten::_scaled_dot_product_flash_attention_for_cpu": _attention,
+        "aten::_grouped_mm": _grouped_mm,
+        "transformers::grouped_mm_fallback": _grouped_mm,
+    }
+    found = {}
+    for name, formula in known.items():
+        space, operator = name.split("::")
+        packet = getattr(getattr(torch.ops, space), operator, None)  # transformers defines its own when it needs it
+        if packet is not None and packet not in flop_registry:
+            found[packet] = formula
+    return found

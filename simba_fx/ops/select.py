@@ -7,6 +7,7 @@ Counts come from `simba_fx.schedule.kept_count` (method.md section 4) and depend
 from __future__ import annotations
 
 from fractions import Fraction
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -226,3 +227,45 @@ def _(
 ) -> Tensor:
     _check(criterion)
     return positions.new_empty(positions.shape, dtype=torch.float32)
+
+
+@torch.library.custom_op("simba_fx::take_square", mutates_args=())
+def take_square(square: Tensor, positions: Tensor, real: Tensor | None) -> Tensor:
+    """A mask over pairs of tokens, for survivors: `out[b, h, i, j] = square[b, h, positions[b, i], positions[b, j]]`.
+
+    Args:
+        square: `(B, H, L, L)`, queries then keys: bool (True = attend) or additive floats.
+        positions: `(B, k)` int64, where each survivor stood in the input; L for a ghost (`select_real_tokens`).
+        real: `(B, k)` bool; keys that are not real are masked. None: all are.
+
+    Returns:
+        `(B, H, k, k)` in the dtype of `square`.
+    """
+    rows = torch.arange(square.shape[0], device=square.device)[:, None, None]
+    index = positions.clamp(max=square.shape[2] - 1)
+    taken = square[rows, :, index[:, :, None], index[:, None, :]]  # (B, k, k, H): advanced indices come first
+    taken = taken.permute(0, 3, 1, 2).contiguous()
+    if real is None:
+        return taken
+    return taken.masked_fill_(~real[:, None, None, :], False if taken.dtype == torch.bool else _lowest(taken.dtype))
+
+
+def _lowest(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).min
+
+
+@take_square.register_fake
+def _(square: Tensor, positions: Tensor, real: Tensor | None) -> Tensor:
+    rows, slots = positions.shape
+    return square.new_empty(rows, square.shape[1], slots, slots)
+
+
+def _no_gradient(ctx: Any, _: Tensor) -> tuple[None, None, None]:
+    return None, None, None
+
+
+def _mask_only(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.mark_non_differentiable(output)
+
+
+take_square.register_autograd(_no_gradient, setup_context=_mask_only)
