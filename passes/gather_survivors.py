@@ -105,7 +105,7 @@ class GatherSurvivors:
         name = f"{'survivors' if carried else stem(node.name)}_{insert.region}"
         return insert(torch.ops.aten.index.Tensor, node, [rows, kept], val=val, role=role, like=node, name=name)
 
-    def _take_square(self, insert: Insert, node: fx.Node, results: dict[int, fx.Node], until: int,
+    def _take_square(self, insert: Insert, node: fx.Node, results: dict[Any, fx.Node], until: int,
                      facts: Facts) -> None:  # fmt: skip
         """A mask over pairs of tokens, taken from the input's up to the next cut, and only where it is read."""
         readers = [user for user in node.users if insert.region <= region(user) <= until and user.op != "output"]

@@ -124,7 +124,7 @@ def call_with_own_mask(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any
     cache = next((kwargs[name] for name in ("cache", "past_key_values") if kwargs.get(name) is not None), None)
     index = kwargs.get("layer_idx", getattr(module, "layer_idx", None))
     layer = None if cache is None or index is None else getattr(cache, "layers", {index: None})[index]
-    hidden = kwargs.get("hidden_states", args[0] if args else None)
+    hidden: Any = kwargs.get("hidden_states", args[0] if args else None)
     if layer is None or type(layer) not in _classes.values() or hidden.shape[1] != 1:
         return None
     additive = module.config._attn_implementation == "eager"

@@ -301,7 +301,8 @@ class _Shell(nn.Module):
             options[cache_name] = cache
         if self.signature.ids:  # the embeddings are looked up outside of the graph; what follows is the model's own
             embeds = tensors.pop("inputs_embeds")
-            embedding = self.stack.get_input_embeddings()
+            stack: Any = self.stack
+            embedding = stack.get_input_embeddings()
             with _forward_is(embedding, lambda _: embeds):
                 output = _own_forward(self.stack)(input_ids=tensors.pop("input_ids"), **tensors, **options)
         else:

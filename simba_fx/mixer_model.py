@@ -1,7 +1,7 @@
 """`mamba_ssm`'s own models: `MambaLMHeadModel`, and the `MixerModel` inside it, with Mamba-1 and Mamba-2 blocks.
 
-As for a transformers model, the block stack (the MixerModel) gets, in a copy of the model over the same parameters, a
-class that is a subclass of its own; see `simba_fx.huggingface`. What differs: a graph starts from
+As for a transformers model, the result is a copy of the module tree over the same parameters in which the block stack
+(the MixerModel) has a subclass of its own class; see `simba_fx.huggingface`. What differs: a graph starts from
 token ids `(B, L)`; there is no padding mask; and the states of a prompt go through the caller's `inference_params`,
 whose slots are written in place. `mamba_ssm` is not imported: its classes are known by name.
 """
@@ -108,7 +108,7 @@ class SparseMixer(SparseStack):
             built = build(captured, self.options, self.cost)
         own = {path for path, _ in (*stack.named_parameters(), *stack.named_buffers())}
         parameters = tuple((path, tensor) for path, tensor in captured.attributes.items() if path in own)
-        return Variant(built, Tensor, parameters, shell.stored.entries, attention={})
+        return Variant(built, Tensor, parameters, shell.stored.entries, {})
 
     def finish(self, variant: Variant, call: Any, flat: Any) -> Any:
         """Fill the states; return the stack's output `(B, L, M)`."""

@@ -80,12 +80,12 @@ def _ssd_token_score(x: Any, dt: Any, A: Any, B: Any, *args: Any, out_shape: Any
 def _attention(query: Any, key: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
     """Two matrix products per head, over all pairs of tokens, masked or not, as torch counts attention on a GPU."""
     rows, heads, queries, width = query
-    return 2 * rows * heads * queries * key[2] * (width + value[3])
+    return int(2 * rows * heads * queries * key[2] * (width + value[3]))
 
 
 def _grouped_mm(rows: Any, weights: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
     """`(M, K)` rows, each times one of the matrices `(E, K, N)`."""
-    return 2 * rows[-2] * rows[-1] * weights[-1] * (1 if len(rows) == 2 else rows[0])
+    return int(2 * rows[-2] * rows[-1] * weights[-1] * (1 if len(rows) == 2 else rows[0]))
 
 
 def missing() -> dict[Any, Any]:
