@@ -385,6 +385,14 @@ def test_questions_are_answered() -> None:
     assert sorted(exits) == ["exit_0", "exit_0_1", "exit_1", "exit_1_1"]
 
 
+def test_named_tokens_are_protected() -> None:
+    pruned = simba_fx.transform(dense("mamba-fused"), protect=(0, 7))
+    pruned(tokens(1, 2, 64))
+    assert all({0, 7} <= set(row.tolist()) for block in simba_fx.kept(pruned) for row in block)
+    with pytest.raises(InputError, match="names position 7, but the prompt has 5 tokens"):
+        pruned(tokens(1, 2, 5))
+
+
 def test_equal_blocks_share_one_kind() -> None:
     program = simba_fx.program(simba_fx.transform(build(**FUSED, n_layer=6))).program
     assert len({type(getattr(program, f"block_{i}")) for i in range(6)}) == 4, "first, second, those between, last"
