@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
-import itertools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -29,6 +28,7 @@ from simba_fx.errors import CaptureError, InputError
 from simba_fx.graphs import look_up, region, returned
 from simba_fx.inputs import EXAMPLE, check_mask, check_positions, named_sizes
 from simba_fx.program import dynamic_marker, left_alone, left_to_python
+from simba_fx.twins import copied, outer_class, own_forward, subclass
 
 __all__ = ["Signature", "SparseStack", "capture_stack", "install", "is_pretrained"]
 
@@ -60,7 +60,7 @@ def install(model: nn.Module, options: Options, cost: Any) -> nn.Module:
     inner.__dict__["_simba"] = runtime
     twin.__dict__["_simba_stack"] = runtime  # found from the outer module as well, without a walk
     if blocks and twin is not inner:
-        twin.__class__ = _outer_class(type(twin))
+        twin.__class__ = outer_class(type(twin))
     runtime.stack = inner
     embeddings = stack.get_input_embeddings().weight
     default = Signature.default(stack, embeddings)
@@ -87,28 +87,6 @@ def refuse_other_attention(stack: Any) -> None:
             f"attn_implementation={chosen!r} of {type(stack).__name__} cannot be captured; expected 'sdpa' or 'eager'. "
             "Call model.set_attn_implementation('sdpa')."
         )
-
-
-def copied(module: nn.Module, copies: dict[nn.Module, nn.Module]) -> nn.Module:
-    """A module tree of its own over the same parameters and buffers; `copies` remembers what was copied.
-
-    Hooks, modes (`train`, `eval`) and submodules of one tree do not reach the other. A module that occurs twice occurs
-    twice in the copy.
-    """
-    if module not in copies:
-        copies[module] = twin = _shallow(module)
-        for name, child in twin._modules.items():
-            twin._modules[name] = None if child is None else copied(child, copies)
-    return copies[module]
-
-
-def _shallow(module: nn.Module) -> nn.Module:
-    """The same parameters, buffers, hooks and submodules in containers of its own."""
-    twin = copy.copy(module)
-    for name, held in twin.__dict__.items():
-        if type(held) in (dict, set) or (name.startswith("_") and hasattr(held, "copy") and "hooks" in name):
-            twin.__dict__[name] = copy.copy(held)
-    return twin
 
 
 @dataclass(frozen=True)
@@ -246,6 +224,11 @@ class SparseStack:
         _, length, built, positions, real, mask = self.last or ()
         if not variant.attention or (mask is None and not built.cuts):
             return
+        if torch.compiler.is_compiling():
+            raise InputError(
+                f"The cache of {type(self.stack).__name__} has attention layers, which learn in Python how much they "
+                "hold; expected use_cache=False in a graph that is traced whole. Pass that, or use compile='blocks'."
+            )
         for layer, cuts in variant.attention.items():
             slots = positions[cuts - 1].shape[1] if cuts else length
             here = None if mask is None else real[cuts - 1] if cuts else mask != 0
@@ -292,7 +275,7 @@ class _Shell(nn.Module):
     def forward(self, **tensors: Tensor) -> Any:
         options: dict[str, Any] = {"return_dict": True, "use_cache": self.signature.cache}
         options |= dict(self.signature.constants)
-        parameters = inspect.signature(_own_forward(self.stack)).parameters
+        parameters = inspect.signature(own_forward(self.stack)).parameters
         if "output_hidden_states" in parameters or self.signature.hidden_states:
             options["output_hidden_states"] = self.signature.hidden_states
         cache_name = cache_parameter(parameters)
@@ -304,9 +287,9 @@ class _Shell(nn.Module):
             stack: Any = self.stack
             embedding = stack.get_input_embeddings()
             with _forward_is(embedding, lambda _: embeds):
-                output = _own_forward(self.stack)(input_ids=tensors.pop("input_ids"), **tensors, **options)
+                output = own_forward(self.stack)(input_ids=tensors.pop("input_ids"), **tensors, **options)
         else:
-            output = _own_forward(self.stack)(**tensors, **options)
+            output = own_forward(self.stack)(**tensors, **options)
         named = {name: value for name, value in output.items() if name != cache_name}
         stored = cache.stored() if cache is not None else {}
         observed = self.observed
@@ -335,16 +318,7 @@ def _with_own_names(parameters: tuple[str, ...], given: dict[str, Any]) -> dict[
     return {own if name in _CACHE_NAMES else name: held for name, held in given.items()}
 
 
-def _own_forward(stack: nn.Module) -> Callable[..., Any]:
-    """The forward that the model's class defines, also for a stack that is already sparse."""
-    cls: Any = next(cls for cls in type(stack).__mro__ if not cls.__dict__.get("_simba_class"))
-    forward: Callable[..., Any] = cls.forward.__get__(stack)
-    return forward
-
-
 # --- the sparse class --------------------------------------------------------------------------------------------
-
-_classes: dict[tuple[type, str], type] = {}
 
 
 @dataclass
@@ -356,16 +330,6 @@ class Call:
     cache: Any
     cache_name: str
     return_dict: bool
-
-
-def _subclass(cls: type[nn.Module], kind: str, forward: Callable[..., Any]) -> type:
-    """A subclass of a model's class, under its name and with its signature, whose forward is ours."""
-    if (cls, kind) not in _classes:
-        forward.__signature__ = inspect.signature(cls.forward)  # type: ignore[attr-defined]
-        forward.__doc__ = cls.forward.__doc__
-        names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
-        _classes[cls, kind] = type(cls.__name__, (cls,), {"forward": forward, "_simba_class": True, **names})
-    return _classes[cls, kind]
 
 
 def _stack_class(cls: type[nn.Module], blocks: bool) -> type:
@@ -389,18 +353,7 @@ def _stack_class(cls: type[nn.Module], blocks: bool) -> type:
         return output
 
     lookup, mark, decode = python(SparseStack.variant), dynamic_marker(), python(_decoding)
-    return _subclass(cls, "blocks" if blocks else "whole", left_to_python(forward) if blocks else forward)
-
-
-def _outer_class(cls: type[nn.Module]) -> type:
-    """The class of what stands around a sparse stack: its own forward, compiled once for every batch and length."""
-    own, mark = cls.forward, dynamic_marker()
-
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        mark((*args, *kwargs.values()), itertools.repeat((0, 1)))
-        return own(self, *args, **kwargs)
-
-    return _subclass(cls, "outer", left_to_python(forward))
+    return subclass(cls, "blocks" if blocks else "whole", left_to_python(forward) if blocks else forward)
 
 
 def _prepare(stack: Any, given: dict[str, Any]) -> Call | None:
@@ -446,7 +399,7 @@ def _prepare(stack: Any, given: dict[str, Any]) -> Call | None:
     tensors = {"inputs_embeds": embeds, **given_ids, **({} if mask is None else {"attention_mask": mask}), **more}
     signature = Signature(embeds.dtype, embeds.device, None if mask is None else mask.dtype, bool(use_cache),
                           stack.training, bool(hidden), ids is not None, extra,
-                          tuple(sorted(constants.items())))  # fmt: skip
+                          tuple((name, constants[name]) for name in sorted(constants)))  # fmt: skip
     if use_cache and cache is None:
         cache = new_cache(stack.config)
     return_dict = given.get("return_dict")
@@ -476,7 +429,8 @@ def refuse_or_describe(stack: Any, more: dict[str, Any], embeds: Tensor) -> tupl
     """Further tensor arguments become inputs of the graph; anything else is refused."""
     rows, length = embeds.shape[:2]
     described = []
-    for name, value in sorted(more.items()):
+    for name in sorted(more):
+        value = more[name]
         if not isinstance(value, Tensor):
             raise InputError(
                 f"{type(stack).__name__} was called with {name}={value!r}, which a captured graph cannot take; "

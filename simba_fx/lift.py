@@ -143,7 +143,7 @@ def _callers(model: nn.Module) -> Iterator[Any]:
     yield from classes
 
 
-_SCAN_WORDS = ("scan", "recurren", "delta_rule")
+_SCAN_WORDS = ("scan", "delta_rule")
 
 
 def suggestions(model: nn.Module) -> list[str]:

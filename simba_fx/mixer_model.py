@@ -22,9 +22,10 @@ from simba_fx.build import Options, build
 from simba_fx.caches import Entry
 from simba_fx.capture import capture
 from simba_fx.errors import CaptureError, InputError
-from simba_fx.huggingface import Signature, SparseStack, Variant, _outer_class, _own_forward, _subclass, copied
+from simba_fx.huggingface import Signature, SparseStack, Variant
 from simba_fx.inputs import EXAMPLE, check_mask
 from simba_fx.program import dynamic_marker, left_alone, left_to_python
+from simba_fx.twins import copied, outer_class, own_forward, subclass
 
 __all__ = ["SparseMixer", "install", "is_mixer", "stack_of"]
 
@@ -63,7 +64,7 @@ def install(model: nn.Module, options: Options, cost: Any) -> nn.Module:
     inner.__dict__["_simba"] = runtime
     twin.__dict__["_simba_stack"] = runtime  # found from the outer module as well, without a walk
     if blocks and twin is not inner:
-        twin.__class__ = _outer_class(type(twin))
+        twin.__class__ = outer_class(type(twin))
     runtime.stack = inner
     runtime.variant(_signature(stack, torch.int64, cache=False))
     if not blocks and not runtime.attention:  # a graph that is traced whole cannot stop to capture another
@@ -164,7 +165,7 @@ class _Shell(nn.Module):
     def forward(self, input_ids: Tensor) -> Any:
         notes: dict[Entry, Tensor] = {}
         states = _recording_states(self.stack, notes) if self.cache else None
-        output = _own_forward(self.stack)(input_ids, inference_params=states)
+        output = own_forward(self.stack)(input_ids, inference_params=states)
         self.stored.entries = tuple(notes)
         return output, list(notes.values())
 
@@ -201,7 +202,7 @@ def _stack_class(cls: type[nn.Module], blocks: bool) -> type:
             mark((output,), ((0, 1),))
         return output
 
-    return _subclass(cls, "blocks" if blocks else "whole", left_to_python(forward) if blocks else forward)
+    return subclass(cls, "blocks" if blocks else "whole", left_to_python(forward) if blocks else forward)
 
 
 def _prepare(stack: Any, given: dict[str, Any]) -> Call | None:

@@ -210,8 +210,8 @@ def _nemotron_h(**changes: Any) -> nn.Module:
     """Two blocks without a scan: attention, experts."""
     sizes = {"layers_block_type": ["mamba", "attention", "mamba", "moe", "mamba"], "head_dim": 4, "mamba_num_heads": 4,
              "mamba_head_dim": 8, "n_groups": 2, "ssm_state_size": 6, "conv_kernel": 4, "chunk_size": 8,
-             "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12,
-             "moe_shared_expert_intermediate_size": 12}  # fmt: skip
+             "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+             "moe_shared_expert_intermediate_size": 16}  # fmt: skip
     experts = changes.pop("experts", "grouped_mm")
     return _hybrid(NemotronHForCausalLM, NemotronHConfig, sizes, changes, experts=experts)
 

@@ -198,6 +198,38 @@ def test_other_schedules_equal_the_reference(entry: Entry, name: str) -> None:
         assert torch.equal(own, theirs[key]), f"{key}: each layer caches what it saw"
 
 
+@every_hybrid
+@domain.examples(2)
+@given(data=st.data())
+def test_any_schedule_equals_the_reference(entry: Entry, data: st.DataObject) -> None:
+    """Schedules drawn anew: each example is a capture."""
+    model = dense(entry.name)
+    shares = data.draw(domain.shares(n_blocks(model)))
+    ids = tokens(data.draw(domain.seeds), 1, data.draw(domain.lengths))
+    with torch.no_grad():
+        expected = reference.run(model, ids, shares)
+    assume(DRAWS.clear(expected))
+    pruned = simba_fx.transform(model, shares)
+    with torch.no_grad():
+        found = pruned(input_ids=ids)
+    assert_kept_equal(pruned, expected)
+    assert_close("logits", found.logits, expected.logits, TOLERANCE[entry.dtype])
+
+
+@every_hybrid
+def test_in_bfloat16_keeping_everything_gives_the_dense_bits(entry: Entry) -> None:
+    model = entry.build().to(torch.bfloat16)
+    pruned = simba_fx.transform(model, keep_all(n_blocks(model)), kernels="model")
+    with torch.no_grad():
+        expected, found = (one(**three_rows(True), use_cache=True) for one in (model, pruned))
+    assert found.logits.dtype is expected.logits.dtype
+    assert torch.equal(found.logits, expected.logits)
+    ours, theirs = (states(one[cache_name(model)]) for one in (found, expected))
+    for name, own in ours.items():
+        assert own.dtype is theirs[name].dtype, name
+        assert torch.equal(own, theirs[name]), name
+
+
 @every_family
 @domain.examples(5)
 @given(data=st.data())
@@ -376,11 +408,13 @@ def test_an_emptied_cache_serves_another_prompt(entry: Entry) -> None:
 def test_the_originals_modules_are_not_hooked(entry: Entry) -> None:
     model = entry.build()
     before = {name: id(module) for name, module in model.named_modules()}
+    functions = dict(vars(entry.modeling))
     pruned = simba_fx.transform(model, shares_of(entry))
     with torch.no_grad():
         pruned(input_ids=tokens(1, 1, 20), use_cache=True)
     assert {name: id(module) for name, module in model.named_modules()} == before
     assert not any(module._forward_pre_hooks for module in model.modules())
+    assert dict(vars(entry.modeling)) == functions, "a patched name was not put back"
     assert pruned.state_dict().keys() == model.state_dict().keys()
     assert {id(p) for p in pruned.parameters()} == {id(p) for p in model.parameters()}
 
@@ -489,6 +523,21 @@ def test_compiled_equals_eager_and_compiles_once(entry: Entry) -> None:
         with torch.no_grad():
             compiled(input_ids=tokens(rows, rows, length), attention_mask=mask if masked else None, use_cache=False)
     assert counter.frame_count == graphs, "another batch or length was compiled anew"
+
+
+@pytest.mark.parametrize("name", ["bamba", "zamba2"])
+def test_a_hybrid_is_one_graph_without_a_cache_and_refused_with_one(name: str) -> None:
+    torch._dynamo.reset()
+    whole = simba_fx.transform(dense(name), schedules(4)["linear"], compile="whole")
+    compiled = torch.compile(whole, backend="eager", fullgraph=True)
+    for masked in (False, True):
+        with torch.no_grad():
+            eager, found = (one(**three_rows(masked), use_cache=False).logits for one in (whole, compiled))
+        assert torch.equal(found, eager)
+    with torch.no_grad():
+        whole(**three_rows(False), use_cache=True)
+        with pytest.raises(Exception, match=r"expected use_cache=False in a graph that is traced whole"):
+            compiled(**three_rows(False), use_cache=True)
 
 
 # Families that nobody listed.

@@ -1,0 +1,70 @@
+"""A sparse model beside an existing one: a copy of its module tree over the same parameters, and subclasses.
+
+`isinstance`, `state_dict` keys, names and signatures stay true; hooks and modes of one tree do not reach the other.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from simba_fx.program import dynamic_marker, left_to_python
+
+__all__ = ["copied", "outer_class", "own_forward", "subclass"]
+
+_classes: dict[tuple[type, str], type] = {}
+
+
+def copied(module: nn.Module, copies: dict[nn.Module, nn.Module]) -> nn.Module:
+    """A module tree of its own over the same parameters and buffers; `copies` remembers what was copied.
+
+    Hooks, modes (`train`, `eval`) and submodules of one tree do not reach the other. A module that occurs twice occurs
+    twice in the copy.
+    """
+    if module not in copies:
+        copies[module] = twin = _shallow(module)
+        for name, child in twin._modules.items():
+            twin._modules[name] = None if child is None else copied(child, copies)
+    return copies[module]
+
+
+def _shallow(module: nn.Module) -> nn.Module:
+    """The same parameters, buffers, hooks and submodules in containers of its own."""
+    twin = copy.copy(module)
+    for name, held in twin.__dict__.items():
+        if type(held) in (dict, set) or (name.startswith("_") and hasattr(held, "copy") and "hooks" in name):
+            twin.__dict__[name] = copy.copy(held)
+    return twin
+
+
+def subclass(cls: type[nn.Module], kind: str, forward: Callable[..., Any]) -> type:
+    """A subclass of a model's class, under its name and with its signature, whose forward is ours."""
+    if (cls, kind) not in _classes:
+        forward.__signature__ = inspect.signature(cls.forward)  # type: ignore[attr-defined]
+        forward.__doc__ = cls.forward.__doc__
+        names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
+        _classes[cls, kind] = type(cls.__name__, (cls,), {"forward": forward, "_simba_class": True, **names})
+    return _classes[cls, kind]
+
+
+def own_forward(stack: nn.Module) -> Callable[..., Any]:
+    """The forward that the model's class defines, also for a stack that is already sparse."""
+    cls: Any = next(cls for cls in type(stack).__mro__ if not cls.__dict__.get("_simba_class"))
+    forward: Callable[..., Any] = cls.forward.__get__(stack)
+    return forward
+
+
+def outer_class(cls: type[nn.Module]) -> type:
+    """The class of what stands around a sparse stack: its own forward, compiled once for every batch and length."""
+    own, mark = cls.forward, dynamic_marker()
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        mark((*args, *kwargs.values()), itertools.repeat((0, 1)))
+        return own(self, *args, **kwargs)
+
+    return subclass(cls, "outer", left_to_python(forward))
