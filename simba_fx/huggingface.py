@@ -28,7 +28,7 @@ from simba_fx.errors import CaptureError, InputError
 from simba_fx.graphs import look_up, region, returned
 from simba_fx.inputs import EXAMPLE, check_mask, check_positions, named_sizes
 from simba_fx.program import dynamic_marker, left_alone, left_to_python
-from simba_fx.twins import copied, outer_class, own_forward, subclass
+from simba_fx.twins import own_forward, subclass, twin_around
 
 __all__ = ["Signature", "SparseStack", "capture_stack", "install", "is_pretrained"]
 
@@ -52,16 +52,9 @@ def install(model: nn.Module, options: Options, cost: Any) -> nn.Module:
     stack: Any = model.base_model
     refuse_eager_experts(model)
     refuse_other_attention(stack)
-    copies: dict[nn.Module, nn.Module] = {}
-    twin, inner = copied(model, copies), copied(stack, copies)
-    runtime = SparseStack(stack, options, cost, options.tail)
     blocks = options.compile == "blocks"
-    inner.__class__ = _stack_class(type(stack), blocks)
-    inner.__dict__["_simba"] = runtime
-    twin.__dict__["_simba_stack"] = runtime  # found from the outer module as well, without a walk
-    if blocks and twin is not inner:
-        twin.__class__ = outer_class(type(twin))
-    runtime.stack = inner
+    runtime = SparseStack(stack, options, cost, options.tail)
+    twin = twin_around(model, runtime, _stack_class(type(stack), blocks), blocks)
     embeddings = stack.get_input_embeddings().weight
     default = Signature.default(stack, embeddings)
     runtime.variant(default)

@@ -25,7 +25,7 @@ from simba_fx.errors import CaptureError, InputError
 from simba_fx.huggingface import Signature, SparseStack, Variant
 from simba_fx.inputs import EXAMPLE, check_mask
 from simba_fx.program import dynamic_marker, left_alone, left_to_python
-from simba_fx.twins import copied, outer_class, own_forward, subclass
+from simba_fx.twins import own_forward, subclass, twin_around
 
 __all__ = ["SparseMixer", "install", "is_mixer", "stack_of"]
 
@@ -56,16 +56,9 @@ def install(model: nn.Module, options: Options, cost: Any) -> nn.Module:
     """
     stack = stack_of(model)
     _refuse_rotary(stack)
-    copies: dict[nn.Module, nn.Module] = {}
-    twin, inner = copied(model, copies), copied(stack, copies)
-    runtime = SparseMixer(stack, options, cost, options.tail)
     blocks = options.compile == "blocks"
-    inner.__class__ = _stack_class(type(stack), blocks)
-    inner.__dict__["_simba"] = runtime
-    twin.__dict__["_simba_stack"] = runtime  # found from the outer module as well, without a walk
-    if blocks and twin is not inner:
-        twin.__class__ = outer_class(type(twin))
-    runtime.stack = inner
+    runtime = SparseMixer(stack, options, cost, options.tail)
+    twin = twin_around(model, runtime, _stack_class(type(stack), blocks), blocks)
     runtime.variant(_signature(stack, torch.int64, cache=False))
     if not blocks and not runtime.attention:  # a graph that is traced whole cannot stop to capture another
         runtime.variant(_signature(stack, torch.int64, cache=True))

@@ -15,12 +15,29 @@ from torch import nn
 
 from simba_fx.program import dynamic_marker, left_to_python
 
-__all__ = ["copied", "outer_class", "own_forward", "subclass"]
+__all__ = ["own_forward", "subclass", "twin_around"]
 
 _classes: dict[tuple[type, str], type] = {}
 
 
-def copied(module: nn.Module, copies: dict[nn.Module, nn.Module]) -> nn.Module:
+def twin_around(model: nn.Module, runtime: Any, stack_class: type, blocks: bool) -> nn.Module:
+    """A sparse twin of `model`, whose block stack `runtime.stack` (it may be `model` itself) becomes a `stack_class`.
+
+    The twin's stack finds the runtime and the runtime finds the twin's stack. `blocks`: what surrounds the stack is
+    compiled for every batch and length (`compile="blocks"`).
+    """
+    copies: dict[nn.Module, nn.Module] = {}
+    twin, inner = _copied(model, copies), _copied(runtime.stack, copies)
+    inner.__class__ = stack_class
+    inner.__dict__["_simba"] = runtime
+    twin.__dict__["_simba_stack"] = runtime  # found from the outer module as well, without a walk
+    if blocks and twin is not inner:
+        twin.__class__ = _outer_class(type(twin))
+    runtime.stack = inner
+    return twin
+
+
+def _copied(module: nn.Module, copies: dict[nn.Module, nn.Module]) -> nn.Module:
     """A module tree of its own over the same parameters and buffers; `copies` remembers what was copied.
 
     Hooks, modes (`train`, `eval`) and submodules of one tree do not reach the other. A module that occurs twice occurs
@@ -29,7 +46,7 @@ def copied(module: nn.Module, copies: dict[nn.Module, nn.Module]) -> nn.Module:
     if module not in copies:
         copies[module] = twin = _shallow(module)
         for name, child in twin._modules.items():
-            twin._modules[name] = None if child is None else copied(child, copies)
+            twin._modules[name] = None if child is None else _copied(child, copies)
     return copies[module]
 
 
@@ -59,7 +76,7 @@ def own_forward(stack: nn.Module) -> Callable[..., Any]:
     return forward
 
 
-def outer_class(cls: type[nn.Module]) -> type:
+def _outer_class(cls: type[nn.Module]) -> type:
     """The class of what stands around a sparse stack: its own forward, compiled once for every batch and length."""
     own, mark = cls.forward, dynamic_marker()
 

@@ -38,7 +38,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         for mark in item.iter_markers("capability"):
             entry = getattr(item, "callspec", None) and item.callspec.params.get("entry")  # type: ignore[attr-defined]
-            item.user_properties.append(("capability", (*mark.args, entry.name if entry else "")[:2]))
+            item.user_properties.append(("capability", (*mark.args, entry.title if entry else "")[:2]))
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
@@ -56,5 +56,5 @@ def table_of(stats: dict[str, list[Any]]) -> list[str]:
                 row[column] = row.get(column, True) and outcome == "passed"
     head = ["| model | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
     word = {True: "yes", False: "NO", None: "–"}
-    rows = [f"| {m} | " + " | ".join(word[row.get(c)] for c in COLUMNS) + " |" for m, row in cells.items()]
+    rows = [f"| {m} | " + " | ".join(word[row.get(c)] for c in COLUMNS) + " |" for m, row in sorted(cells.items())]
     return head + rows

@@ -70,6 +70,11 @@ class Entry:
     dtype: torch.dtype = torch.float32
     seed: int = 0
 
+    @property
+    def title(self) -> str:
+        """Of its family, in the table of capabilities."""
+        return f"transformers `{self.modeling.__name__.split('.')[-2]}`"
+
     def build(self) -> nn.Module:
         """A fresh model: the same weights at every call, shared with nothing."""
         model = self.make()
@@ -313,6 +318,14 @@ def padded(rows: Sequence[Tensor], left: Sequence[int], right: Sequence[int], fi
         ids[b, start : start + len(row)] = row
         mask[b, start : start + len(row)] = 1
     return ids, mask
+
+
+def three_rows(masked: bool) -> dict[str, Tensor]:
+    """Three rows of 37; masked: one padded on the left, one on the right, one whole."""
+    if not masked:
+        return {"input_ids": tokens(1, 3, 37)}
+    ids, mask = padded([tokens(1, 37), tokens(2, 30), tokens(3, 33)], [0, 7, 0], [0, 0, 4])
+    return {"input_ids": ids, "attention_mask": mask}
 
 
 def schedules(blocks: int) -> dict[str, tuple[Fraction, ...]]:

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from models import tokens
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -460,6 +461,22 @@ class Draws:
             if self.clear(result):
                 return ids, mask, result
         raise AssertionError("five draws in a row had near ties")
+
+    def prompts(
+        self, model: nn.Module, shares: Sequence[Fraction | float], lengths: Sequence[int], new: int
+    ) -> list[tuple[Tensor, Row]]:
+        """Prompts of these lengths with what `generate` makes of each; drawn again where a decision was too close."""
+        found = []
+        for n, length in enumerate(lengths):
+            for attempt in range(5):
+                ids = tokens(1000 * attempt + 10 * n + length, length)
+                with torch.no_grad():
+                    row = generate(model, ids, shares, new)
+                if self.clear(row):
+                    found.append((ids, row))
+                    break
+        assert len(found) == len(lengths), "five draws in a row had near ties"
+        return found
 
     def check(self) -> None:
         """Discarding is the exception: if it is not, the tests prove little."""

@@ -34,9 +34,9 @@ from models import (
     keep_all,
     n_blocks,
     names,
-    padded,
     schedules,
     sparse,
+    three_rows,
     tokens,
 )
 from reference import GRADIENT_TOLERANCE, TOLERANCE, assert_close
@@ -84,14 +84,6 @@ def states(cache: Any) -> Iterator[tuple[str, Tensor]]:
     for i, layer in enumerate(cache.layers):
         yield f"conv state of block {i}", layer.conv_states[0]
         yield f"recurrent state of block {i}", layer.recurrent_states[0]
-
-
-def three_rows(masked: bool) -> dict[str, Tensor]:
-    """Three rows of 37; masked: one padded on the left, one on the right, one whole."""
-    if not masked:
-        return {"input_ids": tokens(1, 3, 37)}
-    ids, mask = padded([tokens(1, 37), tokens(2, 30), tokens(3, 33)], [0, 7, 0], [0, 0, 4])
-    return {"input_ids": ids, "attention_mask": mask}
 
 
 def assert_kept_equal(model: nn.Module, expected: reference.Batch) -> None:

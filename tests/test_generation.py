@@ -32,21 +32,6 @@ def linear(entry: Entry) -> Any:
     return schedules(n_blocks(dense(entry.name)))["linear"]
 
 
-def clear_prompts(entry: Entry, lengths: list[int], new: int) -> list[tuple[Tensor, reference.Row]]:
-    """Prompts of these lengths with what the reference generates; draws again where a decision was too close."""
-    found = []
-    for n, length in enumerate(lengths):
-        for attempt in range(5):
-            ids = tokens(1000 * attempt + 10 * n + length, length)
-            with torch.no_grad():
-                row = reference.generate(dense(entry.name), ids, linear(entry), new)
-            if DRAWS.clear(row):
-                found.append((ids, row))
-                break
-    assert len(found) == len(lengths)
-    return found
-
-
 # Generate.
 
 
@@ -54,7 +39,9 @@ def clear_prompts(entry: Entry, lengths: list[int], new: int) -> list[tuple[Tens
 @every_kernels
 def test_greedy_generation_equals_the_reference_token_for_token(entry: Entry, kernels: str) -> None:
     pruned = sparse(entry.name, linear(entry), kernels=kernels)
-    for (ids, row), length in zip(clear_prompts(entry, [64, 7, 2], 25), (64, 7, 2), strict=True):
+    for (ids, row), length in zip(
+        DRAWS.prompts(dense(entry.name), linear(entry), [64, 7, 2], 25), (64, 7, 2), strict=True
+    ):
         found = pruned.generate(ids[None], max_new_tokens=25, do_sample=False)
         assert found[0, :length].tolist() == ids.tolist()
         assert found[0, length:].tolist() == row.tokens
@@ -65,14 +52,14 @@ def test_greedy_generation_equals_the_reference_token_for_token(entry: Entry, ke
 def test_pruning_changes_what_is_generated() -> None:
     """The test above would pass on a dense model, were this not so."""
     entry = FLOAT32[0]
-    ((ids, row),) = clear_prompts(entry, [64], 25)
+    ((ids, row),) = DRAWS.prompts(dense(entry.name), linear(entry), [64], 25)
     assert dense(entry.name).generate(ids[None], max_new_tokens=25, do_sample=False)[0, 64:].tolist() != row.tokens
 
 
 @every_float32
 def test_left_padded_prompts_generate_what_each_does_alone(entry: Entry) -> None:
     lengths = [50, 12, 49]
-    prompts = clear_prompts(entry, lengths, 20)
+    prompts = DRAWS.prompts(dense(entry.name), linear(entry), lengths, 20)
     ids, mask = padded([ids for ids, _ in prompts], [0, 38, 1], [0, 0, 0])
     found = sparse(entry.name, linear(entry)).generate(ids, attention_mask=mask, max_new_tokens=20, do_sample=False)
     assert found[:, 50:].tolist() == [row.tokens for _, row in prompts]
