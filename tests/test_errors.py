@@ -573,6 +573,15 @@ def test_an_argument_that_is_no_tensor(sparse: Any) -> None:
         sparse.backbone(tokens(0, 2, 20), packed=[3, 17])
 
 
+def test_hidden_states_by_index(sparse: Any) -> None:
+    message = (
+        "MambaModel was called with output_hidden_states=[0, -1]; expected True or False. Ask for all of them and pick"
+        " what you need."
+    )
+    with refused(InputError, message, sparse):
+        sparse(tokens(0, 2, 20), output_hidden_states=[0, -1])
+
+
 def test_ids_and_embeddings_together_meet_the_models_own_message(sparse: Any) -> None:
     with pytest.raises(ValueError, match="exactly one of input_ids or inputs_embeds"):
         sparse(tokens(0, 2, 20), inputs_embeds=torch.zeros(2, 20, 20))
