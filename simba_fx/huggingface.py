@@ -383,8 +383,8 @@ def _prepare(stack: Any, given: dict[str, Any]) -> Call | None:
     hidden = stack.config.output_hidden_states if hidden is None else hidden
     if not isinstance(hidden, bool):
         raise InputError(
-            f"{type(stack).__name__} was called with output_hidden_states={hidden!r}; expected True or False. Ask for all "
-            "of them and pick what you need."
+            f"{type(stack).__name__} was called with output_hidden_states={hidden!r}; expected True or False. Ask for "
+            "all of them and pick what you need."
         )
     known = ("input_ids", "inputs_embeds", "attention_mask", "use_cache", "output_hidden_states", "return_dict")
     more = {k: v for k, v in given.items() if k not in (*known, cache_name) and v is not None}
