@@ -7,6 +7,7 @@ captures, and when it captures again, does not depend on the backend. Inductor i
 from __future__ import annotations
 
 import functools
+import gc
 import importlib
 import resource
 import sys
@@ -279,10 +280,14 @@ def transformed(blocks: int) -> tuple[nn.Module, float]:
 
 @pytest.fixture
 def _one_thread() -> Iterator[None]:
-    """Threads that wait for each other on a busy machine spin, and spinning counts as CPU seconds."""
+    """Threads that wait for each other on a busy machine spin, and spinning counts as CPU seconds. So does looking
+    through the millions of objects that the tests before this one left for the garbage collector."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    gc.collect()
+    gc.freeze()
     yield
+    gc.unfreeze()
     torch.set_num_threads(threads)
 
 
