@@ -338,7 +338,7 @@ def _stack_class(cls: type[nn.Module], blocks: bool) -> type:
         if call is None:
             return own(self, **decode(given))
         runtime = self._simba
-        variant = runtime.variant(call.signature) if not blocks else lookup(runtime, call.signature)
+        variant = lookup(runtime, call.signature)
         inputs = [call.tensors[name] for name in variant.built.captured.arguments]
         output = finish(runtime, variant, call, variant.built.program.forward(*inputs, runtime.tail))
         if blocks:
