@@ -122,7 +122,7 @@ class OutlineBlocks:
         key = (sub.python_code("self").src, tuple(n.target for n in sub.nodes), tuple(_kind_of(owned)))
         if key not in kinds:
             kinds[key] = Block.kind(sub, owned, self._submodules(sub), name=f"Kind{len(kinds)}")
-        return kinds[key].instance(owned)
+        return kinds[key].instance(owned, path)
 
     def _submodules(self, graph: fx.Graph) -> dict[str, Any]:
         return {node.target: self.attributes[node.target] for node in graph.find_nodes(op="call_module")}

@@ -11,7 +11,10 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+import itertools
+import threading
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,10 +28,11 @@ from simba_fx.caches import Entry, fill, is_warm, new_cache, recording_cache
 from simba_fx.capture import Captured, capture
 from simba_fx.decoding import attention_modules, call_with_own_mask, expect_token, make_sparse, sparse_layers
 from simba_fx.errors import CaptureError, InputError
-from simba_fx.graphs import look_up, region, returned
-from simba_fx.inputs import EXAMPLE, check_mask, check_positions, named_sizes
+from simba_fx.graphs import region, returned
+from simba_fx.inputs import EXAMPLE, autocast_dtype, check_mask, check_positions, named_sizes
 from simba_fx.program import dynamic_marker, left_alone, left_to_python
-from simba_fx.twins import own_forward, subclass, twin_around
+from simba_fx.snapshot import Snapshot, snapshot
+from simba_fx.twins import own_forward, subclass, twin_around, whole_copy
 
 __all__ = ["Signature", "SparseStack", "capture_stack", "install", "is_pretrained"]
 
@@ -36,6 +40,8 @@ _EAGERLY_FIRST = "With compile='whole', call the model once with such arguments 
 _CACHE_NAMES = ("cache", "past_key_values", "cache_params")
 """What the argument is called: `cache` from transformers 5.24 on, one of the others before."""
 _ROWS, _LENGTH = EXAMPLE.values()
+_KEPT_GRAPHS = 4
+"""Of one kind of call: a model with and without its adapter has two."""
 
 
 def is_pretrained(model: nn.Module) -> bool:
@@ -82,6 +88,18 @@ def refuse_other_attention(stack: Any) -> None:
         )
 
 
+def refuse_offloaded(stack: nn.Module) -> None:
+    """Hooks of accelerate move weights or inputs between devices around each module, and a graph calls no modules."""
+    for path, module in stack.named_modules():
+        if "_hf_hook" in module.__dict__:
+            raise CaptureError(
+                f"{path or type(stack).__name__} is dispatched by accelerate ({type(module._hf_hook).__name__}): its "
+                "weights or inputs move between devices around each module. Expected the block stack on one device: "
+                "load with device_map={'': device}, or spread it with torch.distributed.fsdp.fully_shard after "
+                "simba_fx.transform."
+            )
+
+
 @dataclass(frozen=True)
 class Signature:
     """What a captured graph is specialised to. Sizes are not part of it."""
@@ -98,6 +116,8 @@ class Signature:
     """Tensors beside embeddings and mask, as (name, (dtype, sizes)), a size "B", "L" or a number."""
     constants: tuple[tuple[str, Any], ...] = ()
     """Numbers, flags and words among the arguments, which are part of the graph."""
+    autocast: torch.dtype | None = None
+    """What `torch.autocast` casts to around the call; the graph is captured, and runs, inside of it."""
 
     @staticmethod
     def default(stack: nn.Module, weight: Tensor) -> Signature:
@@ -105,7 +125,8 @@ class Signature:
         cache = bool(config.use_cache and not stack.training)
         hidden = bool(getattr(config, "output_hidden_states", False))
         positions = (("position_ids", (torch.int64, ("B", "L"))),) if takes_positions(type(stack)) else ()
-        return Signature(weight.dtype, weight.device, None, cache, stack.training, hidden, extra=positions)
+        return Signature(weight.dtype, weight.device, None, cache, stack.training, hidden, extra=positions,
+                         autocast=autocast_dtype(weight.device))  # fmt: skip
 
 
 @dataclass
@@ -114,17 +135,13 @@ class Variant:
 
     built: Built
     output_type: type
-    parameters: tuple[tuple[str, Any], ...]
     states: tuple[Entry, ...]
     attention: Mapping[int, int]
     """For each cache layer with keys, how many cuts are before the block that fills it."""
-
-    def fresh(self, stack: nn.Module) -> bool:
-        """Whether the stack still holds the parameters that the program was built over."""
-        try:
-            return all(look_up(stack, path) is tensor for path, tensor in self.parameters)
-        except AttributeError:
-            return False
+    own: tuple[str, ...] = ()
+    """Paths of the tensors that the program reads from the stack."""
+    seen: Snapshot | None = None
+    """The stack when it was captured."""
 
 
 @dataclass(eq=False)
@@ -135,9 +152,11 @@ class SparseStack:
     options: Options
     cost: Any
     tail: int = 1
-    variants: dict[Signature, Variant] = field(default_factory=dict)
+    variants: dict[Signature, list[Variant]] = field(default_factory=dict)
+    """For each kind of call the graphs of the stack as it was then, the last one used last."""
     last: tuple[Any, ...] | None = None
     """Of the last prompt: (batch, length, cuts, positions per cut, real per cut, mask)."""
+    capturing: Any = field(default_factory=threading.RLock)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SparseStack:
         """Programs hold the original's parameters: a copy captures its own."""
@@ -148,29 +167,56 @@ class SparseStack:
     def any_built(self) -> Built:
         """Of the last call, or of the first capture before any call."""
         built = self.last[2] if self.last is not None else None
-        return built if built is not None else next(iter(self.variants.values())).built
+        return built if built is not None else next(iter(self.variants.values()))[-1].built
 
     def variant(self, signature: Signature) -> Variant:
-        """The program for calls of this signature, captured on first use."""
-        found = self.variants.get(signature)
+        """The program for calls of this signature to the stack as it is now; captured on first use."""
+        known = self.variants.get(signature, [])
         if torch.compiler.is_compiling():
-            if found is None:
+            if not known:
                 raise InputError(f"{type(self.stack).__name__} has no graph yet for {signature}. {_EAGERLY_FIRST}")
-            return found
-        if found is None or not found.fresh(self.stack):
-            found = self.variants[signature] = self._capture(signature)
+            return known[-1]
+        with self.capturing:
+            now = snapshot(self.stack)
+            found = next((variant for variant in known if variant.seen == now), None)
+            if found is None:
+                found = self._captured_anew(signature, known)
+            elif found is not known[-1]:  # the last one used comes last
+                known.remove(found)
+                known.append(found)
+            if any(a is not b for a, b in zip(found.seen.held, now.held)):
+                found.built.program.bind(self.stack, found.own)
+            if found.built.program.read():  # tensors were replaced: no program keeps the old ones alive
+                for variant in itertools.chain(*self.variants.values()):
+                    variant.built.program.let_go()
         return found
 
+    def _captured_anew(self, signature: Signature, known: list[Variant]) -> Variant:
+        variant = self._capture(signature)
+        variant.seen = snapshot(self.stack)
+        variant.built.program.bind(self.stack, variant.own)
+        _without_memory(variant.built.captured.attributes, variant.own)
+        if len(known) == _KEPT_GRAPHS:
+            changed = known[-1].seen.difference(variant.seen)
+            warnings.warn(
+                f"{type(self.stack).__name__} was captured {_KEPT_GRAPHS + 1} times for calls of one kind, because its "
+                f"modules changed in between (the last time: {changed}). Each capture takes seconds; keep what changes "
+                "at every call out of the modules' attributes.",
+                stacklevel=2,
+            )
+            del known[0]
+        self.variants[signature] = [*known, variant]
+        return variant
+
     def _capture(self, signature: Signature) -> Variant:
-        stack = self.stack
+        stack = whole_copy(self.stack)
+        refuse_offloaded(stack)
         captured, seen = capture_stack(stack, signature)
         built = build(captured, self.options, self.cost)
-        own = {path for path, _ in (*stack.named_parameters(), *stack.named_buffers())}
-        parameters = tuple((path, tensor) for path, tensor in captured.attributes.items() if path in own)
         keys = self._keys(captured, seen.states)
         self._watch(attention_modules(stack, keys.values()))
         before = {layer: sum(cut.block < region(node) for cut in built.cuts) for layer, node in keys.items()}
-        return Variant(built, seen.output_type, parameters, seen.states, before)
+        return Variant(built, seen.output_type, seen.states, before, own_paths(stack, captured))
 
     def _keys(self, captured: Captured, states: tuple[Entry, ...]) -> dict[int, fx.Node]:
         """The node of each attention layer's keys.
@@ -226,6 +272,22 @@ class SparseStack:
             slots = positions[cuts - 1].shape[1] if cuts else length
             here = None if mask is None else real[cuts - 1] if cuts else mask != 0
             make_sparse(cache.layers[layer], length - slots, here)
+
+
+def own_paths(stack: nn.Module, captured: Captured) -> tuple[str, ...]:
+    """Paths of the tensors of a captured graph that are the stack's own; the others are constants."""
+    own = {path for path, _ in stack.named_parameters(remove_duplicate=False)}
+    own |= {path for path, _ in stack.named_buffers(remove_duplicate=False)}
+    return tuple(path for path in captured.attributes if path in own)
+
+
+def _without_memory(attributes: dict[str, Any], paths: Iterable[str]) -> None:
+    """A captured graph remembers what its tensors look like, not the tensors."""
+    for path in paths:
+        held = attributes[path]
+        if type(held) in (Tensor, nn.Parameter):
+            attributes[path] = torch.empty_strided(held.shape, held.stride(), dtype=held.dtype, device=held.device)
+            attributes[path].untyped_storage().resize_(0)
 
 
 @dataclass
@@ -377,6 +439,12 @@ def _prepare(stack: Any, given: dict[str, Any]) -> Call | None:
         use_cache = stack.config.use_cache and not stack.training
     if stack.training and getattr(stack, "gradient_checkpointing", False):
         use_cache = False
+        if runtime.options.compile == "whole":
+            raise InputError(
+                f"gradient_checkpointing of {type(stack).__name__} recomputes block by block, but with compile='whole' "
+                "there are no blocks; expected compile='blocks' (the default of simba_fx.transform). Use that, or call "
+                "gradient_checkpointing_disable()."
+            )
     if embeds is None:
         embeds = stack.get_input_embeddings()(ids)
     hidden = given.get("output_hidden_states")
@@ -397,7 +465,8 @@ def _prepare(stack: Any, given: dict[str, Any]) -> Call | None:
     tensors = {"inputs_embeds": embeds, **given_ids, **({} if mask is None else {"attention_mask": mask}), **more}
     signature = Signature(embeds.dtype, embeds.device, None if mask is None else mask.dtype, bool(use_cache),
                           stack.training, bool(hidden), ids is not None, extra,
-                          tuple((name, constants[name]) for name in sorted(constants)))  # fmt: skip
+                          tuple((name, constants[name]) for name in sorted(constants)),
+                          autocast_dtype(embeds.device))  # fmt: skip
     if use_cache and cache is None:
         cache = new_cache(stack.config)
     return_dict = given.get("return_dict")

@@ -28,6 +28,13 @@ def named_sizes(tensor: Tensor, rows: int, length: int) -> tuple[int | str, ...]
     return tuple(sizes)
 
 
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype that `torch.autocast` gives matrix products on this device right now; None: it is off."""
+    if not torch.amp.is_autocast_available(device.type) or not torch.is_autocast_enabled(device.type):
+        return None
+    return torch.get_autocast_dtype(device.type)
+
+
 def check_mask(mask: Tensor | None, rows: int, length: int, tail: int, named: Sequence[int] = ()) -> Tensor | None:
     """A padding mask that can be used, or None where nothing is padded.
 

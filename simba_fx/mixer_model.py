@@ -22,10 +22,10 @@ from simba_fx.build import Options, build
 from simba_fx.caches import Entry
 from simba_fx.capture import capture
 from simba_fx.errors import CaptureError, InputError
-from simba_fx.huggingface import Signature, SparseStack, Variant
-from simba_fx.inputs import EXAMPLE, check_mask
+from simba_fx.huggingface import Signature, SparseStack, Variant, own_paths
+from simba_fx.inputs import EXAMPLE, autocast_dtype, check_mask
 from simba_fx.program import dynamic_marker, left_alone, left_to_python
-from simba_fx.twins import own_forward, subclass, twin_around
+from simba_fx.twins import own_forward, subclass, twin_around, whole_copy
 
 __all__ = ["SparseMixer", "install", "is_mixer", "stack_of"]
 
@@ -81,7 +81,8 @@ def _refuse_rotary(stack: nn.Module) -> None:
 
 def _signature(stack: Any, ids: torch.dtype, *, cache: bool) -> Signature:
     weight = stack.embedding.weight
-    return Signature(weight.dtype, weight.device, None, cache, stack.training, False, extra=(("input_ids", ids),))
+    return Signature(weight.dtype, weight.device, None, cache, stack.training, False, extra=(("input_ids", ids),),
+                     autocast=autocast_dtype(weight.device))  # fmt: skip
 
 
 class SparseMixer(SparseStack):
@@ -93,16 +94,14 @@ class SparseMixer(SparseStack):
         return _attention(self.stack)
 
     def _capture(self, signature: Signature) -> Variant:
-        stack = self.stack
+        stack = whole_copy(self.stack)
         ((_, ids),) = signature.extra
         inputs = {"input_ids": torch.zeros(*EXAMPLE.values(), dtype=ids, device=signature.device)}
         shell = _Shell(stack, signature.cache)
         with torch.inference_mode(False):  # `generate` of mamba_ssm runs in it; a graph outlives the call
             captured = capture(shell, stack, inputs, primary="input_ids", prefix="stack", values=lambda: 1)
             built = build(captured, self.options, self.cost)
-        own = {path for path, _ in (*stack.named_parameters(), *stack.named_buffers())}
-        parameters = tuple((path, tensor) for path, tensor in captured.attributes.items() if path in own)
-        return Variant(built, Tensor, parameters, shell.stored.entries, {})
+        return Variant(built, Tensor, shell.stored.entries, {}, own_paths(stack, captured))
 
     def finish(self, variant: Variant, call: Any, flat: Any) -> Any:
         """Fill the states; return the stack's output `(B, L, M)`."""

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from simba_fx.build import Built, CustomCriterion, Options, build
 from simba_fx.capture import capture
 from simba_fx.errors import CaptureError, InputError
-from simba_fx.inputs import EXAMPLE, check_mask, named_sizes
+from simba_fx.inputs import EXAMPLE, autocast_dtype, check_mask, named_sizes
 from simba_fx.program import Program, dynamic_marker, left_alone, left_to_python
 
 __all__ = ["PlainProgram", "PlainRuntime", "install"]
@@ -31,6 +31,8 @@ class PlainRuntime:
     options: Options
     name: str
     signature: inspect.Signature
+    autocast: torch.dtype | None
+    """What `torch.autocast` cast to while the module was captured."""
     tail: int = 1
     last: tuple[Any, ...] | None = None
 
@@ -59,7 +61,12 @@ class PlainRuntime:
         inputs = [bound[name] for name in captured.arguments]
         lead, mask = inputs[captured.inputs.index(captured.facts.primary)], self._mask(inputs)
         check_mask(mask, lead.shape[0], lead.shape[1], self.tail, self.options.named)
-        self.built.program.rebind()
+        if (around := autocast_dtype(lead.device)) != self.autocast:
+            raise InputError(
+                f"{self.name} was captured with torch.autocast {_told(self.autocast)} and is called with it "
+                f"{_told(around)}; expected the same, because a graph holds the casts of one of them. Call "
+                "simba_fx.transform inside the autocast that the model will run in."
+            )
         return [*inputs, self.tail]
 
     def finish(self, inputs: list[Any], flat: Any) -> Any:
@@ -76,8 +83,16 @@ class PlainRuntime:
         return None if captured.facts.mask is None else inputs[captured.inputs.index(captured.facts.mask)]
 
 
+def _told(autocast: torch.dtype | None) -> str:
+    return "off" if autocast is None else f"to {str(autocast).removeprefix('torch.')}"
+
+
 class PlainProgram(Program):
     """A program that is called as the module was that it came from."""
+
+    def bind_itself(self) -> None:
+        """Blocks read the tensors that are registered now (`load_state_dict(assign=True)` replaces them)."""
+        self.bind(self, [path for path, held in self.attributes().items() if isinstance(held, Tensor)])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PlainProgram:
         """A copy over copies of the parameters, with a runtime of its own."""
@@ -85,7 +100,8 @@ class PlainProgram(Program):
         program: PlainProgram = self.over({path: copy.deepcopy(held, memo) for path, held in self.attributes().items()})
         memo[id(self)] = program
         built = replace(runtime.built, program=program)
-        _call_as_module(program, PlainRuntime(built, runtime.options, runtime.name, runtime.signature, runtime.tail))
+        _call_as_module(program, replace(runtime, built=built, last=None))
+        program.bind_itself()
         return program.train(self.training)
 
 
@@ -96,8 +112,11 @@ def install(model: nn.Module, options: Options, example: Any, cost: Any) -> fx.G
     primary = next(name for name, value in inputs.items() if isinstance(value, Tensor) and value.dim() >= 2)
     mask = next((name for name in inputs if name in _MASKS), None)
     built = build(capture(model, model, inputs, primary=primary, mask=mask), options, cost, program_class=PlainProgram)
-    _call_as_module(built.program, PlainRuntime(built, options, type(model).__name__, signature, options.tail))
+    device = next(held.device for held in inputs.values() if isinstance(held, Tensor))
+    runtime = PlainRuntime(built, options, type(model).__name__, signature, autocast_dtype(device), options.tail)
+    _call_as_module(built.program, runtime)
     _mirror(model, built.program)
+    built.program.bind_itself()
     built.program.train(model.training)
     return built.program
 

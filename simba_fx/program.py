@@ -8,13 +8,18 @@ is compiled once, because its instances share one code object and their lengths 
 from __future__ import annotations
 
 import functools
+import types
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import sympy
+import torch
 from torch import Tensor, fx, nn
+from torch.utils.checkpoint import checkpoint
 
 from simba_fx.graphs import expression, look_up, value
+from simba_fx.sharding import refuse_sharded, run_sharded, state_of
 
 __all__ = ["Block", "Program", "dynamic_marker", "left_alone", "left_to_python"]
 
@@ -49,11 +54,65 @@ def dynamic_marker() -> Callable[[Iterable[Any], Iterable[tuple[int, ...]]], Non
     return marker
 
 
+@dataclass(frozen=True)
+class Source:
+    """Where a program or a block reads a tensor, at each call: `module.attribute` becomes `holder[name]`."""
+
+    path: str
+    module: nn.Module
+    attribute: str
+    holder: dict[str, Any]
+    name: str
+
+    @staticmethod
+    def at(root: nn.Module, path: str, reader: nn.Module, name: str) -> Source:
+        parent, _, attribute = path.rpartition(".")
+        parameters: Any = reader._parameters
+        return Source(path, root.get_submodule(parent), attribute,
+                      parameters if name in parameters else reader._buffers, name)  # fmt: skip
+
+    @property
+    def tensor(self) -> Any:
+        held = self.module._parameters.get(self.attribute)
+        return self.module._buffers[self.attribute] if held is None else held
+
+    def read(self) -> bool:
+        """Read the tensor anew; whether it is another object than before."""
+        held, before = self.tensor, self.holder[self.name]
+        self.holder[self.name] = held
+        return held is not before
+
+
+def _module_at(root: nn.Module, path: str) -> nn.Module | None:
+    """The module that a block stands for; None where a block is no module."""
+    try:
+        return root.get_submodule(path)
+    except AttributeError:
+        return None
+
+
+def _recomputed() -> Callable[..., Any]:
+    """A function of its own for each kind of block (Dynamo keeps what it compiled by code object)."""
+
+    def recomputed(self: Block, *inputs: Any) -> Any:
+        return checkpoint(self.forward, *inputs, use_reentrant=False)
+
+    return types.FunctionType(recomputed.__code__.replace(), globals())
+
+
 class Block(fx.GraphModule):
-    """One block of a transformed model: its code belongs to its kind, its parameters are its own."""
+    """One block of a transformed model: its code belongs to its kind, its parameters are its own.
+
+    It stands for a module of the model, its *owner*: it reads the owner's tensors anew at each call, runs between the
+    hooks that FSDP put on the owner, and is recomputed in backward where the owner says so (`gradient_checkpointing`).
+    """
 
     _dynamic: tuple[tuple[int, ...], ...] = ()
     """For each input, the dimensions that are B or L."""
+    _path: str = ""
+    """The owner's path in the model."""
+    _owner: nn.Module | None = None
+    _sources: tuple[Source, ...] = ()
 
     @staticmethod
     def kind(graph: fx.Graph, owned: Mapping[str, Any], modules: Mapping[str, nn.Module], name: str) -> Block:
@@ -63,19 +122,34 @@ class Block(fx.GraphModule):
 
     def recompile(self) -> Any:
         code = super().recompile()
-        mark = dynamic_marker()
+        mark, recomputed = dynamic_marker(), _recomputed()
+
+        def body(self: Block, *inputs: Any) -> Any:
+            for source in self._sources:
+                source.read()
+            owner = self._owner
+            if owner is not None:
+                refuse_sharded(((source.path, source.tensor) for source in self._sources), self._path)
+                if owner.training and owner.__dict__.get("gradient_checkpointing") and torch.is_grad_enabled():
+                    return recomputed(self, *inputs)
+            return self.forward(*inputs)
 
         def run(self: Block, *inputs: Any) -> Any:
             mark(inputs, self._dynamic)
-            return self.forward(*inputs)
+            owner = self._owner
+            if owner is None or state_of(owner) is None:
+                return body(self, *inputs)
+            return run_sharded(owner, functools.partial(body, self), inputs)
 
+        body = left_to_python(body)
         type(self).__call__ = left_to_python(run)  # type: ignore[method-assign]  # instead of GraphModule's wrapper
         return code
 
-    def instance(self, owned: Mapping[str, Any]) -> Block:
-        """The same code over other parameters."""
+    def instance(self, owned: Mapping[str, Any], path: str = "") -> Block:
+        """The same code over other parameters, for the module at `path`."""
         block: Block = object.__new__(type(self))
         block.__dict__.update(self.__dict__)
+        block.__dict__["_path"] = path or self._path
         block.__dict__["_parameters"] = {k: v for k, v in owned.items() if isinstance(v, nn.Parameter)}
         block.__dict__["_buffers"] = {k: v for k, v in owned.items() if not isinstance(v, nn.Parameter)}
         block.__dict__["_modules"] = dict(self._modules)
@@ -97,9 +171,12 @@ class Program(fx.GraphModule):
 
     _left_to_python = False
     _held: dict[str, Any]
-    """What the graph's targets stand for, by path."""
+    """What the graph's targets stand for, by path; None: a tensor, registered under it."""
     _bindings: list[tuple[Block, str, str]]
     """(block, its name for a tensor, the tensor's path), for each tensor of each block."""
+    _top: tuple[str, ...]
+    """The paths of the tensors that the top level reads itself."""
+    _sources: tuple[Source, ...] = ()
 
     def __init__(self, attributes: Mapping[str, Any], graph: fx.Graph, name: str = "Program") -> None:
         blocks = {target: held for target, held in attributes.items() if isinstance(held, Block)}
@@ -110,7 +187,8 @@ class Program(fx.GraphModule):
             self.__dict__[target] = block
         for target, held in attributes.items():
             _register(self, target, held)
-        self.__dict__["_held"] = dict(attributes)
+        self.__dict__["_held"] = {path: None if isinstance(held, Tensor) else held for path, held in attributes.items()}
+        self.__dict__["_top"] = tuple(str(n.target) for n in graph.find_nodes(op="get_attr") if n.target in attributes)
         self.__dict__["_bindings"] = [
             (block, name, paths[id(tensor)])
             for block in blocks.values()
@@ -122,13 +200,44 @@ class Program(fx.GraphModule):
 
     def attributes(self) -> dict[str, Any]:
         """What the graph's targets stand for now: tensors by path, submodules, blocks."""
-        return {path: look_up(self, path) if isinstance(held, Tensor) else held for path, held in self._held.items()}
+        return {path: look_up(self, path) if held is None else held for path, held in self._held.items()}
 
-    def rebind(self) -> None:
-        """Let the blocks read the parameters registered now (`load_state_dict(assign=True)` replaces them)."""
+    def bind(self, root: nn.Module, paths: Iterable[str]) -> None:
+        """From now on read the tensors at these paths from `root`, a module tree that may be this program's own."""
+        own = set(paths)
+        sources: dict[int, list[Source]] = {}
         for block, name, path in self._bindings:
-            held = block._parameters if name in block._parameters else block._buffers
-            held[name] = look_up(self, path)
+            if path in own:
+                sources.setdefault(id(block), []).append(Source.at(root, path, block, name))
+        for block in self._blocks():
+            block.__dict__["_owner"] = _module_at(root, block._path)
+            block.__dict__["_sources"] = tuple(sources.get(id(block), ()))
+        if root is not self:
+            parts = ((path, *path.rpartition(".")) for path in own)
+            top = (Source.at(root, path, self.get_submodule(parent), name) for path, parent, _, name in parts)
+            self.__dict__["_sources"] = tuple(top)
+
+    def read(self) -> bool:
+        """Read the tensors of the program's own tree anew; each block reads its own when it is called.
+
+        Returns:
+            Whether any is another object than before.
+
+        Raises:
+            InputError: the top level would compute with a sharded parameter.
+        """
+        changed = [source.read() for source in self._sources]
+        if self._sources:
+            refuse_sharded(((path, look_up(self, path)) for path in self._top), "what surrounds the blocks")
+        return any(changed)
+
+    def let_go(self) -> None:
+        """Hold no tensor that the model has replaced."""
+        for source in (*self._sources, *(source for block in self._blocks() for source in block._sources)):
+            source.read()
+
+    def _blocks(self) -> Iterable[Block]:
+        return {id(held): held for held in self._held.values() if isinstance(held, Block)}.values()
 
     def over(self, attributes: Mapping[str, Any]) -> Any:
         """The same program over other tensors, given by the same paths."""

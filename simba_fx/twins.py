@@ -14,8 +14,9 @@ from typing import Any
 from torch import nn
 
 from simba_fx.program import dynamic_marker, left_to_python
+from simba_fx.sharding import is_hook, is_sharded, own_class, state_of, whole_shape
 
-__all__ = ["own_forward", "subclass", "twin_around"]
+__all__ = ["own_forward", "subclass", "twin_around", "whole_copy"]
 
 _classes: dict[tuple[type, str], type] = {}
 
@@ -59,6 +60,31 @@ def _shallow(module: nn.Module) -> nn.Module:
     return twin
 
 
+def whole_copy(stack: nn.Module) -> nn.Module:
+    """A module tree to capture from, for a sharded stack: empty tensors of the shapes that a forward sees, no hooks of
+    FSDP. A stack that is not sharded itself."""
+    if not any(state_of(module) for module in stack.modules()) and not any(map(is_sharded, stack.parameters())):
+        return stack
+    copies: dict[nn.Module, nn.Module] = {}
+    twin = _copied(stack, copies)
+    _make_whole(stack, copies, None)
+    return twin
+
+
+def _make_whole(module: nn.Module, copies: dict[nn.Module, nn.Module], state: Any) -> None:
+    twin, state = copies[module], state_of(module) or state
+    twin.__class__ = own_class(module)
+    for hooks in (twin._forward_pre_hooks, twin._forward_hooks):
+        for key in [key for key, hook in hooks.items() if is_hook(hook)]:
+            del hooks[key]
+    for name, held in module._parameters.items():
+        if is_sharded(held):
+            twin._parameters[name] = whole_shape(held, state)  # type: ignore[arg-type]
+    for child in module._modules.values():
+        if child is not None:
+            _make_whole(child, copies, state)
+
+
 def subclass(cls: type[nn.Module], kind: str, forward: Callable[..., Any]) -> type:
     """A subclass of a model's class, under its name and with its signature, whose forward is ours."""
     if (cls, kind) not in _classes:
@@ -71,7 +97,9 @@ def subclass(cls: type[nn.Module], kind: str, forward: Callable[..., Any]) -> ty
 
 def own_forward(stack: nn.Module) -> Callable[..., Any]:
     """The forward that the model's class defines, also for a stack that is already sparse."""
-    cls: Any = next(cls for cls in type(stack).__mro__ if not cls.__dict__.get("_simba_class"))
+    classes: Any = type(stack).__mro__  # FSDP mixes a class in before ours
+    ours = max((i for i, cls in enumerate(classes) if cls.__dict__.get("_simba_class")), default=-1)
+    cls = classes[ours + 1]
     forward: Callable[..., Any] = cls.forward.__get__(stack)
     return forward
 

@@ -1,0 +1,91 @@
+"""FSDP (`torch.distributed.fsdp.fully_shard`) around the blocks of a program.
+
+`fully_shard(module)` keeps a part of each parameter in every process and registers hooks on the module that gather the
+whole before its forward and let go of it behind. A program calls no modules, so each block runs those hooks of the
+module that it stands for. Nothing here imports torch.distributed: what was never imported shards nothing.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from simba_fx.errors import InputError
+
+__all__ = [
+    "dtype_in_forward",
+    "is_hook",
+    "is_sharded",
+    "own_class",
+    "refuse_sharded",
+    "run_sharded",
+    "state_of",
+    "whole_shape",
+]
+
+
+def state_of(module: nn.Module) -> Any:
+    """What `fully_shard` noted at a module, or None."""
+    return module._get_fsdp_state() if hasattr(type(module), "_get_fsdp_state") else None  # type: ignore[operator]
+
+
+def own_class(module: nn.Module) -> type[nn.Module]:
+    """A module's class without what `fully_shard` mixed in."""
+    cls: Any = type(module)
+    found: type[nn.Module] = cls.__mro__[cls._orig_cls_mro_index] if hasattr(cls, "_orig_cls_mro_index") else cls
+    return found
+
+
+def is_sharded(tensor: Any) -> bool:
+    """Whether a tensor is a `DTensor`, of which each process holds a part."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def dtype_in_forward(tensor: Tensor, state: Any) -> torch.dtype:
+    """The dtype in which a sharded parameter is gathered (`MixedPrecisionPolicy`)."""
+    dtype: torch.dtype | None = getattr(getattr(state, "_mp_policy", None), "param_dtype", None)
+    return tensor.dtype if dtype is None else dtype
+
+
+def run_sharded(owner: nn.Module, run: Any, inputs: tuple[Any, ...]) -> Any:
+    """`run(*inputs)` between FSDP's hooks of `owner`: its parameters are whole while it runs, also in backward."""
+    kwargs: dict[str, Any] = {}
+    for hook in _hooks(owner._forward_pre_hooks.values()):
+        inputs, kwargs = hook(owner, inputs, kwargs)
+    outputs = run(*inputs)
+    for hook in _hooks(owner._forward_hooks.values()):
+        outputs = hook(owner, inputs, outputs)
+    return outputs
+
+
+def _hooks(registered: Iterable[Any]) -> list[Any]:
+    return [hook for hook in registered if is_hook(hook)]
+
+
+def is_hook(hook: Any) -> bool:
+    """Whether a forward hook is one of FSDP's."""
+    return (getattr(hook, "__module__", None) or "").startswith("torch.distributed.fsdp.")
+
+
+def refuse_sharded(paths: Iterable[tuple[str, Any]], where: str) -> None:
+    """Raises: InputError: a program is about to compute with a part of a parameter."""
+    for path, tensor in paths:
+        if is_sharded(tensor):
+            raise InputError(
+                f"{path} is a DTensor while {where} runs: each process holds a part of it. Expected fully_shard on the "
+                "blocks and on the model around them, after simba_fx.transform with compile='blocks'; shards of "
+                "anything inside a block, and tensor parallel, cannot be run. Shard the blocks or the whole model."
+            )
+
+
+def whole_shape(shard: Tensor, state: Any) -> nn.Parameter:
+    """What a forward sees of a sharded parameter, without memory behind it."""
+    with torch.no_grad():
+        whole = torch.empty(shard.shape, dtype=dtype_in_forward(shard, state), device=shard.device)
+        whole.untyped_storage().resize_(0)
+    return nn.Parameter(whole, requires_grad=shard.requires_grad)
