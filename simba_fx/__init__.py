@@ -7,7 +7,7 @@ Importing this package patches nothing, touches no device and imports neither tr
 """
 
 from simba_fx import errors
-from simba_fx.api import explain, kept, program, tail, transform
+from simba_fx.api import explain, kept, program, reached, tail, transform
 from simba_fx.lift import register_scan
 from simba_fx.operands import SelectiveScan, SSDScan
 from simba_fx.report import report
@@ -26,6 +26,7 @@ __all__ = [
     "explain",
     "kept",
     "program",
+    "reached",
     "register_scan",
     "report",
     "tail",

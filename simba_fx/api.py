@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from simba_fx import huggingface, mixer_model, plain
+from simba_fx import huggingface, losses, mixer_model, plain
 from simba_fx.build import Built, Criterion, Options
 from simba_fx.errors import SimbaError
 from simba_fx.flops import budget_cost
@@ -18,7 +18,7 @@ from simba_fx.pipeline import diff
 from simba_fx.plan import reasons
 from simba_fx.schedule import Schedule, as_schedule
 
-__all__ = ["explain", "kept", "program", "tail", "transform"]
+__all__ = ["explain", "kept", "program", "reached", "tail", "transform"]
 
 ScheduleLike = str | float | Fraction | Sequence[Any] | Mapping[int, Any] | Callable[[int], Any] | Schedule
 
@@ -26,7 +26,7 @@ ScheduleLike = str | float | Fraction | Sequence[Any] | Mapping[int, Any] | Call
 def transform(model: nn.Module, schedule: ScheduleLike = "linear", *, criterion: str | Criterion = "simba",
               output: Literal["full", "kept"] = "full", floor: int = 4, kernels: Literal["auto", "model"] = "auto",
               compile: Literal["blocks", "whole"] = "blocks", seed: int = 0, query: int | None = None,
-              protect: Sequence[int] = (),
+              protect: Sequence[int] = (), labels: Literal["all", "kept"] = "all",
               example_inputs: tuple[Any, ...] | Mapping[str, Any] | None = None) -> Any:  # fmt: skip
     """A sparse twin of `model` over the same weights; `model` itself is untouched and stays dense.
 
@@ -34,8 +34,8 @@ def transform(model: nn.Module, schedule: ScheduleLike = "linear", *, criterion:
     contribution to the scan's output at the query position (Simba, TMLR 2025).
 
     Args:
-        model: a transformers Mamba-style model, a `MambaLMHeadModel` or `MixerModel` of mamba_ssm, or any `nn.Module`
-            that calls a registered scan function.
+        model: a transformers Mamba-style model, a PEFT model around one, a `MambaLMHeadModel` or `MixerModel` of
+            mamba_ssm, or any `nn.Module` that calls a registered scan function.
         schedule: share of the tokens that enters each block: a name ("linear", "cosine", "constant", "dense"), a share
             for all blocks, one share per block, a mapping block → share, a callable `n_blocks -> shares`, or an object
             such as `Linear(final=0.1, every=1, start=0)` or `Budget(0.5)`.
@@ -53,6 +53,8 @@ def transform(model: nn.Module, schedule: ScheduleLike = "linear", *, criterion:
             the query, forward ones before it, reversed ones behind it; tokens leave only after blocks whose scans
             reach it from all sides. None: the first token of the tail, and for a reversed scan the row's first token.
         protect: positions, counted likewise, that are kept in every block.
+        labels: of a transformers model's own loss: "all" counts every label, also those predicted by tokens that left
+            early; "kept" ignores the labels that such tokens should predict.
         example_inputs: for a plain `nn.Module`: its arguments, tensors `(B, L, ...)`, B ≠ L. Only shapes and dtypes are
             read. A module that takes token ids needs none.
 
@@ -77,8 +79,13 @@ def transform(model: nn.Module, schedule: ScheduleLike = "linear", *, criterion:
             "Transform the original instead."
         )
     named: Any = protect  # checked, and made a tuple, in Options
-    options = Options(as_schedule(schedule), criterion, output, floor, kernels, compile, seed, query, named)
+    options = Options(as_schedule(schedule), criterion, output, floor, kernels, compile, seed, query, named, labels)
     pretrained = huggingface.is_pretrained(model)
+    if labels != "all" and not pretrained:
+        raise SimbaError(
+            f"labels={labels!r} changes the loss of a transformers model; expected 'all' for a {type(model).__name__}, "
+            "whose loss is outside of it. Leave it out, and mask your own loss with simba_fx.reached(sparse)."
+        )
     if pretrained or mixer_model.is_mixer(model):
         if example_inputs is not None:
             library = "transformers" if pretrained else "mamba_ssm"
@@ -87,7 +94,7 @@ def transform(model: nn.Module, schedule: ScheduleLike = "linear", *, criterion:
                 "inputs are known. Leave the argument out."
             )
         if pretrained:
-            return huggingface.install(model, options, budget_cost(model, model.base_model))
+            return huggingface.install(model, options, budget_cost(model, huggingface.base_of(model).base_model))
         return mixer_model.install(model, options, budget_cost(model, mixer_model.stack_of(model)))
     return plain.install(model, options, example_inputs, budget_cost(None))
 
@@ -139,25 +146,42 @@ def kept(sparse: nn.Module) -> list[Tensor]:
     Raises:
         SimbaError: the model has not been called yet.
     """
-    runtime = _runtime(sparse)
-    if runtime.last is None:
-        raise SimbaError(
-            "kept() tells what the last call kept; expected a call of the model before it, found none. Call the model "
-            "first."
-        )
-    rows, length, built, positions, real, mask = runtime.last
+    rows, length, built, positions, real, mask = _last(sparse, "kept")
     device = positions[0].device if positions else None if mask is None else mask.device
     current = torch.arange(length, device=device).expand(rows, length)
     if mask is not None:
         current = _ascending(torch.where(mask != 0, current, -1))
     if built is None:
-        return [current] * runtime.any_built().captured.facts.n_blocks
+        return [current] * program(sparse).captured.facts.n_blocks
     blocks, after = [], {cut.block + 1: i for i, cut in enumerate(built.cuts)}
     for block in range(built.captured.facts.n_blocks):
         if (i := after.get(block)) is not None:
             current = positions[i] if real is None else _ascending(torch.where(real[i], positions[i], -1))
         blocks.append(current)
     return blocks
+
+
+def reached(sparse: nn.Module) -> Tensor:
+    """Which tokens of the last call went through every block; the others left early.
+
+    Returns:
+        `(B, L)` bool, False for padding as well. To mask a loss of your own: the token at t predicts the label at t+1.
+
+    Raises:
+        SimbaError: the model has not been called yet.
+    """
+    return losses.reached(_last(sparse, "reached"))
+
+
+def _last(sparse: nn.Module, name: str) -> tuple[Any, ...]:
+    """What the runtime remembers of the last call."""
+    last: tuple[Any, ...] | None = _runtime(sparse).last
+    if last is None:
+        raise SimbaError(
+            f"{name}() tells what the last call kept; expected a call of the model before it, found none. Call the "
+            "model first."
+        )
+    return last
 
 
 def _ascending(positions: Tensor) -> Tensor:

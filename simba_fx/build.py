@@ -39,6 +39,7 @@ class Options:
     seed: int = 0
     query: int | None = None
     protect: tuple[int, ...] = ()
+    labels: Literal["all", "kept"] = "all"
 
     @property
     def named(self) -> tuple[int, ...]:
@@ -66,7 +67,8 @@ class Options:
                 "Expected a criterion's name or a callable (scan operands, query) -> (B, L), found "
                 f"{type(self.criterion).__name__}. Write for example criterion='simba'."
             )
-        choices = {"output": ("full", "kept"), "kernels": ("auto", "model"), "compile": ("blocks", "whole")}
+        choices = {"output": ("full", "kept"), "kernels": ("auto", "model"), "compile": ("blocks", "whole"),
+                   "labels": ("all", "kept")}  # fmt: skip
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise SimbaError(

@@ -30,6 +30,7 @@ from simba_fx.decoding import attention_modules, call_with_own_mask, expect_toke
 from simba_fx.errors import CaptureError, InputError
 from simba_fx.graphs import region, returned
 from simba_fx.inputs import EXAMPLE, autocast_dtype, check_mask, check_positions, named_sizes
+from simba_fx.losses import count_kept_labels
 from simba_fx.program import dynamic_marker, left_alone, left_to_python
 from simba_fx.snapshot import Snapshot, snapshot
 from simba_fx.twins import own_forward, subclass, twin_around, whole_copy
@@ -45,22 +46,34 @@ _KEPT_GRAPHS = 4
 
 
 def is_pretrained(model: nn.Module) -> bool:
-    """Whether `model` is a transformers model; transformers is not imported to find out."""
-    return any(cls.__module__ == "transformers.modeling_utils" for cls in type(model).__mro__)
+    """Whether `model` is a transformers model, or a PEFT model around one; neither is imported to find out."""
+    return any(cls.__module__ == "transformers.modeling_utils" for cls in type(base_of(model)).__mro__)
+
+
+def base_of(model: nn.Module) -> Any:
+    """The transformers model that `model` is, or that a PEFT model is wrapped around."""
+    is_peft = any(cls.__module__ == "peft.peft_model" for cls in type(model).__mro__)
+    return model.get_base_model() if is_peft else model  # type: ignore[operator]
 
 
 def install(model: nn.Module, options: Options, cost: Any) -> nn.Module:
     """A sparse twin of `model` over the same parameters; `model` is untouched.
 
+    Args:
+        model: a transformers model, or a PEFT model around one.
+
     Raises:
         CaptureError, ScheduleError, GraphError: from the first capture, which happens here.
     """
-    stack: Any = model.base_model
-    refuse_eager_experts(model)
+    stack: Any = base_of(model).base_model
+    refuse_eager_experts(base_of(model))
+    refuse_offloaded(stack)
     refuse_other_attention(stack)
     blocks = options.compile == "blocks"
     runtime = SparseStack(stack, options, cost, options.tail)
     twin = twin_around(model, runtime, _stack_class(type(stack), blocks), blocks)
+    if options.labels == "kept":
+        count_kept_labels(base_of(twin), runtime, blocks)
     embeddings = stack.get_input_embeddings().weight
     default = Signature.default(stack, embeddings)
     runtime.variant(default)

@@ -55,12 +55,18 @@ def dtype_in_forward(tensor: Tensor, state: Any) -> torch.dtype:
 def run_sharded(owner: nn.Module, run: Any, inputs: tuple[Any, ...]) -> Any:
     """`run(*inputs)` between FSDP's hooks of `owner`: its parameters are whole while it runs, also in backward."""
     kwargs: dict[str, Any] = {}
+    given = inputs
     for hook in _hooks(owner._forward_pre_hooks.values()):
         inputs, kwargs = hook(owner, inputs, kwargs)
-    outputs = run(*inputs)
+    computed = outputs = run(*map(_as_before, inputs, given))
     for hook in _hooks(owner._forward_hooks.values()):
         outputs = hook(owner, inputs, outputs)
-    return outputs
+    return tuple(map(_as_before, outputs, computed)) if isinstance(outputs, tuple) else _as_before(outputs, computed)
+
+
+def _as_before(tensor: Any, before: Any) -> Any:
+    """A graph has fixed dtypes: what a mixed precision policy rounded, in the dtype that the graph has there."""
+    return tensor.to(before.dtype) if isinstance(tensor, Tensor) else tensor
 
 
 def _hooks(registered: Iterable[Any]) -> list[Any]:

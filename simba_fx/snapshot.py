@@ -85,7 +85,7 @@ def _described(tensor: Tensor, state: Any) -> tuple[Any, ...]:
 
 def _values(attributes: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     for name, value in attributes.items():
-        if name not in _INTERNAL:
+        if name not in _INTERNAL and "fsdp" not in name:  # FSDP's own notes
             if isinstance(value, _PLAIN):
                 yield name, value
             elif isinstance(value, list | tuple | set | dict):

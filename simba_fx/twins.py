@@ -8,11 +8,13 @@ from __future__ import annotations
 import copy
 import inspect
 import itertools
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
 
+from simba_fx.errors import CaptureError
 from simba_fx.program import dynamic_marker, left_to_python
 from simba_fx.sharding import is_hook, is_sharded, own_class, state_of, whole_shape
 
@@ -27,8 +29,11 @@ def twin_around(model: nn.Module, runtime: Any, stack_class: type, blocks: bool)
     The twin's stack finds the runtime and the runtime finds the twin's stack. `blocks`: what surrounds the stack is
     compiled for every batch and length (`compile="blocks"`).
     """
+    refuse_other_forwards(model, runtime.stack)
     copies: dict[nn.Module, nn.Module] = {}
     twin, inner = _copied(model, copies), _copied(runtime.stack, copies)
+    for module in copies.values():
+        _rebind_methods(module, copies)
     inner.__class__ = stack_class
     inner.__dict__["_simba"] = runtime
     twin.__dict__["_simba_stack"] = runtime  # found from the outer module as well, without a walk
@@ -51,9 +56,33 @@ def _copied(module: nn.Module, copies: dict[nn.Module, nn.Module]) -> nn.Module:
     return copies[module]
 
 
+def _rebind_methods(twin: nn.Module, copies: Mapping[nn.Module, nn.Module]) -> None:
+    """Methods that were put on a module (PEFT and accelerate do) belong to the copy as well."""
+    for name, held in twin.__dict__.items():
+        if isinstance(held, types.MethodType) and held.__self__ in copies:
+            twin.__dict__[name] = types.MethodType(held.__func__, copies[held.__self__])
+
+
+def refuse_other_forwards(model: nn.Module, stack: nn.Module) -> None:
+    """Raises: CaptureError: a module would be run by a function that knows only the original."""
+    for path, module in model.named_modules():
+        forward = module.__dict__.get("forward")
+        own = isinstance(forward, types.MethodType) and forward.__self__ is module
+        if forward is not None and (module is stack or not own) and "_hf_hook" not in module.__dict__:
+            raise CaptureError(
+                f"The forward of {path or 'the model'} ({type(module).__name__}) was replaced on the object; expected "
+                "the forward of its class, because the sparse model is another object. Transform the model first, and "
+                "then apply what replaces it."
+            )
+
+
 def _shallow(module: nn.Module) -> nn.Module:
     """The same parameters, buffers, hooks and submodules in containers of its own."""
-    twin = copy.copy(module)
+    if state_of(module) is None:
+        twin = copy.copy(module)
+    else:  # a class of FSDP builds new objects itself
+        twin = object.__new__(type(module))
+        twin.__dict__.update(module.__dict__)
     for name, held in twin.__dict__.items():
         if type(held) in (dict, set) or (name.startswith("_") and hasattr(held, "copy") and "hooks" in name):
             twin.__dict__[name] = copy.copy(held)
@@ -85,13 +114,14 @@ def _make_whole(module: nn.Module, copies: dict[nn.Module, nn.Module], state: An
             _make_whole(child, copies, state)
 
 
-def subclass(cls: type[nn.Module], kind: str, forward: Callable[..., Any]) -> type:
-    """A subclass of a model's class, under its name and with its signature, whose forward is ours."""
+def subclass(cls: type[nn.Module], kind: str, forward: Callable[..., Any], **members: Any) -> type:
+    """A subclass of a model's class, under its name and with its signature, with a forward and members of ours."""
     if (cls, kind) not in _classes:
-        forward.__signature__ = inspect.signature(cls.forward)  # type: ignore[attr-defined]
-        forward.__doc__ = cls.forward.__doc__
-        names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
-        _classes[cls, kind] = type(cls.__name__, (cls,), {"forward": forward, "_simba_class": True, **names})
+        if forward is not cls.forward:
+            forward.__signature__ = inspect.signature(cls.forward)  # type: ignore[attr-defined]
+            forward.__doc__ = cls.forward.__doc__
+        names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "_simba_class": True}
+        _classes[cls, kind] = type(cls.__name__, (cls,), {"forward": forward, **names, **members})
     return _classes[cls, kind]
 
 
