@@ -16,7 +16,7 @@ from simba_fx.errors import SimbaError
 from simba_fx.flops import budget_cost
 from simba_fx.pipeline import diff
 from simba_fx.plan import reasons
-from simba_fx.schedule import Schedule, as_schedule
+from simba_fx.schedule import Budget, Schedule, as_schedule
 
 __all__ = ["explain", "kept", "program", "reached", "tail", "transform"]
 
@@ -80,6 +80,7 @@ def transform(model: nn.Module, schedule: ScheduleLike = "linear", *, criterion:
         )
     named: Any = protect  # checked, and made a tuple, in Options
     options = Options(as_schedule(schedule), criterion, output, floor, kernels, compile, seed, query, named, labels)
+    budgeted = isinstance(options.schedule, Budget)  # else nothing needs to remember the dense model
     pretrained = huggingface.is_pretrained(model)
     if labels != "all" and not pretrained:
         raise SimbaError(
@@ -93,9 +94,10 @@ def transform(model: nn.Module, schedule: ScheduleLike = "linear", *, criterion:
                 f"example_inputs are for plain modules; expected none for a {library} {type(model).__name__}, whose "
                 "inputs are known. Leave the argument out."
             )
-        if pretrained:
-            return huggingface.install(model, options, budget_cost(model, huggingface.base_of(model).base_model))
-        return mixer_model.install(model, options, budget_cost(model, mixer_model.stack_of(model)))
+        install, find = (
+            (huggingface.install, huggingface.stack_of) if pretrained else (mixer_model.install, mixer_model.stack_of)
+        )
+        return install(model, options, budget_cost(model, find(model)) if budgeted else None)
     return plain.install(model, options, example_inputs, budget_cost(None))
 
 

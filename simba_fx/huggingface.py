@@ -56,6 +56,11 @@ def base_of(model: nn.Module) -> Any:
     return model.get_base_model() if is_peft else model  # type: ignore[operator]
 
 
+def stack_of(model: nn.Module) -> Any:
+    """The backbone of a transformers model, PEFT around it or not: the block stack that is captured."""
+    return base_of(model).base_model
+
+
 def install(model: nn.Module, options: Options, cost: Any) -> nn.Module:
     """A sparse twin of `model` over the same parameters; `model` is untouched.
 
@@ -65,7 +70,7 @@ def install(model: nn.Module, options: Options, cost: Any) -> nn.Module:
     Raises:
         CaptureError, ScheduleError, GraphError: from the first capture, which happens here.
     """
-    stack: Any = base_of(model).base_model
+    stack: Any = stack_of(model)
     refuse_eager_experts(base_of(model))
     refuse_offloaded(stack)
     refuse_other_attention(stack)

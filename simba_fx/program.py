@@ -94,10 +94,13 @@ def _module_at(root: nn.Module, path: str) -> nn.Module | None:
 def _recomputed() -> Callable[..., Any]:
     """A function of its own for each kind of block (Dynamo keeps what it compiled by code object)."""
 
-    def recomputed(self: Block, *inputs: Any) -> Any:
-        return checkpoint(self.forward, *inputs, use_reentrant=False)
+    def recomputed(self: Block, run: Any, *inputs: Any) -> Any:
+        return run(self.forward, *inputs)
 
     return types.FunctionType(recomputed.__code__.replace(), globals())
+
+
+_checkpoint = functools.partial(checkpoint, use_reentrant=False)
 
 
 class Block(fx.GraphModule):
@@ -131,7 +134,8 @@ class Block(fx.GraphModule):
             if owner is not None:
                 refuse_sharded(((source.path, source.tensor) for source in self._sources), self._path)
                 if owner.training and owner.__dict__.get("gradient_checkpointing") and torch.is_grad_enabled():
-                    return recomputed(self, *inputs)
+                    chosen = owner.__dict__.get("_gradient_checkpointing_func", _checkpoint)  # by transformers
+                    return recomputed(self, chosen, *inputs)
             return self.forward(*inputs)
 
         def run(self: Block, *inputs: Any) -> Any:
