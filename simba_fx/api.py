@@ -17,6 +17,7 @@ from simba_fx.flops import budget_cost
 from simba_fx.pipeline import diff
 from simba_fx.plan import reasons
 from simba_fx.schedule import Budget, Schedule, as_schedule
+from simba_fx.sharding import is_sharded
 
 __all__ = ["explain", "kept", "program", "reached", "tail", "transform"]
 
@@ -77,6 +78,16 @@ def transform(model: nn.Module, schedule: ScheduleLike = "linear", *, criterion:
         raise SimbaError(
             f"This {type(model).__name__} is already the result of simba_fx.transform; expected a dense model. "
             "Transform the original instead."
+        )
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        raise SimbaError(
+            "transform expects a model of one process, found one wrapped in DistributedDataParallel. Transform the "
+            "model inside it (model.module), and wrap the result."
+        )
+    if sharded := [path for path, tensor in model.named_parameters() if is_sharded(tensor)]:
+        raise SimbaError(
+            f"transform expects a whole model; {sharded[0]} is a DTensor, of which each process holds a part. "
+            "Transform the model first, and apply fully_shard to the blocks and to the model around them afterwards."
         )
     named: Any = protect  # checked, and made a tuple, in Options
     options = Options(as_schedule(schedule), criterion, output, floor, kernels, compile, seed, query, named, labels)

@@ -30,11 +30,12 @@ from simba_fx.decoding import attention_modules, call_with_own_mask, expect_toke
 from simba_fx.errors import CaptureError, InputError
 from simba_fx.graphs import region, returned
 from simba_fx.inputs import EXAMPLE, autocast_dtype, check_mask, check_positions, named_sizes
+from simba_fx.lift import one_at_a_time, traced
 from simba_fx.losses import count_kept_labels
 from simba_fx.program import dynamic_marker, left_alone, left_to_python
 from simba_fx.sharding import hollow
 from simba_fx.snapshot import Snapshot, snapshot
-from simba_fx.twins import own_forward, subclass, twin_around, whole_copy
+from simba_fx.twins import copy_to_trace, own_forward, subclass, twin_around
 
 __all__ = ["Signature", "SparseStack", "capture_stack", "install", "is_pretrained"]
 
@@ -191,7 +192,7 @@ class SparseStack:
     def variant(self, signature: Signature) -> Variant:
         """The program for calls of this signature to the stack as it is now; captured on first use."""
         known = self.variants.get(signature, [])
-        if torch.compiler.is_compiling():
+        if traced():
             if not known:
                 raise InputError(f"{type(self.stack).__name__} has no graph yet for {signature}. {_EAGERLY_FIRST}")
             return known[-1]
@@ -199,7 +200,7 @@ class SparseStack:
             now = snapshot(self.stack)
             found = next((variant for variant in known if variant.seen == now), None)
             if found is None:
-                found = self._captured_anew(signature, known)
+                found = self._captured_anew(signature, known, now)
             elif found is not known[-1]:  # the last one used comes last
                 known.remove(found)
                 known.append(found)
@@ -210,9 +211,10 @@ class SparseStack:
                     variant.built.program.let_go()
         return found
 
-    def _captured_anew(self, signature: Signature, known: list[Variant]) -> Variant:
-        variant = self._capture(signature)
-        variant.seen = snapshot(self.stack)
+    def _captured_anew(self, signature: Signature, known: list[Variant], now: Snapshot) -> Variant:
+        with one_at_a_time:
+            variant = self._capture(signature)
+        variant.seen = now
         variant.built.program.bind(self.stack, variant.own)
         attributes = variant.built.captured.attributes  # what the tensors look like is all that is asked of them
         attributes.update({path: hollow(attributes[path]) for path in variant.own})
@@ -229,7 +231,7 @@ class SparseStack:
         return variant
 
     def _capture(self, signature: Signature) -> Variant:
-        stack = whole_copy(self.stack)
+        stack = copy_to_trace(self.stack)
         refuse_offloaded(stack)
         captured, seen = capture_stack(stack, signature)
         built = build(captured, self.options, self.cost)
@@ -283,7 +285,7 @@ class SparseStack:
         _, length, built, positions, real, mask = self.last or ()
         if not variant.attention or (mask is None and not built.cuts):
             return
-        if torch.compiler.is_compiling():
+        if traced():
             raise InputError(
                 f"The cache of {type(self.stack).__name__} has attention layers, which learn in Python how much they "
                 "hold; expected use_cache=False in a graph that is traced whole. Pass that, or use compile='blocks'."

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from simba_fx.errors import InputError
+from simba_fx.lift import traced
 
 EXAMPLE = {"B": 3, "L": 24}
 """Sizes of the inputs that are traced: B ≠ L, both > 1. Which dimension is which is decided before, by position."""
@@ -61,7 +62,7 @@ def check_mask(mask: Tensor | None, rows: int, length: int, tail: int, named: Se
             f"Expected an attention_mask (B, L) = ({rows}, {length}), 1 for real tokens and 0 for padding; found shape "
             f"{tuple(mask.shape)}. Pass the tokenizer's 2-D mask."
         )
-    if torch.compiler.is_compiling():
+    if traced():
         return mask
     shortest = (mask != 0).sum(1)
     if mask.is_cuda:
@@ -103,7 +104,7 @@ def check_positions(positions: Tensor | None, embeds: Tensor, mask: Tensor | Non
             f"Expected position_ids (B, L) = ({rows}, {length}); found shape {tuple(positions.shape)}. Leave the "
             "argument out, or pass one position per token."
         )
-    if mask is None and not torch.compiler.is_compiling():
+    if mask is None and not traced():
         rising = (positions.diff(dim=1) == 1).all()
         if positions.is_cuda:
             torch._assert_async(rising, "position_ids of a packed row: only whole sequences can be pruned")

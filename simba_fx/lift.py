@@ -32,7 +32,7 @@ from simba_fx import lifts
 from simba_fx.errors import CaptureError, SimbaError
 from simba_fx.operands import Adapter, Operands, Row, StandIn
 
-__all__ = ["CallSite", "lifted", "register_scan"]
+__all__ = ["CallSite", "lifted", "one_at_a_time", "register_scan", "traced"]
 
 
 @dataclass(eq=False)
@@ -91,7 +91,10 @@ for _marker in ("site_enter", "site_exit"):
 # --- the table ---------------------------------------------------------------------------------------------------
 
 _registered: dict[Callable[..., Any], Adapter] = {}
-_patching = threading.RLock()
+one_at_a_time = threading.RLock()
+"""Held while a model is captured and rewritten: names are patched, and torch's tracing modes are the process's."""
+_capturing: int | None = None
+"""The thread that captures a model right now."""
 
 
 def register_scan(function: Callable[..., Any], adapter: Adapter) -> None:
@@ -166,8 +169,10 @@ def lifted(model: nn.Module) -> Iterator[list[CallSite]]:
     """Replace the scan functions that `model` calls while the body runs; yield the list of call sites, filled as the
     model is traced. One thread at a time: names are patched for the whole process."""
     lifts.refuse_unsupported(model)
+    global _capturing
     sites: list[CallSite] = []
-    with _patching:
+    with one_at_a_time:
+        before, _capturing = _capturing, threading.get_ident()
         undo: list[tuple[Any, str, Any]] = []
         try:
             for owner in _callers(model):
@@ -182,6 +187,15 @@ def lifted(model: nn.Module) -> Iterator[list[CallSite]]:
         finally:
             for owner, name, value in reversed(undo):
                 setattr(owner, name, value)
+            _capturing = before
+
+
+def traced() -> bool:
+    """Whether this call is being traced into a graph. torch's own flag is the whole process's: a capture in another
+    thread does not count."""
+    if torch.compiler.is_dynamo_compiling():
+        return True
+    return torch.compiler.is_compiling() and _capturing in (None, threading.get_ident())
 
 
 def _in_this_thread(function: Callable[..., Any], stand_in: Callable[..., Any]) -> Callable[..., Any]:

@@ -25,7 +25,7 @@ from simba_fx.errors import CaptureError, InputError
 from simba_fx.huggingface import Signature, SparseStack, Variant, own_paths
 from simba_fx.inputs import EXAMPLE, autocast_dtype, check_mask
 from simba_fx.program import dynamic_marker, left_alone, left_to_python
-from simba_fx.twins import own_forward, subclass, twin_around, whole_copy
+from simba_fx.twins import copy_to_trace, own_forward, subclass, twin_around
 
 __all__ = ["SparseMixer", "install", "is_mixer", "stack_of"]
 
@@ -94,7 +94,7 @@ class SparseMixer(SparseStack):
         return _attention(self.stack)
 
     def _capture(self, signature: Signature) -> Variant:
-        stack = whole_copy(self.stack)
+        stack = copy_to_trace(self.stack)
         ((_, ids),) = signature.extra
         inputs = {"input_ids": torch.zeros(*EXAMPLE.values(), dtype=ids, device=signature.device)}
         shell = _Shell(stack, signature.cache)

@@ -16,7 +16,9 @@ from simba_fx.build import Built, CustomCriterion, Options, build
 from simba_fx.capture import capture
 from simba_fx.errors import CaptureError, InputError
 from simba_fx.inputs import EXAMPLE, autocast_dtype, check_mask, named_sizes
+from simba_fx.lift import one_at_a_time
 from simba_fx.program import Program, dynamic_marker, left_alone, left_to_python
+from simba_fx.twins import copy_to_trace
 
 __all__ = ["PlainProgram", "PlainRuntime", "install"]
 
@@ -111,7 +113,10 @@ def install(model: nn.Module, options: Options, example: Any, cost: Any) -> fx.G
     inputs = _examples(model, signature, example)
     primary = next(name for name, value in inputs.items() if isinstance(value, Tensor) and value.dim() >= 2)
     mask = next((name for name in inputs if name in _MASKS), None)
-    built = build(capture(model, model, inputs, primary=primary, mask=mask), options, cost, program_class=PlainProgram)
+    with one_at_a_time:
+        traced = copy_to_trace(model)
+        captured = capture(traced, traced, inputs, primary=primary, mask=mask)
+        built = build(captured, options, cost, program_class=PlainProgram)
     device = next(held.device for held in inputs.values() if isinstance(held, Tensor))
     runtime = PlainRuntime(built, options, type(model).__name__, signature, autocast_dtype(device), options.tail)
     _call_as_module(built.program, runtime)

@@ -26,10 +26,17 @@ __all__ = ["Block", "Program", "dynamic_marker", "left_alone", "left_to_python"]
 
 def left_to_python(function: Any) -> Any:
     """Dynamo runs this frame as it is, and goes on compiling the frames that it calls. (Importing Dynamo takes a
-    second: called while a model is transformed, not at import.)"""
-    import torch._dynamo
+    second: called while a model is transformed, not at import.)
 
-    return torch._dynamo.disable(function, recursive=False)  # type: ignore[no-untyped-call]  # untyped in torch
+    `torch._dynamo.disable(recursive=False)` promises the same, but its wrapper raises wherever torch.export is at work
+    in the process, be it in another thread. Dynamo remembers code objects: the function gets one of its own.
+    """
+    import torch._dynamo.decorators
+
+    code = function.__code__.replace()
+    alone = types.FunctionType(code, function.__globals__, function.__name__, None, function.__closure__)
+    alone.__defaults__, alone.__kwdefaults__ = function.__defaults__, function.__kwdefaults__
+    return torch._dynamo.decorators.skip(functools.update_wrapper(alone, function))  # type: ignore[no-untyped-call]
 
 
 def left_alone(function: Any) -> Any:

@@ -18,7 +18,7 @@ from simba_fx.errors import CaptureError
 from simba_fx.program import dynamic_marker, left_to_python
 from simba_fx.sharding import is_hook, is_sharded, own_class, state_of, whole_shape
 
-__all__ = ["own_forward", "subclass", "twin_around", "whole_copy"]
+__all__ = ["copy_to_trace", "own_forward", "subclass", "twin_around"]
 
 _classes: dict[tuple[type, str], type] = {}
 
@@ -30,10 +30,8 @@ def twin_around(model: nn.Module, runtime: Any, stack_class: type, blocks: bool)
     compiled for every batch and length (`compile="blocks"`).
     """
     refuse_other_forwards(model, runtime.stack)
-    copies: dict[nn.Module, nn.Module] = {}
-    twin, inner = _copied(model, copies), _copied(runtime.stack, copies)
-    for module in copies.values():
-        _rebind_methods(module, copies)
+    copies = _copies(model, runtime.stack)
+    twin, inner = copies[model], copies[runtime.stack]
     inner.__class__ = stack_class
     inner.__dict__["_simba"] = runtime
     twin.__dict__["_simba_stack"] = runtime  # found from the outer module as well, without a walk
@@ -43,17 +41,18 @@ def twin_around(model: nn.Module, runtime: Any, stack_class: type, blocks: bool)
     return twin
 
 
-def _copied(module: nn.Module, copies: dict[nn.Module, nn.Module]) -> nn.Module:
-    """A module tree of its own over the same parameters and buffers; `copies` remembers what was copied.
+def _copies(*roots: nn.Module) -> dict[nn.Module, nn.Module]:
+    """Module trees of their own over the same parameters and buffers: for each module of these trees its copy.
 
     Hooks, modes (`train`, `eval`) and submodules of one tree do not reach the other. A module that occurs twice occurs
     twice in the copy.
     """
-    if module not in copies:
-        copies[module] = twin = _shallow(module)
+    copies = {module: _shallow(module) for root in roots for module in root.modules()}
+    for twin in copies.values():
         for name, child in twin._modules.items():
-            twin._modules[name] = None if child is None else _copied(child, copies)
-    return copies[module]
+            twin._modules[name] = None if child is None else copies[child]
+        _rebind_methods(twin, copies)
+    return copies
 
 
 def _rebind_methods(twin: nn.Module, copies: Mapping[nn.Module, nn.Module]) -> None:
@@ -99,26 +98,25 @@ def _shallow(module: nn.Module) -> nn.Module:
     return twin
 
 
-def whole_copy(stack: nn.Module) -> nn.Module:
-    """A module tree to capture from, for a sharded stack: empty tensors of the shapes that a forward sees, no hooks of
-    FSDP. A stack that is not sharded itself."""
-    if not any(state_of(module) for module in stack.modules()) and not any(map(is_sharded, stack.parameters())):
-        return stack
-    copies: dict[nn.Module, nn.Module] = {}
-    twin = _copied(stack, copies)
+def copy_to_trace(stack: nn.Module) -> nn.Module:
+    """A copy of a module tree to capture from. Tracing puts fake tensors into the modules, which other threads may be
+    using; and of a sharded stack it has to see whole parameters (without memory), and no hooks of FSDP."""
+    copies = _copies(stack)
     _make_whole(stack, copies, None)
-    return twin
+    return copies[stack]
 
 
-def _make_whole(module: nn.Module, copies: dict[nn.Module, nn.Module], state: Any) -> None:
+def _make_whole(module: nn.Module, copies: Mapping[nn.Module, nn.Module], state: Any) -> None:
     twin, state = copies[module], state_of(module) or state
-    twin.__class__ = own_class(module)
-    for hooks in (twin._forward_pre_hooks, twin._forward_hooks):
-        for key in [key for key, hook in hooks.items() if is_hook(hook)]:
-            del hooks[key]
-    for name, held in module._parameters.items():
-        if is_sharded(held):
-            twin._parameters[name] = whole_shape(held, state)  # type: ignore[arg-type]
+    if state is not None:
+        twin.__class__ = own_class(module)
+        for hooks in (twin._forward_pre_hooks, twin._forward_hooks):
+            for key in [key for key, hook in hooks.items() if is_hook(hook)]:
+                del hooks[key]
+        twin._parameters = {
+            name: whole_shape(held, state) if held is not None and is_sharded(held) else held
+            for name, held in module._parameters.items()
+        }
     for child in module._modules.values():
         if child is not None:
             _make_whole(child, copies, state)
