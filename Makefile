@@ -13,7 +13,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .PHONY: test lint demo bench table clean
 
-test: $(VENV)/.dev $(VENV)/.mamba-ssm
+test: $(VENV)/.dev $(VENV)/.mamba-ssm $(VENV)/.torchao
 	$(BIN)/pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 # mypy reads the package as it is installed: passes/ at its place, simba_fx/passes.
@@ -57,6 +57,12 @@ $(VENV)/.mamba-ssm: $(VENV)/.torch
 	$(PIP) --no-deps --target $(VENV)/mamba-ssm einops==0.8.2 triton==3.9.0
 	MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE CAUSAL_CONV1D_SKIP_CUDA_BUILD=TRUE CAUSAL_CONV1D_FORCE_BUILD=TRUE \
 		$(PIP) --no-deps --no-build-isolation --target $(VENV)/mamba-ssm mamba-ssm==2.3.2.post1 causal-conv1d==1.7.0
+	@touch $@
+
+# torchao likewise: wherever it can be imported, transformers imports it, which takes seconds in every process.
+$(VENV)/.torchao: $(VENV)/.torch
+	rm -rf $(VENV)/torchao
+	$(PIP) --no-deps --target $(VENV)/torchao torchao==0.18.0
 	@touch $@
 
 $(VENV)/.demo: $(VENV)/.torch pyproject.toml
