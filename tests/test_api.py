@@ -61,6 +61,7 @@ def test_the_public_surface() -> None:
         "explain",
         "kept",
         "program",
+        "reached",
         "register_scan",
         "report",
         "tail",
@@ -90,6 +91,7 @@ def test_the_signature_of_transform() -> None:
         "seed": 0,
         "query": None,
         "protect": (),
+        "labels": "all",
         "example_inputs": None,
     }
     keyword_only = [name for name, p in parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY]
