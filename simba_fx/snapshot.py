@@ -8,7 +8,7 @@ eval mode change what the model computes, and ask for another graph.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +19,8 @@ from simba_fx.sharding import dtype_in_forward, is_sharded, own_class, state_of
 
 __all__ = ["Snapshot", "snapshot"]
 
-_PLAIN = (bool, int, float, complex, str, type(None), torch.dtype, torch.device)
+_PLAIN = frozenset({bool, int, float, complex, str, type(None), torch.dtype, torch.device})
+_CONTAINERS = frozenset({list, tuple, set, dict})
 _INTERNAL = frozenset({*nn.Module().__dict__, "gradient_checkpointing"} - {"training"})
 """Attributes that say nothing about what a forward computes."""
 _BY_CALL = frozenset({"use_cache", "return_dict", "output_hidden_states", "output_attentions"})
@@ -31,6 +32,8 @@ class _Seen:
     """One module of a tree."""
 
     name: str
+    parent: int
+    """Of the parent, its place in the list."""
     cls: type
     tensors: tuple[Any, ...]
     values: tuple[Any, ...]
@@ -51,55 +54,70 @@ class Snapshot:
             if mine != theirs:
                 changed = dict(set(mine.values) ^ set(theirs.values))
                 what = ", ".join(changed) or ("class" if mine.cls is not theirs.cls else "tensors")
-                return f"{what} of {theirs.name or 'the stack'} ({theirs.cls.__name__})"
+                return f"{what} of {other._path(theirs) or 'the stack'} ({theirs.cls.__name__})"
         return "config" if self.config != other.config else "the list of modules"
+
+    def _path(self, module: _Seen) -> str:
+        parent = self._path(self.modules[module.parent]) if module.parent >= 0 else ""
+        return f"{parent}.{module.name}" if parent else module.name
 
 
 def snapshot(root: nn.Module) -> Snapshot:
-    """Look at every module of a tree. Changes nothing, reads no tensor's values."""
+    """Look at every module of a tree: once per prompt, so this is written to be quick. Reads no tensor's values."""
+    seen: list[_Seen] = []
+    held: list[nn.Module] = []
+    left: list[tuple[str, int, nn.Module, Any]] = [("", -1, root, None)]
+    while left:
+        name, parent, module, state = left.pop()
+        attributes = module.__dict__
+        state = state_of(module) or state
+        tensors = [
+            (key, *_described(tensor, state))
+            for kind in ("_parameters", "_buffers")
+            for key, tensor in attributes[kind].items()
+            if tensor is not None
+        ]
+        seen.append(_Seen(name, parent, own_class(module), tuple(tensors), _values(attributes)))
+        held.append(module)
+        place = len(held) - 1
+        left += [(key, place, child, state) for key, child in attributes["_modules"].items() if child is not None]
     config = getattr(root, "config", None)
     settings = {} if config is None else {k: v for k, v in vars(config).items() if k not in _BY_CALL}
-    values = tuple(_values(settings))
-    held: list[nn.Module] = []
-    return Snapshot(tuple(_visit(root, "", None, held)), values, tuple(held))
-
-
-def _visit(module: nn.Module, path: str, state: Any, modules: list[nn.Module]) -> Iterator[_Seen]:
-    modules.append(module)
-    state = state_of(module) or state
-    held = (*module._parameters.items(), *module._buffers.items())
-    tensors = tuple((name, *_described(tensor, state)) for name, tensor in held if tensor is not None)
-    yield _Seen(path, own_class(module), tensors, tuple(_values(module.__dict__)))
-    for name, child in module._modules.items():
-        if child is not None:
-            yield from _visit(child, f"{path}.{name}" if path else name, state, modules)
+    return Snapshot(tuple(seen), _values(settings), tuple(held))
 
 
 def _described(tensor: Tensor, state: Any) -> tuple[Any, ...]:
     """Shape, dtype and device that a forward sees, and a subclass's type."""
-    sharded = is_sharded(tensor)
-    dtype = dtype_in_forward(tensor, state) if sharded else tensor.dtype
-    kind = None if sharded or type(tensor) in (Tensor, nn.Parameter) else type(tensor)
-    return tuple(tensor.shape), dtype, tensor.device, kind
+    kind = type(tensor)
+    if kind is nn.Parameter or kind is Tensor:
+        return tensor.shape, tensor.dtype, tensor.device, None
+    if is_sharded(tensor):
+        return tensor.shape, dtype_in_forward(tensor, state), tensor.device, None
+    return tensor.shape, tensor.dtype, tensor.device, kind
 
 
-def _values(attributes: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+def _values(attributes: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
+    found = []
     for name, value in attributes.items():
-        if name not in _INTERNAL and "fsdp" not in name:  # FSDP's own notes
-            if isinstance(value, _PLAIN):
-                yield name, value
-            elif isinstance(value, list | tuple | set | dict):
-                yield name, _frozen(value)
-    if "_hf_hook" in attributes:  # of accelerate: weights may be elsewhere
-        yield "_hf_hook", type(attributes["_hf_hook"])
+        kind = type(value)
+        if kind in _PLAIN:
+            if name not in _INTERNAL and "fsdp" not in name:  # FSDP's own notes
+                found.append((name, value))
+        elif kind in _CONTAINERS:
+            if name not in _INTERNAL:
+                found.append((name, _frozen(value)))
+        elif name == "_hf_hook":  # of accelerate: weights may be elsewhere
+            found.append((name, kind))
+    return tuple(found)
 
 
 def _frozen(value: Any) -> Any:
     """Containers as tuples; of anything that is not a plain value only its type."""
-    if isinstance(value, dict):
-        return tuple((key if isinstance(key, _PLAIN) else type(key), _frozen(held)) for key, held in value.items())
-    if isinstance(value, list | tuple):
+    kind = type(value)
+    if kind is dict:
+        return tuple((key if type(key) in _PLAIN else type(key), _frozen(held)) for key, held in value.items())
+    if kind is list or kind is tuple:
         return tuple(map(_frozen, value))
-    if isinstance(value, set):
+    if kind is set:
         return tuple(sorted(map(repr, value)))
-    return value if isinstance(value, _PLAIN) else type(value)
+    return value if kind in _PLAIN else kind
