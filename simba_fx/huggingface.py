@@ -23,11 +23,13 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from simba_fx import exporting
 from simba_fx.build import Built, Options, build
 from simba_fx.caches import Entry, fill, is_warm, new_cache, recording_cache
 from simba_fx.capture import Captured, capture
 from simba_fx.decoding import attention_modules, call_with_own_mask, expect_token, make_sparse, sparse_layers
 from simba_fx.errors import CaptureError, InputError
+from simba_fx.exporting import Memory
 from simba_fx.graphs import region, returned
 from simba_fx.inputs import EXAMPLE, autocast_dtype, check_mask, check_positions, named_sizes
 from simba_fx.losses import count_kept_labels
@@ -163,7 +165,7 @@ class Variant:
 
 
 @dataclass(eq=False)
-class SparseStack:
+class SparseStack(Memory):
     """The runtime of one transformed model: its options, its programs, and what its last call kept."""
 
     stack: Any
@@ -172,8 +174,6 @@ class SparseStack:
     tail: int = 1
     variants: dict[Signature, list[Variant]] = field(default_factory=dict)
     """For each kind of call the graphs of the stack as it was then, the last one used last."""
-    last: tuple[Any, ...] | None = None
-    """Of the last prompt: (batch, length, cuts, positions per cut, real per cut, mask)."""
     capturing: Any = field(default_factory=threading.RLock)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SparseStack:
@@ -420,12 +420,14 @@ def _stack_class(cls: type[nn.Module], blocks: bool) -> type:
         runtime = self._simba
         variant = lookup(runtime, call.signature)
         inputs = [call.tensors[name] for name in variant.built.captured.arguments]
-        output = finish(runtime, variant, call, variant.built.program.forward(*inputs, runtime.tail))
+        program = variant.built.program
+        output = finish(runtime, variant, call, execute(program, program.forward, *inputs, runtime.tail))
         if blocks:
             mark((output[0],), ((0, 1),))
         return output
 
     lookup, mark, decode = python(SparseStack.variant), dynamic_marker(), python(_decoding)
+    execute = left_to_python(exporting.run) if blocks else exporting.run
     return subclass(cls, "blocks" if blocks else "whole", left_to_python(forward) if blocks else forward)
 
 

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from simba_fx import exporting
 from simba_fx.build import Built, CustomCriterion, Options, build
 from simba_fx.capture import capture
 from simba_fx.errors import CaptureError, InputError
+from simba_fx.exporting import Memory
 from simba_fx.inputs import EXAMPLE, autocast_dtype, check_mask, named_sizes
 from simba_fx.program import Program, dynamic_marker, left_alone, left_to_python
 
@@ -24,7 +26,7 @@ _MASKS = ("attention_mask", "mask", "padding_mask")
 
 
 @dataclass(eq=False)
-class PlainRuntime:
+class PlainRuntime(Memory):
     """The runtime of one transformed plain module."""
 
     built: Built
@@ -34,7 +36,6 @@ class PlainRuntime:
     autocast: torch.dtype | None
     """What `torch.autocast` cast to while the module was captured."""
     tail: int = 1
-    last: tuple[Any, ...] | None = None
 
     def any_built(self) -> Built:
         return self.built
@@ -100,7 +101,7 @@ class PlainProgram(Program):
         program: PlainProgram = self.over({path: copy.deepcopy(held, memo) for path, held in self.attributes().items()})
         memo[id(self)] = program
         built = replace(runtime.built, program=program)
-        _call_as_module(program, replace(runtime, built=built, last=None))
+        _call_as_module(program, replace(runtime, built=built))
         program.bind_itself()
         return program.train(self.training)
 
@@ -149,12 +150,13 @@ def _call_as_module(program: Program, runtime: PlainRuntime) -> None:
     blocks = runtime.options.compile == "blocks"
     python: Callable[[Any], Any] = left_alone if blocks else lambda function: function
     prepare, finish, mark = python(PlainRuntime.prepare), python(PlainRuntime.finish), dynamic_marker()
+    execute = left_to_python(exporting.run) if blocks else exporting.run
 
     def forward(self: Program, *args: Any, **kwargs: Any) -> Any:
         inputs = prepare(runtime, args, kwargs)
         if blocks:
             mark(inputs, ((0, 1),) * len(inputs))
-        return finish(runtime, inputs, run(self, *inputs))
+        return finish(runtime, inputs, execute(self, run.__get__(self), *inputs))
 
     outer: Any = left_to_python(forward) if blocks else forward
     own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)

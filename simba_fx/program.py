@@ -23,13 +23,25 @@ from simba_fx.sharding import refuse_sharded, run_sharded, state_of
 
 __all__ = ["Block", "Program", "dynamic_marker", "left_alone", "left_to_python"]
 
+_BLOCKS = (
+    "compile='blocks' compiles block by block; fullgraph=True and torch.export.export(strict=True) need "
+    "simba_fx.transform(..., compile='whole')"
+)
+
 
 def left_to_python(function: Any) -> Any:
     """Dynamo runs this frame as it is, and goes on compiling the frames that it calls. (Importing Dynamo takes a
     second: called while a model is transformed, not at import.)"""
     import torch._dynamo
 
-    return torch._dynamo.disable(function, recursive=False)  # type: ignore[no-untyped-call]  # untyped in torch
+    disabled: Any = torch._dynamo.disable(function, recursive=False, reason=_BLOCKS)  # type: ignore[no-untyped-call]
+
+    def run(*args: Any, **kwargs: Any) -> Any:  # torch.export refuses disabled frames, but has no use for the split
+        return function(*args, **kwargs) if torch.compiler.is_exporting() else disabled(*args, **kwargs)
+
+    run = torch._dynamo.decorators.skip(functools.update_wrapper(run, disabled))
+    run._torchdynamo_wrapper_id = id(run)  # type: ignore[attr-defined]  # for those who look for `function` in it
+    return run
 
 
 def left_alone(function: Any) -> Any:
@@ -237,8 +249,12 @@ class Program(fx.GraphModule):
 
     def let_go(self) -> None:
         """Hold no tensor that the model has replaced."""
-        for source in (*self._sources, *(source for block in self._blocks() for source in block._sources)):
+        for source in self.sources():
             source.read()
+
+    def sources(self) -> tuple[Source, ...]:
+        """Where the program and its blocks read tensors."""
+        return *self._sources, *(source for block in self._blocks() for source in block._sources)
 
     def _blocks(self) -> Iterable[Block]:
         return {id(held): held for held in self._held.values() if isinstance(held, Block)}.values()
