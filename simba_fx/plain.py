@@ -35,6 +35,8 @@ class PlainRuntime(Memory):
     signature: inspect.Signature
     autocast: torch.dtype | None
     """What `torch.autocast` cast to while the module was captured."""
+    example: Mapping[str, Any]
+    """The arguments that it was captured with, by name: tensors `(B, L, ...)` of the sizes `EXAMPLE`."""
     tail: int = 1
 
     def any_built(self) -> Built:
@@ -114,7 +116,7 @@ def install(model: nn.Module, options: Options, example: Any, cost: Any) -> fx.G
     mask = next((name for name in inputs if name in _MASKS), None)
     built = build(capture(model, model, inputs, primary=primary, mask=mask), options, cost, program_class=PlainProgram)
     device = next(held.device for held in inputs.values() if isinstance(held, Tensor))
-    runtime = PlainRuntime(built, options, type(model).__name__, signature, autocast_dtype(device), options.tail)
+    runtime = PlainRuntime(built, options, type(model).__name__, signature, autocast_dtype(device), inputs, options.tail)
     _call_as_module(built.program, runtime)
     _mirror(model, built.program)
     built.program.bind_itself()
