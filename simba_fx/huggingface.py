@@ -14,7 +14,7 @@ import inspect
 import itertools
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,6 +34,7 @@ from simba_fx.graphs import region, returned
 from simba_fx.inputs import EXAMPLE, autocast_dtype, check_mask, check_positions, named_sizes
 from simba_fx.losses import count_kept_labels
 from simba_fx.program import dynamic_marker, left_alone, left_to_python
+from simba_fx.sharding import hollow
 from simba_fx.snapshot import Snapshot, snapshot
 from simba_fx.twins import own_forward, subclass, twin_around, whole_copy
 
@@ -43,7 +44,7 @@ _EAGERLY_FIRST = "With compile='whole', call the model once with such arguments 
 _CACHE_NAMES = ("cache", "past_key_values", "cache_params")
 """What the argument is called: `cache` from transformers 5.24 on, one of the others before."""
 _ROWS, _LENGTH = EXAMPLE.values()
-_KEPT_GRAPHS = 4
+_KEPT_GRAPHS = 8
 """Of one kind of call: a model with and without its adapter has two."""
 
 
@@ -213,7 +214,8 @@ class SparseStack(Memory):
         variant = self._capture(signature)
         variant.seen = snapshot(self.stack)
         variant.built.program.bind(self.stack, variant.own)
-        _without_memory(variant.built.captured.attributes, variant.own)
+        attributes = variant.built.captured.attributes  # what the tensors look like is all that is asked of them
+        attributes.update({path: hollow(attributes[path]) for path in variant.own})
         if len(known) == _KEPT_GRAPHS:
             changed = known[-1].seen.difference(variant.seen)
             warnings.warn(
@@ -297,15 +299,6 @@ def own_paths(stack: nn.Module, captured: Captured) -> tuple[str, ...]:
     own = {path for path, _ in stack.named_parameters(remove_duplicate=False)}
     own |= {path for path, _ in stack.named_buffers(remove_duplicate=False)}
     return tuple(path for path in captured.attributes if path in own)
-
-
-def _without_memory(attributes: dict[str, Any], paths: Iterable[str]) -> None:
-    """A captured graph remembers what its tensors look like, not the tensors."""
-    for path in paths:
-        held = attributes[path]
-        if type(held) in (Tensor, nn.Parameter):
-            attributes[path] = torch.empty_strided(held.shape, held.stride(), dtype=held.dtype, device=held.device)
-            attributes[path].untyped_storage().resize_(0)
 
 
 @dataclass

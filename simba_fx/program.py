@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
 from simba_fx.graphs import expression, look_up, value
-from simba_fx.sharding import refuse_sharded, run_sharded, state_of
+from simba_fx.sharding import hollow, refuse_sharded, run_sharded, state_of
 
 __all__ = ["Block", "Program", "dynamic_marker", "left_alone", "left_to_python"]
 
@@ -131,7 +131,9 @@ class Block(fx.GraphModule):
 
     @staticmethod
     def kind(graph: fx.Graph, owned: Mapping[str, Any], modules: Mapping[str, nn.Module], name: str) -> Block:
-        block = Block({**owned, **modules}, graph, class_name=name)
+        """What blocks with this code have in common; it holds no tensors itself."""
+        looks = {key: hollow(held) if isinstance(held, Tensor) else held for key, held in owned.items()}
+        block = Block({**looks, **modules}, graph, class_name=name)
         block.__dict__["_dynamic"] = tuple(map(_symbolic_dims, graph.find_nodes(op="placeholder")))
         return block
 

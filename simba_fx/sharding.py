@@ -18,6 +18,7 @@ from simba_fx.errors import InputError
 
 __all__ = [
     "dtype_in_forward",
+    "hollow",
     "is_hook",
     "is_sharded",
     "own_class",
@@ -89,9 +90,17 @@ def refuse_sharded(paths: Iterable[tuple[str, Any]], where: str) -> None:
             )
 
 
-def whole_shape(shard: Tensor, state: Any) -> nn.Parameter:
+def whole_shape(shard: Tensor, state: Any) -> Tensor:
     """What a forward sees of a sharded parameter, without memory behind it."""
+    whole = torch.empty(0, dtype=dtype_in_forward(shard, state), device=shard.device).new_empty
+    return hollow(nn.Parameter(whole(shard.shape), requires_grad=shard.requires_grad))
+
+
+def hollow(tensor: Tensor) -> Tensor:
+    """A tensor that looks like this one, without memory behind it; a subclass's as it is."""
+    if type(tensor) not in (Tensor, nn.Parameter):
+        return tensor
     with torch.no_grad():
-        whole = torch.empty(shard.shape, dtype=dtype_in_forward(shard, state), device=shard.device)
-        whole.untyped_storage().resize_(0)
-    return nn.Parameter(whole, requires_grad=shard.requires_grad)
+        look = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+        look.untyped_storage().resize_(0)
+    return nn.Parameter(look, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else look

@@ -57,10 +57,20 @@ def _copied(module: nn.Module, copies: dict[nn.Module, nn.Module]) -> nn.Module:
 
 
 def _rebind_methods(twin: nn.Module, copies: Mapping[nn.Module, nn.Module]) -> None:
-    """Methods that were put on a module (PEFT and accelerate do) belong to the copy as well."""
-    for name, held in twin.__dict__.items():
+    """Methods that were put on a module, among its hooks or its attributes (PEFT does), belong to the copy as well."""
+
+    def rebound(held: Any) -> Any:
         if isinstance(held, types.MethodType) and held.__self__ in copies:
-            twin.__dict__[name] = types.MethodType(held.__func__, copies[held.__self__])
+            return types.MethodType(held.__func__, copies[held.__self__])
+        if type(held).__name__ == "_WrappedHook":  # of torch.nn; it remembers its module weakly
+            return type(held)(rebound(held.hook), twin if held.with_module else None)
+        return held
+
+    for name, held in twin.__dict__.items():
+        twin.__dict__[name] = rebound(held)
+        if name.endswith("_hooks") and isinstance(held, dict):
+            for key, hook in held.items():
+                held[key] = rebound(hook)
 
 
 def refuse_other_forwards(model: nn.Module, stack: nn.Module) -> None:
