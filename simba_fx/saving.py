@@ -133,7 +133,8 @@ def load(directory: str | os.PathLike[str], model: nn.Module | None = None, *, c
     else:
         from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel
 
-        model = MambaLMHeadModel.from_pretrained(str(folder), **({"dtype": _DTYPES[written["dtype"]]} | kwargs))
+        given = {"dtype": _DTYPES[written["dtype"]]} | kwargs
+        model = MambaLMHeadModel.from_pretrained(str(folder), **given).eval()  # as transformers has it
     named = {field.name: getattr(options, field.name) for field in dataclasses.fields(Options)}
     sparse = transform(model, named.pop("schedule"), **named, **examples)  # type: ignore[arg-type]
     _check_shares(program(sparse).shares, written, folder)
