@@ -126,7 +126,8 @@ def install(model: nn.Module, options: Options, example: Any, cost: Any) -> fx.G
 
 def _mirror(model: nn.Module, program: Program) -> None:
     """Register every parameter and buffer where the module has it: `state_dict` has the same keys in the same order."""
-    own = dict(model.named_parameters()) | dict(model.named_buffers())
+    own = {path for path, _ in model.named_parameters(remove_duplicate=False)}
+    own |= {path for path, _ in model.named_buffers(remove_duplicate=False)}
     constants = {
         path: held for path, held in program.attributes().items() if isinstance(held, Tensor) and path not in own
     }
