@@ -55,7 +55,7 @@ class PlainRuntime(Memory):
                 f"{self.name} was called with {len(args)} positional and {len(kwargs)} keyword arguments; expected "
                 f"{', '.join(self.signature.parameters)}, each once. Leave out what is given twice or has no name."
             )
-        bound = {name: held for name, held in given.items() if held is not None}
+        bound = {name: held for name, held in given.items() if held is not None and not self._fixed(name, held)}
         if set(bound) != set(captured.arguments):
             raise InputError(
                 f"{self.name} was captured with the arguments {', '.join(captured.arguments)}; found a call with "
@@ -71,6 +71,11 @@ class PlainRuntime(Memory):
                 "simba_fx.transform inside the autocast that the model will run in."
             )
         return [*inputs, self.tail]
+
+    def _fixed(self, name: str, held: Any) -> bool:
+        """Whether an argument is a number, flag or word that the program was captured with, and holds."""
+        known = self.example.get(name)
+        return known is not None and not isinstance(known, Tensor) and type(known) is type(held) and known == held
 
     def finish(self, inputs: list[Any], flat: Any) -> Any:
         """The module's result; what was kept is remembered."""
@@ -114,7 +119,11 @@ def install(model: nn.Module, options: Options, example: Any, cost: Any) -> fx.G
     inputs = _examples(model, signature, example)
     primary = next(name for name, value in inputs.items() if isinstance(value, Tensor) and value.dim() >= 2)
     mask = next((name for name in inputs if name in _MASKS), None)
-    built = build(capture(model, model, inputs, primary=primary, mask=mask), options, cost, program_class=PlainProgram)
+    captured = capture(model, model, inputs, primary=primary, mask=mask)
+    for node in captured.graph.find_nodes(op="placeholder"):  # numbers, flags and words are in the graph already
+        if node.name not in captured.inputs:
+            captured.graph.erase_node(node)
+    built = build(captured, options, cost, program_class=PlainProgram)
     device = next(held.device for held in inputs.values() if isinstance(held, Tensor))
     runtime = PlainRuntime(built, options, type(model).__name__, signature, autocast_dtype(device), inputs, options.tail)
     _call_as_module(built.program, runtime)
@@ -195,7 +204,7 @@ def _examples(model: nn.Module, signature: inspect.Signature, example: Any) -> d
             f"{name}.forward, for example (torch.zeros(2, 24, 8),)."
         )
     rows, length = lead.shape[:2]
-    return {key: _resized(value, rows, length) for key, value in bound.items()}
+    return {key: _resized(value, rows, length) for key, value in bound.items() if value is not None}
 
 
 def _resized(value: Any, rows: int, length: int) -> Any:
