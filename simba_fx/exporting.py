@@ -13,10 +13,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import fx
 
 from simba_fx.program import Program
 
-__all__ = ["Memory", "run"]
+__all__ = ["CallsOfModule", "Memory", "run"]
 
 
 class Memory:
@@ -43,11 +44,52 @@ def run(program: Program, forward: Callable[..., Any], *inputs: Any) -> Any:
     """`forward(*inputs)`, the program's; under `torch.export` over what it has put in the place of the parameters."""
     if not torch.compiler.is_exporting() or torch.compiler.is_dynamo_compiling():
         return forward(*inputs)
-    sources = program.sources()
-    before = [source.holder[source.name] for source in sources]
-    program.read()
+    put_back = _over_stand_ins(program)
     try:
         return forward(*inputs)
     finally:
+        put_back()
+
+
+def _over_stand_ins(program: Program) -> Callable[[], None]:
+    """Let a program read its tensors where they are registered now; what is returned puts back what it had read."""
+    sources = program.sources()
+    before = [source.holder[source.name] for source in sources]
+    program.read()
+
+    def put_back() -> None:
         for source, tensor in zip(sources, before):
             source.holder[source.name] = tensor
+
+    return put_back
+
+
+class CallsOfModule(fx.graph.CodeGen):
+    """Lets `torch.export` call a plain module's program as the module is called.
+
+    It does not call a GraphModule's `forward` but interprets the graph, whose inputs and outputs are flat, and asks the
+    graph's code generator, this one, what to make of arguments and results.
+    """
+
+    def __init__(self, program: Program, prepare: Callable[..., list[Any]], finish: Callable[..., Any]) -> None:
+        super().__init__()
+        self.program, self.prepare, self.finish = program, prepare, finish
+        self.open: tuple[list[Any], Callable[[], None]] | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> fx.graph.CodeGen:
+        """Of a graph that is copied alone: it is called with flat inputs."""
+        return fx.graph.CodeGen()
+
+    def process_inputs(self, *args: Any) -> Any:
+        if not torch.compiler.is_exporting():
+            return args
+        inputs = self.prepare(args, {})
+        self.open = inputs, _over_stand_ins(self.program)
+        return inputs
+
+    def process_outputs(self, outputs: Any) -> Any:
+        if self.open is None:
+            return outputs
+        (inputs, put_back), self.open = self.open, None
+        put_back()
+        return self.finish(inputs, outputs)

@@ -40,7 +40,10 @@ from simba_fx.twins import own_forward, subclass, twin_around, whole_copy
 
 __all__ = ["Signature", "SparseStack", "capture_stack", "install", "is_pretrained"]
 
-_EAGERLY_FIRST = "With compile='whole', call the model once with such arguments before torch.compile traces it."
+_EAGERLY_FIRST = (
+    "Call the model once with such arguments before it is traced, by torch.compile with compile='whole' or by "
+    "torch.export."
+)
 _CACHE_NAMES = ("cache", "past_key_values", "cache_params")
 """What the argument is called: `cache` from transformers 5.24 on, one of the others before."""
 _ROWS, _LENGTH = EXAMPLE.values()
@@ -286,7 +289,8 @@ class SparseStack(Memory):
         if torch.compiler.is_compiling():
             raise InputError(
                 f"The cache of {type(self.stack).__name__} has attention layers, which learn in Python how much they "
-                "hold; expected use_cache=False in a graph that is traced whole. Pass that, or use compile='blocks'."
+                "hold; expected use_cache=False in a graph that is traced whole. Pass that; with torch.compile, "
+                "compile='blocks' fills them."
             )
         for layer, cuts in variant.attention.items():
             slots = positions[cuts - 1].shape[1] if cuts else length

@@ -16,7 +16,7 @@ from simba_fx import exporting
 from simba_fx.build import Built, CustomCriterion, Options, build
 from simba_fx.capture import capture
 from simba_fx.errors import CaptureError, InputError
-from simba_fx.exporting import Memory
+from simba_fx.exporting import CallsOfModule, Memory
 from simba_fx.inputs import EXAMPLE, autocast_dtype, check_mask, named_sizes
 from simba_fx.program import Program, dynamic_marker, left_alone, left_to_python
 
@@ -174,6 +174,7 @@ def _call_as_module(program: Program, runtime: PlainRuntime) -> None:
     own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
     outer.__signature__ = runtime.signature.replace(parameters=[own, *runtime.signature.parameters.values()])
     cls.forward = outer
+    program.graph.set_codegen(CallsOfModule(program, runtime.prepare, runtime.finish))
 
 
 def _examples(model: nn.Module, signature: inspect.Signature, example: Any) -> dict[str, Any]:
