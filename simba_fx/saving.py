@@ -8,6 +8,7 @@ the shares that they come to are listed, block by block.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -128,13 +129,8 @@ def load(directory: str | os.PathLike[str], model: nn.Module | None = None, *, c
             )
         examples["example_inputs"] = _example_inputs(written["example_inputs"], model)
         _put_weights(model, folder / WEIGHTS)
-    elif library == "transformers":
-        model = _pretrained(folder, written, kwargs)
     else:
-        from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel
-
-        given = {"dtype": _DTYPES[written["dtype"]]} | kwargs
-        model = MambaLMHeadModel.from_pretrained(str(folder), **given).eval()  # as transformers has it
+        model = _pretrained(folder, written, kwargs)
     named = {field.name: getattr(options, field.name) for field in dataclasses.fields(Options)}
     sparse = transform(model, named.pop("schedule"), **named, **examples)  # type: ignore[arg-type]
     _check_shares(program(sparse).shares, written, folder)
@@ -195,7 +191,7 @@ def _described(model: nn.Module, runtime: Any, library: str) -> dict[str, Any]:
         written["class"] = runtime.name
         written["example_inputs"] = {name: _example(name, held) for name, held in runtime.example.items()}
     else:
-        written["dtype"] = _dtype_name(next(model.parameters()))
+        written |= _dtypes(model)
     if library == "transformers":
         config: Any = model.config
         chosen = {name: getattr(config, f"_{name}", None) for name in _IMPLEMENTATIONS}
@@ -203,6 +199,14 @@ def _described(model: nn.Module, runtime: Any, library: str) -> dict[str, Any]:
     written["options"] = options_to_json(runtime.options, shares)
     written["shares"] = [_number(share) for share in shares]
     return written
+
+
+def _dtypes(model: nn.Module) -> dict[str, Any]:
+    """The dtype of most weights, and which have another; `from_pretrained` knows one for all."""
+    names = {name: _dtype_name(held) for name, held in model.state_dict().items() if held.is_floating_point()}
+    usual = max(sorted(set(names.values())), key=list(names.values()).count)
+    others = {name: dtype for name, dtype in names.items() if dtype != usual}
+    return {"dtype": usual, "other_dtypes": others} if others else {"dtype": usual}
 
 
 def options_to_json(options: Options, shares: tuple[Fraction, ...]) -> dict[str, Any]:
@@ -351,10 +355,11 @@ def _read(folder: Path) -> dict[str, Any]:
         "mamba_ssm": {"dtype"},
         "torch": {"example_inputs"},
     }[written["library"]]
-    optional = {"shares"} & set(written)
+    optional = {"shares", *({"other_dtypes"} if "dtype" in keys else ())} & set(written)
     _expect_keys(written, {"format", "library", "class", "options"} | keys | optional, "file")
-    if (name := written.get("dtype")) is not None and name not in _DTYPES:
-        raise SimbaError(f'{FILE}: expected a dtype of torch, such as "float32"; found {name!r}.')
+    for name in ([written["dtype"]] if "dtype" in keys else []) + list(written.get("other_dtypes", {}).values()):
+        if name not in _DTYPES:
+            raise SimbaError(f'{FILE}: expected a dtype of torch, such as "float32"; found {name!r}.')
     return written
 
 
@@ -388,7 +393,26 @@ def _options(written: Mapping[str, Any], criterion: Criterion | None) -> Options
 
 
 def _pretrained(folder: Path, written: Mapping[str, Any], kwargs: Mapping[str, Any]) -> nn.Module:
-    """The dense transformers model."""
+    """The dense model of a library, each weight in the dtype that it had, unless a dtype is given."""
+    usual, others = _DTYPES[written["dtype"]], written.get("other_dtypes", {})
+    as_saved = not {"dtype", "torch_dtype"} & set(kwargs)
+    widest = functools.reduce(torch.promote_types, (_DTYPES[name] for name in others.values()), usual)
+    given = ({"dtype": widest} if as_saved else {}) | dict(kwargs)
+    model: nn.Module
+    if written["library"] == "transformers":
+        model = _class_of(folder, written).from_pretrained(folder, **(written["implementations"] | given))
+    else:
+        from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel
+
+        model = MambaLMHeadModel.from_pretrained(str(folder), **given).eval()  # as transformers has it
+    for name, held in model.state_dict(keep_vars=True).items() if as_saved else ():
+        if held.is_floating_point() and held.dtype is not (dtype := _DTYPES[others.get(name, written["dtype"])]):
+            held.data = held.data.to(dtype)
+    return model
+
+
+def _class_of(folder: Path, written: Mapping[str, Any]) -> Any:
+    """Of a transformers model, as its configuration names it."""
     import transformers
 
     name = (json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures") or [None])[0]
@@ -398,11 +422,7 @@ def _pretrained(folder: Path, written: Mapping[str, Any], kwargs: Mapping[str, A
             f"{folder / 'config.json'} names the class {name!r}, which transformers {transformers.__version__} does not "
             f"have; expected {written['class']}. Install a version that has it."
         )
-    chosen = dict(written["implementations"])
-    if not {"dtype", "torch_dtype"} & set(kwargs):
-        chosen["dtype"] = _DTYPES[written["dtype"]]
-    made: nn.Module = cls.from_pretrained(folder, **(chosen | dict(kwargs)))  # type: ignore[union-attr]
-    return made
+    return cls
 
 
 def _example_inputs(written: Any, model: Any) -> dict[str, Any]:

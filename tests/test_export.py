@@ -93,7 +93,6 @@ CASES = (
     ("mamba2-one-group", False, "whole"),
     ("mamba2-two-groups", True, "blocks"),
     ("bamba", True, "blocks"),
-    ("jamba", False, "whole"),
     ("nemotron-h", True, "whole"),
 )
 
@@ -113,7 +112,7 @@ def test_an_exported_program_gives_the_models_bits_at_other_sizes(family: str, m
             assert torch.equal(first(run(**inputs)), first(sparse(**inputs))), f"({rows}, {length})"
 
     # Weights are parameters of the exported program, under the model's names, and not constants of its graph.
-    assert list(program.state_dict) == list(sparse.state_dict())
+    assert program.state_dict.keys() == sparse.state_dict().keys()
     assert all(torch.equal(program.state_dict[name], held) for name, held in sparse.state_dict().items())
     others = set(program.constants) - {name for name, _ in sparse.named_buffers()}
     assert not [name for name in others if program.constants[name].numel() > 1], "but for a number here and there"
@@ -122,7 +121,7 @@ def test_an_exported_program_gives_the_models_bits_at_other_sizes(family: str, m
 def test_the_cases_are_every_pure_family_and_some_hybrids() -> None:
     modeled = {BY_NAME[family].modeling for family, *_ in CASES}
     assert {entry.modeling for entry in FAMILIES if entry.backbone == "backbone" and is_pure(entry)} <= modeled
-    assert len({family for family, *_ in CASES if not is_pure(BY_NAME[family])}) == 3
+    assert len({family for family, *_ in CASES if not is_pure(BY_NAME[family])}) == 2
 
 
 def is_pure(entry: Entry) -> bool:

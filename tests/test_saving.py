@@ -132,6 +132,15 @@ def test_arguments_of_from_pretrained_are_handed_on(tmp_path: Path) -> None:
         simba_fx.load(tmp_path, variant="elsewhere")  # reached from_pretrained
 
 
+def test_weights_of_several_dtypes_stay_what_they_were(tmp_path: Path) -> None:
+    model = BY_NAME["mamba"].build().to(torch.bfloat16)
+    for layer in model.backbone.layers:
+        layer.mixer.A_log.data = torch.rand_like(layer.mixer.A_log, dtype=torch.float32)
+    sparse = simba_fx.transform(model, "linear")
+    simba_fx.save(sparse, tmp_path)
+    assert_same(simba_fx.load(tmp_path), sparse, three_rows(masked=True))
+
+
 def test_a_compiled_wrapper_is_unwrapped(tmp_path: Path) -> None:
     sparse = simba_fx.transform(dense("mamba"), "linear", compile="whole")
     simba_fx.save(torch.compile(sparse), tmp_path)
