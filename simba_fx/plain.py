@@ -125,7 +125,9 @@ def install(model: nn.Module, options: Options, example: Any, cost: Any) -> fx.G
             captured.graph.erase_node(node)
     built = build(captured, options, cost, program_class=PlainProgram)
     device = next(held.device for held in inputs.values() if isinstance(held, Tensor))
-    runtime = PlainRuntime(built, options, type(model).__name__, signature, autocast_dtype(device), inputs, options.tail)
+    runtime = PlainRuntime(
+        built, options, type(model).__name__, signature, autocast_dtype(device), inputs, options.tail
+    )
     _call_as_module(built.program, runtime)
     _mirror(model, built.program)
     built.program.bind_itself()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
 import json
 import os
 import shutil
@@ -46,7 +47,7 @@ _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in vars(torch).val
 
 
 def save(sparse: nn.Module, directory: str | os.PathLike[str]) -> None:
-    """Write a sparse model into a folder: the dense model's files, and `simba_fx.json` with every option of `transform`.
+    """Write a sparse model into a folder: the dense model's files, and `simba_fx.json`, the options of `transform`.
 
     The folder stays one of the dense model: `from_pretrained` of transformers or mamba_ssm reads it as before. Weights
     are written by the model's own `save_pretrained`; those of a plain module with `torch.save`. A `Budget`, and a
@@ -54,8 +55,8 @@ def save(sparse: nn.Module, directory: str | os.PathLike[str]) -> None:
     the tokens that it kept, also where a later version counts FLOPs differently, and no code has to be found again. A
     criterion that is a function is written as its name, and `load` asks for the function.
 
-    A new folder appears at once, whole. In a folder that exists, `simba_fx.json` goes first and comes back last, so that
-    an interrupted call leaves no sparse model with other weights.
+    A new folder appears at once, whole. In a folder that exists, `simba_fx.json` goes first and comes back last, so
+    that an interrupted call leaves no sparse model with other weights.
 
     Args:
         sparse: what `transform` returned, compiled or not.
@@ -117,15 +118,15 @@ def load(directory: str | os.PathLike[str], model: nn.Module | None = None, *, c
             f"{folder} holds a plain module ({written['class']}), and load was given none to put its weights into; "
             f"expected a dense instance. Write simba_fx.load(directory, {written['class']}(...))."
             if library == "torch"
-            else f"{folder} holds a {written['class']} of {library}, which load builds itself; expected no model, found "
-            f"a {type(model).__name__}. Leave it out."
+            else f"{folder} holds a {written['class']} of {library}, which load builds itself; expected no model, "
+            f"found a {type(model).__name__}. Leave it out."
         )
     examples = {}
     if library == "torch":
         if kwargs:
             raise SimbaError(
-                f"load passes {', '.join(kwargs)} on to from_pretrained, which a plain module does not have; expected no "
-                "further arguments. Call .to() on the result."
+                f"load passes {', '.join(kwargs)} on to from_pretrained, which a plain module does not have; expected "
+                "no further arguments. Call .to() on the result."
             )
         examples["example_inputs"] = _example_inputs(written["example_inputs"], model)
         _put_weights(model, folder / WEIGHTS)
@@ -249,8 +250,8 @@ def _schedule_from_json(written: Any) -> Any:
     kind = written.get("kind") if isinstance(written, dict) else None
     if kind not in _SCHEDULES:
         raise SimbaError(
-            f"{FILE}: expected a schedule of kind {', '.join(_SCHEDULES)}; found {kind!r}. Correct it, or transform the "
-            "dense model."
+            f"{FILE}: expected a schedule of kind {', '.join(_SCHEDULES)}; found {kind!r}. Correct it, or transform "
+            "the dense model."
         )
     names = {field.name for field in dataclasses.fields(_SCHEDULES[kind])}
     fields = {name: held for name, held in written.items() if name not in ("kind", "made_by")}
@@ -332,11 +333,11 @@ def _read(folder: Path) -> dict[str, Any]:
         )
     if not (folder / FILE).is_file():
         raise SimbaError(
-            f"{folder} has no {FILE}, so it holds no sparse model; expected a folder that simba_fx.save wrote. Load the "
-            "dense model with its own library and pass it to simba_fx.transform."
+            f"{folder} has no {FILE}, so it holds no sparse model; expected a folder that simba_fx.save wrote. Load "
+            "the dense model with its own library and pass it to simba_fx.transform."
         )
     try:
-        written = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        written: dict[str, Any] = json.loads((folder / FILE).read_text(encoding="utf-8"))
     except ValueError as error:
         raise SimbaError(f"{folder / FILE} is no JSON: {error}. Correct it, or transform the dense model.") from error
     found = written.get("format") if isinstance(written, dict) else None
@@ -347,8 +348,8 @@ def _read(folder: Path) -> dict[str, Any]:
         )
     if written.get("library") not in LIBRARIES:
         raise SimbaError(
-            f"{FILE}: expected a library among {', '.join(LIBRARIES)}; found {written.get('library')!r}. Correct it, or "
-            "transform the dense model."
+            f"{FILE}: expected a library among {', '.join(LIBRARIES)}; found {written.get('library')!r}. Correct it, "
+            "or transform the dense model."
         )
     keys = {
         "transformers": {"dtype", "implementations"},
@@ -370,8 +371,8 @@ def _expect_keys(written: Any, names: set[str], what: str) -> None:
     told = [f"unknown: {', '.join(sorted(found - names))}"] if found - names else []
     told += [f"missing: {', '.join(sorted(names - found))}"] if names - found else []
     raise SimbaError(
-        f"{FILE}, {what}: expected the keys {', '.join(sorted(names))}; {'; '.join(told)}. Correct the file, or use the "
-        "version of simba_fx that wrote it."
+        f"{FILE}, {what}: expected the keys {', '.join(sorted(names))}; {'; '.join(told)}. Correct the file, or use "
+        "the version of simba_fx that wrote it."
     )
 
 
@@ -402,9 +403,8 @@ def _pretrained(folder: Path, written: Mapping[str, Any], kwargs: Mapping[str, A
     if written["library"] == "transformers":
         model = _class_of(folder, written).from_pretrained(folder, **(written["implementations"] | given))
     else:
-        from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel
-
-        model = MambaLMHeadModel.from_pretrained(str(folder), **given).eval()  # as transformers has it
+        models: Any = importlib.import_module("mamba_ssm.models.mixer_seq_simple")
+        model = models.MambaLMHeadModel.from_pretrained(str(folder), **given).eval()  # as transformers has it
     for name, held in model.state_dict(keep_vars=True).items() if as_saved else ():
         if held.is_floating_point() and held.dtype is not (dtype := _DTYPES[others.get(name, written["dtype"])]):
             held.data = held.data.to(dtype)
@@ -419,8 +419,8 @@ def _class_of(folder: Path, written: Mapping[str, Any]) -> Any:
     cls = getattr(transformers, str(name), None)
     if not hasattr(cls, "from_pretrained"):
         raise SimbaError(
-            f"{folder / 'config.json'} names the class {name!r}, which transformers {transformers.__version__} does not "
-            f"have; expected {written['class']}. Install a version that has it."
+            f"{folder / 'config.json'} names the class {name!r}, which transformers {transformers.__version__} does "
+            f"not have; expected {written['class']}. Install a version that has it."
         )
     return cls
 

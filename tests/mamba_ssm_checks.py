@@ -407,8 +407,8 @@ def test_the_mixer_alone_cannot_be_saved(tmp_path: Any) -> None:
     with pytest.raises(simba_fx.errors.SimbaError) as caught:
         simba_fx.save(simba_fx.transform(dense("mamba-fused").backbone), tmp_path / "saved")
     assert str(caught.value) == (
-        "A MixerModel alone cannot be saved by mamba_ssm; expected the MambaLMHeadModel around it. Use torch.save on its "
-        "state_dict(), and simba_fx.transform after loading."
+        "A MixerModel alone cannot be saved by mamba_ssm; expected the MambaLMHeadModel around it. Use torch.save on "
+        "its state_dict(), and simba_fx.transform after loading."
     )
     assert not list(tmp_path.iterdir())
 

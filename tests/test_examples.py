@@ -64,9 +64,7 @@ def test_package(tmp_path: Path) -> None:
     assert told == ["transformed", "exported", "compiled by AOTInductor", "loaded and run in a fresh process"]
     assert re.fullmatch(r"exported\.pt2: 1[2-9]\.\d MB, sparse\.pt2: 1[2-9]\.\d MB", sizes)
     assert imported == "imported there besides torch and the operators: nothing"
-    pattern = (
-        r"(\d) x (\d+) bytes, (\d+) in the last block: largest difference exported (\S+), compiled (\S+)"
-    )
+    pattern = r"(\d) x (\d+) bytes, (\d+) in the last block: largest difference exported (\S+), compiled (\S+)"
     found = [[float(n) for n in re.fullmatch(pattern, line).groups()] for line in (one, two, three)]
     assert [row[:3] for row in found] == [[1, 700, 71], [4, 150, 16], [3, 64, 8]]
     assert all(exported == 0 and compiled < 1e-3 for *_, exported, compiled in found)

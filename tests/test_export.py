@@ -248,7 +248,7 @@ def test_what_cannot_be_exported_says_so() -> None:
         "The cache of BambaModel has attention layers, which learn in Python how much they hold; expected "
         "use_cache=False in a graph that is traced whole. Pass that; with torch.compile, compile='blocks' fills them."
     )
-    with pytest.raises(RuntimeError, match="DynamicCache.* in output, which is not a known type"):
+    with pytest.raises(RuntimeError, match=r"DynamicCache.* in output, which is not a known type"):
         torch.export.export(pure, (ids,))  # as the dense model
 
 
@@ -408,7 +408,9 @@ def test_every_operator_runs_in_a_compiled_package(tmp_path: Path) -> None:
         return torch.randn(rows, 8, length), torch.randn(rows, length, 4, 6), mask
 
     with torch.no_grad():
-        program = torch.export.export(model, inputs(3, 24), dynamic_shapes=({0: Dim.DYNAMIC, 2: Dim.DYNAMIC}, BOTH, BOTH))
+        program = torch.export.export(
+            model, inputs(3, 24), dynamic_shapes=({0: Dim.DYNAMIC, 2: Dim.DYNAMIC}, BOTH, BOTH)
+        )
         called = {str(node.target).split(".")[1] for node in program.graph.nodes if "simba_fx" in str(node.target)}
         plain_functions = {"query_position", "kernel_path", "flops", "CRITERIA", "POSITION_CRITERIA"}
         assert called == set(ops.__all__) - plain_functions

@@ -114,7 +114,9 @@ def test_the_trained_checkpoint_generates_the_same(tmp_path: Path) -> None:
     model = MambaForCausalLM.from_pretrained(CHECKPOINT).eval()
     sparse = simba_fx.transform(model, "linear")
     simba_fx.save(sparse, tmp_path / "saved")
-    prompt = torch.tensor([list(b"import os\n\n\ndef main(arguments: list[str]) -> None:\n    for name in arguments:\n")])
+    prompt = torch.tensor(
+        [list(b"import os\n\n\ndef main(arguments: list[str]) -> None:\n    for name in arguments:\n")]
+    )
     made = [
         one.generate(prompt, max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)
         for one in (sparse, simba_fx.load(tmp_path / "saved"))
@@ -128,7 +130,7 @@ def test_arguments_of_from_pretrained_are_handed_on(tmp_path: Path) -> None:
     for name in ("dtype", "torch_dtype"):
         found = simba_fx.load(tmp_path, **{name: torch.bfloat16})
         assert {p.dtype for p in found.parameters()} == {torch.bfloat16}
-    with pytest.raises(OSError, match="no file named model.elsewhere"):
+    with pytest.raises(OSError, match=r"no file named model\.elsewhere"):
         simba_fx.load(tmp_path, variant="elsewhere")  # reached from_pretrained
 
 
@@ -275,8 +277,8 @@ def test_what_cannot_be_loaded_into_the_module_changes_nothing(tmp_path: Path) -
     module = tied(1, depth=4)
     before = {name: held.clone() for name, held in module.state_dict().items()}
     refused(
-        f"{tmp_path / WEIGHTS} does not hold the weights of this Tied: blocks.3.A_log is missing (and 8 more). Make the "
-        "module with the sizes that it was saved with.",
+        f"{tmp_path / WEIGHTS} does not hold the weights of this Tied: blocks.3.A_log is missing (and 8 more). Make "
+        "the module with the sizes that it was saved with.",
         tmp_path,
         module,
     )
@@ -432,8 +434,8 @@ UNSAVED = {
     ),
     "adapters": (
         lambda: simba_fx.transform(adapted(), "linear"),
-        "save writes whole models; found adapters of PEFT on a PeftModel. Save them with save_pretrained, and transform "
-        "again after loading; or merge them first (merge_and_unload).",
+        "save writes whole models; found adapters of PEFT on a PeftModel. Save them with save_pretrained, and "
+        "transform again after loading; or merge them first (merge_and_unload).",
     ),
     "a class of one's own": (
         lambda: simba_fx.transform(Ours(dense("mamba").config).eval(), "linear"),
@@ -521,7 +523,7 @@ SPOILT: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "another dtype": (
         {"dtype": "float33"},
-        'simba_fx.json: expected a dtype of torch, such as "float32"; found \'float33\'.',
+        "simba_fx.json: expected a dtype of torch, such as \"float32\"; found 'float33'.",
     ),
     "an unknown option": (
         {"options__colour": "red", "options__floor": None},
