@@ -3,15 +3,27 @@
     sparse = simba_fx.transform(model, schedule="linear")
     sparse = torch.compile(sparse)
 
-Importing this package patches nothing, touches no device and imports neither transformers nor mamba_ssm.
+Importing this package patches nothing, touches no device and imports neither transformers nor mamba_ssm. Its names are
+imported when they are first asked for: a process that only runs an exported program needs `import simba_fx.ops`, the
+operators, and loads nothing that transforms models.
 """
 
-from simba_fx import errors
-from simba_fx.api import explain, kept, program, reached, tail, transform
-from simba_fx.lift import register_scan
-from simba_fx.operands import SelectiveScan, SSDScan
-from simba_fx.report import report
-from simba_fx.schedule import Budget, Constant, Cosine, Dense, Linear, Stages
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+import types
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from simba_fx import errors
+    from simba_fx.api import explain, kept, program, reached, tail, transform
+    from simba_fx.lift import register_scan
+    from simba_fx.operands import SelectiveScan, SSDScan
+    from simba_fx.report import report
+    from simba_fx.saving import load, save
+    from simba_fx.schedule import Budget, Constant, Cosine, Dense, Linear, Stages
 
 __all__ = [
     "Budget",
@@ -25,10 +37,47 @@ __all__ = [
     "errors",
     "explain",
     "kept",
+    "load",
     "program",
     "reached",
     "register_scan",
     "report",
+    "save",
     "tail",
     "transform",
 ]
+
+_HOMES = {
+    "api": ("explain", "kept", "program", "reached", "tail", "transform"),
+    "lift": ("register_scan",),
+    "operands": ("SSDScan", "SelectiveScan"),
+    "report": ("report",),
+    "saving": ("load", "save"),
+    "schedule": ("Budget", "Constant", "Cosine", "Dense", "Linear", "Stages"),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+"""In which module each name is defined; the others of `__all__` are modules themselves."""
+
+
+class _Package(types.ModuleType):
+    """Two names are functions and modules: `simba_fx.report` and `simba_fx.program` are the functions."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name not in _HOME_OF or not isinstance(value, types.ModuleType):  # the import system binds what it imported
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
+
+if not TYPE_CHECKING:  # type checkers know the names from above, and that there are no others
+
+    def __getattr__(name: str) -> Any:
+        if (home := _HOME_OF.get(name)) is not None:
+            found = globals()[name] = getattr(importlib.import_module(f"{__name__}.{home}"), name)
+            return found
+        if not name.startswith("_") and importlib.util.find_spec(f"{__name__}.{name}") is not None:
+            return importlib.import_module(f"{__name__}.{name}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})

@@ -22,6 +22,7 @@ import sympy
 import torch
 from torch import Tensor, fx
 
+import simba_fx.ops  # noqa: F401  # registers the operators named below
 from simba_fx.errors import GraphError
 
 REGION = "region"

@@ -23,11 +23,13 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from simba_fx import exporting
 from simba_fx.build import Built, Options, build
 from simba_fx.caches import Entry, fill, is_warm, new_cache, recording_cache
 from simba_fx.capture import Captured, capture
 from simba_fx.decoding import attention_modules, call_with_own_mask, expect_token, make_sparse, sparse_layers
 from simba_fx.errors import CaptureError, InputError
+from simba_fx.exporting import Memory
 from simba_fx.graphs import region, returned
 from simba_fx.inputs import EXAMPLE, autocast_dtype, check_mask, check_positions, named_sizes
 from simba_fx.lift import one_at_a_time, traced
@@ -39,7 +41,10 @@ from simba_fx.twins import copy_to_trace, own_forward, subclass, twin_around
 
 __all__ = ["Signature", "SparseStack", "capture_stack", "install", "is_pretrained"]
 
-_EAGERLY_FIRST = "With compile='whole', call the model once with such arguments before torch.compile traces it."
+_EAGERLY_FIRST = (
+    "Call the model once with such arguments before it is traced, by torch.compile with compile='whole' or by "
+    "torch.export."
+)
 _CACHE_NAMES = ("cache", "past_key_values", "cache_params")
 """What the argument is called: `cache` from transformers 5.24 on, one of the others before."""
 _ROWS, _LENGTH = EXAMPLE.values()
@@ -165,7 +170,7 @@ class Variant:
 
 
 @dataclass(eq=False)
-class SparseStack:
+class SparseStack(Memory):
     """The runtime of one transformed model: its options, its programs, and what its last call kept."""
 
     stack: Any
@@ -174,8 +179,6 @@ class SparseStack:
     tail: int = 1
     variants: dict[Signature, list[Variant]] = field(default_factory=dict)
     """For each kind of call the graphs of the stack as it was then, the last one used last."""
-    last: tuple[Any, ...] | None = None
-    """Of the last prompt: (batch, length, cuts, positions per cut, real per cut, mask)."""
     capturing: Any = field(default_factory=threading.RLock)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SparseStack:
@@ -288,7 +291,8 @@ class SparseStack:
         if traced():
             raise InputError(
                 f"The cache of {type(self.stack).__name__} has attention layers, which learn in Python how much they "
-                "hold; expected use_cache=False in a graph that is traced whole. Pass that, or use compile='blocks'."
+                "hold; expected use_cache=False in a graph that is traced whole. Pass that; with torch.compile, "
+                "compile='blocks' fills them."
             )
         for layer, cuts in variant.attention.items():
             slots = positions[cuts - 1].shape[1] if cuts else length
@@ -415,12 +419,14 @@ def _stack_class(cls: type[nn.Module], blocks: bool) -> type:
         runtime = self._simba
         variant = lookup(runtime, call.signature)
         inputs = [call.tensors[name] for name in variant.built.captured.arguments]
-        output = finish(runtime, variant, call, variant.built.program.forward(*inputs, runtime.tail))
+        program = variant.built.program
+        output = finish(runtime, variant, call, execute(program, program.forward, *inputs, runtime.tail))
         if blocks:
             mark((output[0],), ((0, 1),))
         return output
 
     lookup, mark, decode = python(SparseStack.variant), dynamic_marker(), python(_decoding)
+    execute = left_to_python(exporting.run) if blocks else exporting.run
     return subclass(cls, "blocks" if blocks else "whole", left_to_python(forward) if blocks else forward)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from simba_fx.errors import InputError
 from simba_fx.lift import traced
@@ -19,14 +20,19 @@ def named_sizes(tensor: Tensor, rows: int, length: int) -> tuple[int | str, ...]
 
     A width that happens to equal the length stays a number.
     """
-    sizes: list[int | str] = [int(size) for size in tensor.shape]
-    square = tensor.dim() == 4 and sizes[2:] == [length, length]
+    sizes: list[int | str] = list(tensor.shape)
+    square = tensor.dim() == 4 and all(_is(size, length) for size in tensor.shape[2:])
     for dim in (2, 3) if square else (1,):
-        if dim < len(sizes) and sizes[dim] == length:
+        if dim < len(sizes) and _is(tensor.shape[dim], length):
             sizes[dim] = "L"
-    if sizes and sizes[0] == rows:
+    if sizes and _is(tensor.shape[0], rows):
         sizes[0] = "B"
     return tuple(sizes)
+
+
+def _is(size: int, wanted: int) -> bool:
+    """Whether two sizes are equal. Of symbolic ones that is asked without a guard, which would fix them."""
+    return statically_known_true(size == wanted) if traced() else size == wanted
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:

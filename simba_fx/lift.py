@@ -32,7 +32,7 @@ from simba_fx import lifts
 from simba_fx.errors import CaptureError, SimbaError
 from simba_fx.operands import Adapter, Operands, Row, StandIn
 
-__all__ = ["CallSite", "lifted", "one_at_a_time", "register_scan", "traced"]
+__all__ = ["CallSite", "exported", "lifted", "one_at_a_time", "register_scan", "traced"]
 
 
 @dataclass(eq=False)
@@ -195,7 +195,12 @@ def traced() -> bool:
     thread does not count."""
     if torch.compiler.is_dynamo_compiling():
         return True
-    return torch.compiler.is_compiling() and _capturing in (None, threading.get_ident())
+    return torch.compiler.is_compiling() and (_capturing is None or _capturing == threading.get_ident())
+
+
+def exported() -> bool:
+    """Whether torch.export is tracing this call: likewise, not a capture in another thread."""
+    return torch.compiler.is_exporting() and (_capturing is None or _capturing == threading.get_ident())
 
 
 def _in_this_thread(function: Callable[..., Any], stand_in: Callable[..., Any]) -> Callable[..., Any]:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from simba_fx import exporting
 from simba_fx.build import Options, build
 from simba_fx.caches import Entry
 from simba_fx.capture import capture
@@ -181,7 +182,7 @@ def _stack_class(cls: type[nn.Module], blocks: bool) -> type:
     names = tuple(inspect.signature(own).parameters)[1:]
     python: Callable[[Any], Any] = left_alone if blocks else lambda function: function
     prepare, finish, lookup = python(_prepare), python(SparseMixer.finish), python(SparseMixer.variant)
-    mark = dynamic_marker()
+    mark, execute = dynamic_marker(), left_to_python(exporting.run) if blocks else exporting.run
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         call = prepare(self, dict(zip(names, args)) | kwargs)
@@ -189,7 +190,8 @@ def _stack_class(cls: type[nn.Module], blocks: bool) -> type:
             return own(self, *args, **kwargs)
         runtime = self._simba
         variant = lookup(runtime, call.signature)
-        output = finish(runtime, variant, call, variant.built.program.forward(call.ids, runtime.tail))
+        program = variant.built.program
+        output = finish(runtime, variant, call, execute(program, program.forward, call.ids, runtime.tail))
         if blocks:
             mark((output,), ((0, 1),))
         return output

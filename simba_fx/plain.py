@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from simba_fx import exporting
 from simba_fx.build import Built, CustomCriterion, Options, build
 from simba_fx.capture import capture
 from simba_fx.errors import CaptureError, InputError
+from simba_fx.exporting import CallsOfModule, Memory
 from simba_fx.inputs import EXAMPLE, autocast_dtype, check_mask, named_sizes
 from simba_fx.lift import one_at_a_time
 from simba_fx.program import Program, dynamic_marker, left_alone, left_to_python
@@ -26,7 +28,7 @@ _MASKS = ("attention_mask", "mask", "padding_mask")
 
 
 @dataclass(eq=False)
-class PlainRuntime:
+class PlainRuntime(Memory):
     """The runtime of one transformed plain module."""
 
     built: Built
@@ -35,8 +37,9 @@ class PlainRuntime:
     signature: inspect.Signature
     autocast: torch.dtype | None
     """What `torch.autocast` cast to while the module was captured."""
+    example: Mapping[str, Any]
+    """The arguments that it was captured with, by name: tensors `(B, L, ...)` of the sizes `EXAMPLE`."""
     tail: int = 1
-    last: tuple[Any, ...] | None = None
 
     def any_built(self) -> Built:
         return self.built
@@ -54,7 +57,7 @@ class PlainRuntime:
                 f"{self.name} was called with {len(args)} positional and {len(kwargs)} keyword arguments; expected "
                 f"{', '.join(self.signature.parameters)}, each once. Leave out what is given twice or has no name."
             )
-        bound = {name: held for name, held in given.items() if held is not None}
+        bound = {name: held for name, held in given.items() if held is not None and not self._fixed(name, held)}
         if set(bound) != set(captured.arguments):
             raise InputError(
                 f"{self.name} was captured with the arguments {', '.join(captured.arguments)}; found a call with "
@@ -70,6 +73,11 @@ class PlainRuntime:
                 "simba_fx.transform inside the autocast that the model will run in."
             )
         return [*inputs, self.tail]
+
+    def _fixed(self, name: str, held: Any) -> bool:
+        """Whether an argument is a number, flag or word that the program was captured with, and holds."""
+        known = self.example.get(name)
+        return known is not None and not isinstance(known, Tensor) and type(known) is type(held) and known == held
 
     def finish(self, inputs: list[Any], flat: Any) -> Any:
         """The module's result; what was kept is remembered."""
@@ -102,7 +110,7 @@ class PlainProgram(Program):
         program: PlainProgram = self.over({path: copy.deepcopy(held, memo) for path, held in self.attributes().items()})
         memo[id(self)] = program
         built = replace(runtime.built, program=program)
-        _call_as_module(program, replace(runtime, built=built, last=None))
+        _call_as_module(program, replace(runtime, built=built))
         program.bind_itself()
         return program.train(self.training)
 
@@ -116,9 +124,14 @@ def install(model: nn.Module, options: Options, example: Any, cost: Any) -> fx.G
     with one_at_a_time:
         traced = copy_to_trace(model)
         captured = capture(traced, traced, inputs, primary=primary, mask=mask)
+        for node in captured.graph.find_nodes(op="placeholder"):  # numbers, flags and words are in the graph already
+            if node.name not in captured.inputs:
+                captured.graph.erase_node(node)
         built = build(captured, options, cost, program_class=PlainProgram)
     device = next(held.device for held in inputs.values() if isinstance(held, Tensor))
-    runtime = PlainRuntime(built, options, type(model).__name__, signature, autocast_dtype(device), options.tail)
+    runtime = PlainRuntime(
+        built, options, type(model).__name__, signature, autocast_dtype(device), inputs, options.tail
+    )
     _call_as_module(built.program, runtime)
     _mirror(model, built.program)
     built.program.bind_itself()
@@ -128,7 +141,8 @@ def install(model: nn.Module, options: Options, example: Any, cost: Any) -> fx.G
 
 def _mirror(model: nn.Module, program: Program) -> None:
     """Register every parameter and buffer where the module has it: `state_dict` has the same keys in the same order."""
-    own = dict(model.named_parameters()) | dict(model.named_buffers())
+    own = {path for path, _ in model.named_parameters(remove_duplicate=False)}
+    own |= {path for path, _ in model.named_buffers(remove_duplicate=False)}
     constants = {
         path: held for path, held in program.attributes().items() if isinstance(held, Tensor) and path not in own
     }
@@ -154,17 +168,19 @@ def _call_as_module(program: Program, runtime: PlainRuntime) -> None:
     blocks = runtime.options.compile == "blocks"
     python: Callable[[Any], Any] = left_alone if blocks else lambda function: function
     prepare, finish, mark = python(PlainRuntime.prepare), python(PlainRuntime.finish), dynamic_marker()
+    execute = left_to_python(exporting.run) if blocks else exporting.run
 
     def forward(self: Program, *args: Any, **kwargs: Any) -> Any:
         inputs = prepare(runtime, args, kwargs)
         if blocks:
             mark(inputs, ((0, 1),) * len(inputs))
-        return finish(runtime, inputs, run(self, *inputs))
+        return finish(runtime, inputs, execute(self, run.__get__(self), *inputs))
 
     outer: Any = left_to_python(forward) if blocks else forward
     own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
     outer.__signature__ = runtime.signature.replace(parameters=[own, *runtime.signature.parameters.values()])
     cls.forward = outer
+    program.graph.set_codegen(CallsOfModule(program, runtime.prepare, runtime.finish))
 
 
 def _examples(model: nn.Module, signature: inspect.Signature, example: Any) -> dict[str, Any]:
@@ -195,7 +211,7 @@ def _examples(model: nn.Module, signature: inspect.Signature, example: Any) -> d
             f"{name}.forward, for example (torch.zeros(2, 24, 8),)."
         )
     rows, length = lead.shape[:2]
-    return {key: _resized(value, rows, length) for key, value in bound.items()}
+    return {key: _resized(value, rows, length) for key, value in bound.items() if value is not None}
 
 
 def _resized(value: Any, rows: int, length: int) -> Any:

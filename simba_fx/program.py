@@ -23,6 +23,11 @@ from simba_fx.sharding import hollow, refuse_sharded, run_sharded, state_of
 
 __all__ = ["Block", "Program", "dynamic_marker", "left_alone", "left_to_python"]
 
+_BLOCKS = (
+    "compile='blocks' compiles block by block; fullgraph=True and torch.export.export(strict=True) need "
+    "simba_fx.transform(..., compile='whole')"
+)
+
 
 def left_to_python(function: Any) -> Any:
     """Dynamo runs this frame as it is, and goes on compiling the frames that it calls. (Importing Dynamo takes a
@@ -34,9 +39,11 @@ def left_to_python(function: Any) -> Any:
     import torch._dynamo.decorators
 
     code = function.__code__.replace()
-    alone = types.FunctionType(code, function.__globals__, function.__name__, None, function.__closure__)
+    alone: Any = types.FunctionType(code, function.__globals__, function.__name__, None, function.__closure__)
     alone.__defaults__, alone.__kwdefaults__ = function.__defaults__, function.__kwdefaults__
-    return torch._dynamo.decorators.skip(functools.update_wrapper(alone, function))  # type: ignore[no-untyped-call]
+    alone = torch._dynamo.decorators.skip(functools.update_wrapper(alone, function))
+    alone._torchdynamo_disable_msg = _BLOCKS
+    return alone
 
 
 def left_alone(function: Any) -> Any:
@@ -246,8 +253,12 @@ class Program(fx.GraphModule):
 
     def let_go(self) -> None:
         """Hold no tensor that the model has replaced."""
-        for source in (*self._sources, *(source for block in self._blocks() for source in block._sources)):
+        for source in self.sources():
             source.read()
+
+    def sources(self) -> tuple[Source, ...]:
+        """Where the program and its blocks read tensors."""
+        return *self._sources, *(source for block in self._blocks() for source in block._sources)
 
     def _blocks(self) -> Iterable[Block]:
         return {id(held): held for held in self._held.values() if isinstance(held, Block)}.values()

@@ -385,6 +385,34 @@ def test_questions_are_answered() -> None:
     assert sorted(exits) == ["exit_0", "exit_0_1", "exit_1", "exit_1_1"]
 
 
+@over(PER_KIND)
+def test_a_saved_model_is_loaded_as_it_was(case: Case, tmp_path: Any) -> None:
+    """The package's own files, which it goes on reading, beside ours; bf16 stays bf16 unless another dtype is given."""
+    for dtype in (torch.float32, torch.bfloat16):
+        model, ids, folder = build(**case.options | {"dtype": dtype}), tokens(4, 2, 40), tmp_path / str(dtype)
+        pruned = simba_fx.transform(model, simba_fx.Linear(0.3), criterion="simba-abs")
+        simba_fx.save(pruned, folder)
+        found = simba_fx.load(folder)
+        assert isinstance(found, cpu.MambaLMHeadModel)
+        assert [p.dtype for p in found.parameters()] == [p.dtype for p in model.parameters()]
+        with torch.no_grad():
+            assert torch.equal(found(ids).logits, pruned(ids).logits)
+            assert all(torch.equal(a, b) for a, b in zip(simba_fx.kept(found), simba_fx.kept(pruned), strict=True))
+            plain = cpu.MambaLMHeadModel.from_pretrained(str(folder), dtype=dtype).eval().to(dtype)
+            assert torch.equal(plain(ids).logits, model(ids).logits)
+        assert next(simba_fx.load(folder, dtype=torch.float64).parameters()).dtype is torch.float64
+
+
+def test_the_mixer_alone_cannot_be_saved(tmp_path: Any) -> None:
+    with pytest.raises(simba_fx.errors.SimbaError) as caught:
+        simba_fx.save(simba_fx.transform(dense("mamba-fused").backbone), tmp_path / "saved")
+    assert str(caught.value) == (
+        "A MixerModel alone cannot be saved by mamba_ssm; expected the MambaLMHeadModel around it. Use torch.save on "
+        "its state_dict(), and simba_fx.transform after loading."
+    )
+    assert not list(tmp_path.iterdir())
+
+
 def test_named_tokens_are_protected() -> None:
     pruned = simba_fx.transform(dense("mamba-fused"), protect=(0, 7))
     pruned(tokens(1, 2, 64))

@@ -60,10 +60,12 @@ def test_the_public_surface() -> None:
         "errors",
         "explain",
         "kept",
+        "load",
         "program",
         "reached",
         "register_scan",
         "report",
+        "save",
         "tail",
         "transform",
     ]

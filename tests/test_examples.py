@@ -52,3 +52,20 @@ def test_vision_mamba(tmp_path: Path) -> None:
     assert all(0 <= found <= 1 for column in accuracies for found in column)
     assert saved == "saved vision_mamba.png: the patches that entered the last block"
     assert (tmp_path / "vision_mamba.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_package(tmp_path: Path) -> None:
+    """With two cuts, which compile sooner: a package on its own gives the sparse model's values at other sizes."""
+    command = [sys.executable, "-W", "ignore", str(EXAMPLES / "package.py")]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    *steps, sizes, loaded, imported, one, two, three = result.stdout.splitlines()
+    told = [re.sub(r" +[\d.]+ s$", "", line) for line in (*steps, loaded)]
+    assert told == ["transformed", "exported", "compiled by AOTInductor", "loaded and run in a fresh process"]
+    assert re.fullmatch(r"exported\.pt2: 1[2-9]\.\d MB, sparse\.pt2: 1[2-9]\.\d MB", sizes)
+    assert imported == "imported there besides torch and the operators: nothing"
+    pattern = r"(\d) x (\d+) bytes, (\d+) in the last block: largest difference exported (\S+), compiled (\S+)"
+    found = [[float(n) for n in re.fullmatch(pattern, line).groups()] for line in (one, two, three)]
+    assert [row[:3] for row in found] == [[1, 700, 71], [4, 150, 16], [3, 64, 8]]
+    assert all(exported == 0 and compiled < 1e-3 for *_, exported, compiled in found)
+    assert not list(tmp_path.iterdir()), "nothing is left behind"

@@ -1,0 +1,96 @@
+"""What is different while `torch.export` traces a transformed model.
+
+Non-strict export, the default, runs the model's Python with stand-ins: every parameter of the module that is exported
+is replaced, where it is registered, by a fake tensor that records what is done to it. Three things follow. A program
+must read its tensors from there and not from where it keeps them, or they would become constants of the exported
+program; what it kept must be back afterwards; and what a traced call remembers is symbolic, so it must not be taken for
+the result of a call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from simba_fx.lift import exported
+from simba_fx.program import Program
+
+__all__ = ["CallsOfModule", "Memory", "run"]
+
+
+class Memory:
+    """What a runtime remembers of its last call, as `last`: (rows, length, program, positions per cut, real per cut,
+    mask). What a call under `torch.export` leaves is seen by what runs later in the same trace (a loss, a wrapper that
+    asks `kept`) and by nobody else."""
+
+    _called: tuple[Any, ...] | None = None
+    _traced: tuple[Any, ...] | None = None
+
+    @property
+    def last(self) -> tuple[Any, ...] | None:
+        return self._traced if exported() else self._called
+
+    @last.setter
+    def last(self, call: tuple[Any, ...] | None) -> None:
+        if exported():
+            self._traced = call
+        else:
+            self._called, self._traced = call, None
+
+
+def run(program: Program, forward: Callable[..., Any], *inputs: Any) -> Any:
+    """`forward(*inputs)`, the program's; under `torch.export` over what it has put in the place of the parameters."""
+    if not exported() or torch.compiler.is_dynamo_compiling():
+        return forward(*inputs)
+    put_back = _over_stand_ins(program)
+    try:
+        return forward(*inputs)
+    finally:
+        put_back()
+
+
+def _over_stand_ins(program: Program) -> Callable[[], None]:
+    """Let a program read its tensors where they are registered now; what is returned puts back what it had read."""
+    sources = program.sources()
+    before = [source.holder[source.name] for source in sources]
+    program.read()
+
+    def put_back() -> None:
+        for source, tensor in zip(sources, before):
+            source.holder[source.name] = tensor
+
+    return put_back
+
+
+class CallsOfModule(fx.graph.CodeGen):
+    """Lets `torch.export` call a plain module's program as the module is called.
+
+    It does not call a GraphModule's `forward` but interprets the graph, whose inputs and outputs are flat, and asks the
+    graph's code generator, this one, what to make of arguments and results.
+    """
+
+    def __init__(self, program: Program, prepare: Callable[..., list[Any]], finish: Callable[..., Any]) -> None:
+        super().__init__()
+        self.program, self.prepare, self.finish = program, prepare, finish
+        self.open: tuple[list[Any], Callable[[], None]] | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> fx.graph.CodeGen:
+        """Of a graph that is copied alone: it is called with flat inputs."""
+        return fx.graph.CodeGen()
+
+    def process_inputs(self, *args: Any) -> Any:
+        if not exported():
+            return args
+        inputs = self.prepare(args, {})
+        self.open = inputs, _over_stand_ins(self.program)
+        return inputs
+
+    def process_outputs(self, outputs: Any) -> Any:
+        if self.open is None:
+            return outputs
+        (inputs, put_back), self.open = self.open, None
+        put_back()
+        return self.finish(inputs, outputs)
