@@ -19,7 +19,7 @@ import dataclasses
 import inspect
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -30,9 +30,9 @@ from torch.utils import _pytree as pytree
 
 from simba_fx import lifts
 from simba_fx.errors import CaptureError, SimbaError
-from simba_fx.operands import Adapter, Operands, Row, StandIn
+from simba_fx.operands import Adapter, Finish, Operands, Row, StandIn
 
-__all__ = ["CallSite", "lifted", "register_scan"]
+__all__ = ["CallSite", "known_functions", "lifted", "named_operands", "register_scan"]
 
 
 @dataclass(eq=False)
@@ -143,6 +143,15 @@ def _callers(model: nn.Module) -> Iterator[Any]:
     yield from classes
 
 
+def known_functions() -> Iterator[tuple[Callable[..., Any], Row]]:
+    """Every function that has a row and whose Python module is loaded; the user's own first."""
+    yield from _registered.items()
+    for module in list(sys.modules.values()):
+        name = getattr(module, "__name__", None)
+        for function, row in lifts.rows_of(module) if isinstance(name, str) else ():
+            yield function, row
+
+
 _SCAN_WORDS = ("scan", "delta_rule")
 
 
@@ -194,19 +203,33 @@ def _in_this_thread(function: Callable[..., Any], stand_in: Callable[..., Any]) 
     return call
 
 
+def named_operands(function: Callable[..., Any], adapter: Adapter, args: Sequence[Any],
+                   kwargs: Mapping[str, Any]) -> tuple[Operands, Finish] | None:  # fmt: skip
+    """What one call of a lifted function is given, and how its result is made; None: the call is left as it is.
+
+    Raises:
+        CaptureError: the adapter returned something else, or refuses the call.
+    """
+    adapted = adapter(*args, **kwargs)
+    if adapted is None:
+        return None
+    operands, finish = adapted if isinstance(adapted, tuple) else (adapted, lambda y, _: y)
+    if not isinstance(operands, Operands):
+        raise CaptureError(
+            f"The adapter registered for {function.__qualname__} returned {type(operands).__name__}; expected a "
+            "simba_fx.SelectiveScan or a simba_fx.SSDScan. Correct the call of simba_fx.register_scan."
+        )
+    return operands, finish
+
+
 def _recorder(function: Callable[..., Any], adapter: Adapter, sites: list[CallSite]) -> Callable[..., Any]:
     """What stands in for a scan `function` while the model is traced."""
 
     def record(*args: Any, **kwargs: Any) -> Any:
-        adapted = adapter(*args, **kwargs)
+        adapted = named_operands(function, adapter, args, kwargs)
         if adapted is None:
             return function(*args, **kwargs)
-        operands, finish = adapted if isinstance(adapted, tuple) else (adapted, lambda y, _: y)
-        if not isinstance(operands, Operands):
-            raise CaptureError(
-                f"The adapter registered for {function.__qualname__} returned {type(operands).__name__}; expected a "
-                "simba_fx.SelectiveScan or a simba_fx.SSDScan. Correct the call of simba_fx.register_scan."
-            )
+        operands, finish = adapted
         leaves, spec = pytree.tree_flatten((args, kwargs))
         if any(isinstance(leaf, torch.SymInt) for leaf in leaves):
             raise CaptureError(
