@@ -32,7 +32,7 @@ from simba_fx import lifts
 from simba_fx.errors import CaptureError, SimbaError
 from simba_fx.operands import Adapter, Finish, Operands, Row, StandIn
 
-__all__ = ["CallSite", "known_functions", "lifted", "named_operands", "register_scan"]
+__all__ = ["CallSite", "known_functions", "lifted", "named_operands", "register_scan", "registered"]
 
 
 @dataclass(eq=False)
@@ -143,13 +143,17 @@ def _callers(model: nn.Module) -> Iterator[Any]:
     yield from classes
 
 
+def registered(function: Callable[..., Any]) -> Adapter | None:
+    """The adapter that a user registered for a function."""
+    return _registered.get(function)
+
+
 def known_functions() -> Iterator[tuple[Callable[..., Any], Row]]:
     """Every function that has a row and whose Python module is loaded; the user's own first."""
     yield from _registered.items()
     for module in list(sys.modules.values()):
-        name = getattr(module, "__name__", None)
-        for function, row in lifts.rows_of(module) if isinstance(name, str) else ():
-            yield function, row
+        if inspect.ismodule(module):
+            yield from lifts.rows_of(module)
 
 
 _SCAN_WORDS = ("scan", "delta_rule")

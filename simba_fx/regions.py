@@ -26,7 +26,7 @@ def paths(node: fx.Node) -> list[str]:
 
 
 def assign_regions(graph: fx.Graph, owner: nn.Module | None, sequence: sympy.Symbol) -> tuple[str, ...]:
-    """Give every node its region; returns the blocks' paths. `owner`: the module that node paths start from, or None."""
+    """Give every node its region; returns the blocks' paths, which start from `owner` (None: from no module)."""
     scans = [node for node in graph.nodes if node.target in SCANS]
     parent = None if owner is None else block_list(scans, owner)
     if owner is None or parent is None:

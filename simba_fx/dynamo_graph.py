@@ -1,0 +1,118 @@
+"""Between Dynamo's graph and the graph that passes read: traced to functional ATen on the way in, put back into the
+calling convention of Dynamo's on the way out.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch._functorch.aot_autograd import aot_export_module
+from torch._guards import TracingContext, tracing
+
+from simba_fx.graphs import REGION, SCANS, output_of, returned
+from simba_fx.substitutes import is_lifted_call
+
+__all__ = ["Flat", "constant", "flattened", "holds_scans", "module_of"]
+
+
+@dataclass(frozen=True)
+class Flat:
+    """Dynamo's graph as functional, pre-dispatch ATen; placeholders have the names that they have there."""
+
+    graph: fx.Graph
+    attributes: dict[str, Any]
+    """What `get_attr` targets stand for: constants of the frame."""
+    mutated: tuple[str, ...]
+    """The placeholders that the first outputs are to be copied to, in the order of those outputs."""
+    hidden: int
+    """Scans inside of other operators' own graphs (a checkpointed region), where passes do not look."""
+
+
+def holds_scans(gm: fx.GraphModule) -> bool:
+    """Whether a call of a lifted function is in Dynamo's graph, or in a graph that one of its operators runs."""
+    graphs = [module.graph for module in gm.modules() if isinstance(module, fx.GraphModule)]
+    return any(is_lifted_call(node) for graph in graphs for node in graph.nodes)
+
+
+def flattened(gm: fx.GraphModule) -> Flat:
+    """Trace Dynamo's graph on its own fake tensors and symbols; scans become operators, module paths are kept."""
+    gm = fx.GraphModule(gm, copy.deepcopy(gm.graph))
+    _fix_floats(gm)
+    values = [node.meta["example_value"] for node in gm.graph.find_nodes(op="placeholder")]
+    tensors = (value for value in values if isinstance(value, torch.Tensor))
+    with tracing(TracingContext(next(tensors).fake_mode)):  # what AOTAutograd notes there is the inner backend's
+        flat, signature = aot_export_module(gm, values, trace_joint=False, pre_dispatch=True)
+    graph = copy.deepcopy(flat.graph)
+    own = [*dict(gm.named_parameters(remove_duplicate=False)), *dict(gm.named_buffers(remove_duplicate=False))]
+    placeholders = list(graph.find_nodes(op="placeholder"))
+    names = dict(zip(signature.user_inputs, (node.name for node in gm.graph.find_nodes(op="placeholder"))))
+    for node, target in zip(placeholders, own):
+        with graph.inserting_before(node):
+            held = graph.get_attr(target)
+        held.meta = node.meta
+        node.replace_all_uses_with(held)
+        graph.erase_node(node)
+    for node in placeholders[len(own) :]:
+        node.target = node.name = names[node.name]
+    attributes = {target: _held(gm, target) for target in own}
+    hidden = 0
+    for node in graph.find_nodes(op="get_attr"):
+        if node.target not in attributes:
+            attributes[node.target] = inner = _held(flat, node.target)
+            if isinstance(inner, fx.GraphModule):
+                hidden += sum(n.target in SCANS for m in inner.modules() for n in getattr(m, "graph", fx.Graph()).nodes)
+    mutated = [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]
+    return Flat(graph, attributes, tuple(names.get(name, name) for name in mutated), hidden)
+
+
+def _held(root: Any, target: str) -> Any:
+    for name in target.split("."):
+        root = getattr(root, name)
+    return root
+
+
+def _fix_floats(gm: fx.GraphModule) -> None:
+    """Floats that Dynamo made inputs (a norm's epsilon, under `dynamic=True`) become constants again, with a guard."""
+    for node in list(gm.graph.nodes):
+        number = node.meta.get("example_value")
+        if isinstance(number, torch.SymFloat) and node.op != "placeholder":
+            constant(node, float(number))
+    gm.recompile()
+
+
+def constant(node: fx.Node, number: float) -> None:
+    """Write `number` wherever `node` is read, and remove the node."""
+    for user in list(node.users):
+        user.args, user.kwargs = fx.node.map_arg((user.args, user.kwargs), lambda n: number if n is node else n)
+    node.graph.erase_node(node)
+
+
+def module_of(gm: fx.GraphModule, graph: fx.Graph, attributes: dict[str, Any], mutated: Iterable[str],
+              values: int) -> fx.GraphModule:  # fmt: skip
+    """The rewritten `graph` in the place of Dynamo's `gm`: same inputs, same outputs, same effects on its inputs.
+
+    The first `values` outputs are what the flat graph returned; what passes added after them is dropped.
+    """
+    kept = list(returned(graph))[:values]
+    inputs = {node.name: node for node in graph.find_nodes(op="placeholder")}
+    for name, new in zip(mutated, kept):
+        with graph.inserting_before(output_of(graph)):
+            graph.call_function(torch.ops.aten.copy_.default, (inputs[name], new))
+    output_of(graph).args = (tuple(kept[len(tuple(mutated)) :]),)
+    for node, original in zip(inputs.values(), gm.graph.find_nodes(op="placeholder")):
+        node.meta = {**original.meta, REGION: -1}
+        node._dynamo_source = original._dynamo_source  # type: ignore[attr-defined]  # Dynamo's own attribute
+    graph.lint()
+    module = fx.GraphModule(attributes, graph)
+    module.meta = gm.meta
+    for name in ("_param_name_to_source", "_source_to_user_stacks"):
+        setattr(module, name, getattr(gm, name))
+    return module
+
+
+Compiler = Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]
