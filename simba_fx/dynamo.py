@@ -18,12 +18,12 @@ import sympy
 import torch
 from torch import Tensor, fx, nn
 from torch._dynamo.exc import TensorifyScalarRestartAnalysis
-from torch._dynamo.symbolic_convert import InstructionTranslator
+from torch._dynamo.symbolic_convert import InstructionTranslator, TensorifyState
 from torch._guards import CompileContext
 
 from simba_fx import substitutes
 from simba_fx.build import Options, build
-from simba_fx.dynamo_graph import Flat, constant, flattened, holds_scans, module_of
+from simba_fx.dynamo_graph import Flat, constant, flattened, float_inputs, holds_scans, module_of
 from simba_fx.dynamo_inputs import Input, Marks, inputs_of
 from simba_fx.errors import CaptureError, GraphError, InputError, ScanNotFoundError, SimbaError
 from simba_fx.flat import Captured, advice, check_every_mixer, drop_no_ops, settled, strip_paths
@@ -79,6 +79,10 @@ def simba_fx(gm: fx.GraphModule, example_inputs: list[Any], *, options: Mapping[
     if not holds_scans(gm):
         _refuse_missed(gm, frame)
         return settings.inner(gm, example_inputs)
+    if floats := {name for name in float_inputs(gm) if not TensorifyState.should_specialize(name)}:
+        for name in floats:  # constants of the model: its epsilons; the inner backend would ask for the same later
+            TensorifyState.specialize(name)
+        raise TensorifyScalarRestartAnalysis(restart_reason="simba_fx: floats are constants")
     flat = flattened(gm)
     drop_no_ops(flat.graph)
     if flat.hidden:

@@ -13,11 +13,12 @@ import torch
 from torch import fx
 from torch._functorch.aot_autograd import aot_export_module
 from torch._guards import TracingContext, tracing
+from torch.utils._sympy.symbol import SymT, symbol_is_type
 
 from simba_fx.graphs import REGION, SCANS, output_of, returned
 from simba_fx.substitutes import is_lifted_call
 
-__all__ = ["Flat", "constant", "flattened", "holds_scans", "module_of"]
+__all__ = ["Flat", "constant", "flattened", "float_inputs", "holds_scans", "module_of"]
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,6 @@ def holds_scans(gm: fx.GraphModule) -> bool:
 
 def flattened(gm: fx.GraphModule) -> Flat:
     """Trace Dynamo's graph on its own fake tensors and symbols; scans become operators, module paths are kept."""
-    gm = fx.GraphModule(gm, copy.deepcopy(gm.graph))
-    _fix_floats(gm)
     values = [node.meta["example_value"] for node in gm.graph.find_nodes(op="placeholder")]
     tensors = (value for value in values if isinstance(value, torch.Tensor))
     with tracing(TracingContext(next(tensors).fake_mode)):  # what AOTAutograd notes there is the inner backend's
@@ -76,13 +75,11 @@ def _held(root: Any, target: str) -> Any:
     return root
 
 
-def _fix_floats(gm: fx.GraphModule) -> None:
-    """Floats that Dynamo made inputs (a norm's epsilon, under `dynamic=True`) become constants again, with a guard."""
-    for node in list(gm.graph.nodes):
-        number = node.meta.get("example_value")
-        if isinstance(number, torch.SymFloat) and node.op != "placeholder":
-            constant(node, float(number))
-    gm.recompile()
+def float_inputs(gm: fx.GraphModule) -> set[str]:
+    """The symbols of floats that Dynamo made inputs of the graph (a norm's epsilon, under `dynamic=True`)."""
+    numbers = [node.meta.get("example_value") for node in gm.graph.nodes]
+    symbols = (s for number in numbers if isinstance(number, torch.SymFloat) for s in number.node.expr.free_symbols)
+    return {str(symbol) for symbol in symbols if symbol_is_type(symbol, SymT.FLOAT)}
 
 
 def constant(node: fx.Node, number: float) -> None:
