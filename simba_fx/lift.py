@@ -32,7 +32,7 @@ from simba_fx import lifts
 from simba_fx.errors import CaptureError, SimbaError
 from simba_fx.operands import Adapter, Finish, Operands, Row, StandIn
 
-__all__ = ["CallSite", "known_functions", "lifted", "named_operands", "register_scan", "registered"]
+__all__ = ["CallSite", "known_functions", "lifted", "named_operands", "register_scan", "registered", "when_registered"]
 
 
 @dataclass(eq=False)
@@ -91,6 +91,7 @@ for _marker in ("site_enter", "site_exit"):
 # --- the table ---------------------------------------------------------------------------------------------------
 
 _registered: dict[Callable[..., Any], Adapter] = {}
+_listeners: list[Callable[[], Any]] = []
 _patching = threading.RLock()
 
 
@@ -114,6 +115,14 @@ def register_scan(function: Callable[..., Any], adapter: Adapter) -> None:
                 "the model calls, and an adapter that takes the same arguments."
             )
     _registered[function] = adapter
+    for notify in _listeners:
+        notify()
+
+
+def when_registered(notify: Callable[[], Any]) -> None:
+    """Call `notify` whenever a user registers a scan."""
+    if notify not in _listeners:
+        _listeners.append(notify)
 
 
 def _row(owner: Any, name: str, value: Any) -> Row | None:

@@ -1,11 +1,11 @@
 """While Dynamo traces for the backend "simba_fx", and only then, each scan is one call in its graph.
 
-A scan function is a Python loop over tokens, or an extension: Dynamo would unroll the one and stop at the other. So each
-function that has a row in the lift table gets a handler (`torch.compiler.substitute_in_graph`), which Dynamo runs
-instead of the function, wherever it traces. The handler asks for whom: for another backend it runs a copy of the
-function, so that the graph is the model's own; for ours it makes one call of a function that Dynamo puts into its graph
-as it is, and that becomes the canonical operator when the backend traces that graph to ATen. No name is replaced in any
-module, and eager calls never come here.
+A scan function is a Python loop over tokens, or an extension: Dynamo would unroll the one and stop at the other. So
+each function that has a row in the lift table gets a handler (`torch.compiler.substitute_in_graph`), which Dynamo
+traces instead of the function. The handler asks for whom: for another backend it runs a copy of the function, so that
+the graph is the model's own; for ours it makes one call of a function that Dynamo puts into its graph as it is, and
+that becomes the canonical operator when the backend traces that graph to ATen. No name is replaced in any module, and
+eager calls never come here.
 """
 
 from __future__ import annotations
@@ -17,16 +17,18 @@ from typing import Any
 import torch
 import torch._dynamo
 from torch import fx
+from torch._dynamo.callback import callback_handler
 from torch._dynamo.symbolic_convert import InstructionTranslator
 
 from simba_fx import lift
 from simba_fx.operands import Row, StandIn
 
-__all__ = ["is_lifted_call", "refresh", "tracing_for"]
+__all__ = ["is_lifted_call", "keep_fresh", "tracing_for"]
 
 _rows: dict[Callable[..., Any], Row | None] = {}
 """Every function that has been looked at; its row in the lift table if it has a handler. Dynamo knows functions by id:
 they are kept."""
+_watches: dict[Any, Callable[..., Any]] = {}
 _calls: set[Any] = set()
 """What stands for a lifted call in Dynamo's graph."""
 
@@ -47,8 +49,16 @@ def is_lifted_call(node: fx.Node) -> bool:
     return node.target in _calls
 
 
-def refresh(backend: Any) -> bool:
-    """Give each function that has a row by now its handler, for graphs that go to `backend`; whether one was new."""
+def keep_fresh(backend: Any) -> bool:
+    """From now on, functions that get a row have a handler before the next frame is traced; whether one was new."""
+    watch = _watches.setdefault(backend, lambda *_: _refresh(backend))
+    if watch not in callback_handler.start_callbacks:  # or no longer: torch._dynamo.reset() forgets it
+        callback_handler.register_start_callback(watch)
+    lift.when_registered(watch)
+    return _refresh(backend)
+
+
+def _refresh(backend: Any) -> bool:
     added = False
     for function, row in lift.known_functions():
         if isinstance(function, types.FunctionType) and function not in _rows:
