@@ -26,7 +26,8 @@ from simba_fx.dynamo_checks import (
     check_lengths,
     mask_of,
     primary_of,
-    refuse_hidden_scans,
+    refuse_hidden_calls,
+    refuse_keys,
     refuse_missed,
     refuse_nameless_masks,
     refuse_one_block,
@@ -34,7 +35,7 @@ from simba_fx.dynamo_checks import (
     refuse_states,
 )
 from simba_fx.dynamo_frame import Attempt, Frame
-from simba_fx.dynamo_graph import Flat, constant, flattened, float_inputs, holds_scans, module_of
+from simba_fx.dynamo_graph import Flat, constant, flattened, float_inputs, lifted_calls, module_of
 from simba_fx.errors import SimbaError
 from simba_fx.flat import Captured, check_every_mixer, drop_no_ops, settled, strip_paths
 from simba_fx.flops import budget_cost
@@ -78,7 +79,9 @@ def simba_fx(gm: fx.GraphModule, example_inputs: list[Any], *, options: Mapping[
     if substitutes.keep_fresh(simba_fx):  # a function became known after this frame's trace began
         raise TensorifyScalarRestartAnalysis(restart_reason="simba_fx: scan functions that were not stood in for")
     frame = Frame.current(gm)
-    if not holds_scans(gm):
+    calls, hidden = lifted_calls(gm)
+    refuse_hidden_calls(hidden)
+    if not calls:
         refuse_missed(gm, frame)
         return settings.inner(gm, example_inputs)
     if floats := {name for name in float_inputs(gm) if not TensorifyState.should_specialize(name)}:
@@ -87,7 +90,6 @@ def simba_fx(gm: fx.GraphModule, example_inputs: list[Any], *, options: Mapping[
         raise TensorifyScalarRestartAnalysis(restart_reason="simba_fx: floats are constants")
     flat = flattened(gm)
     drop_no_ops(flat.graph)
-    refuse_hidden_scans(flat.hidden)
     scans = [node for node in flat.graph.nodes if node.target in SCANS]
     if not scans:  # a convolution alone
         return settings.inner(gm, example_inputs)
@@ -152,9 +154,10 @@ class Settings:
                 "simba_fx. Leave it out for Inductor."
             )
         mode = given.get("mode", mode)
+        of_torch: Any = torch  # what torch.compile itself makes of these arguments; untyped there
         if name == "inductor":
-            return Settings(options, tail, torch._TorchCompileInductorWrapper(mode, inner_options, None))
-        return Settings(options, tail, torch._TorchCompileWrapper(name, mode, inner_options, None))
+            return Settings(options, tail, of_torch._TorchCompileInductorWrapper(mode, inner_options, None))
+        return Settings(options, tail, of_torch._TorchCompileWrapper(name, mode, inner_options, None))
 
 
 # --- rewriting -----------------------------------------------------------------------------------------------------
@@ -185,6 +188,7 @@ def _pruned(gm: fx.GraphModule, flat: Flat, frame: Frame, settings: Settings, le
     facts = settled(graph, owner, primary, mask)
     refuse_one_block(facts.n_blocks, scans)
     refuse_nameless_masks(given, primary, mask, facts.n_blocks)
+    refuse_keys(graph, facts)
     check_lengths(value(primary), length, options, tail)
     names = tuple(node.name for node in nodes)
     built = build(Captured(graph, flat.attributes, facts, [], _FLAT, names, names), options, budget_cost(None))

@@ -18,7 +18,7 @@ from simba_fx.dynamo_frame import Frame
 from simba_fx.dynamo_inputs import Input
 from simba_fx.errors import CaptureError, GraphError, InputError, ScanNotFoundError
 from simba_fx.flat import advice
-from simba_fx.graphs import expression, region, tracked, value
+from simba_fx.graphs import Facts, expression, region, returned, shape_text, tracked, value, where
 from simba_fx.regions import block_list, paths
 
 __all__ = [
@@ -26,7 +26,8 @@ __all__ = [
     "check_lengths",
     "mask_of",
     "primary_of",
-    "refuse_hidden_scans",
+    "refuse_hidden_calls",
+    "refuse_keys",
     "refuse_missed",
     "refuse_nameless_masks",
     "refuse_one_block",
@@ -82,12 +83,25 @@ def refuse_pieces(graph: fx.Graph, scans: list[fx.Node], owner: nn.Module | None
         )
 
 
-def refuse_hidden_scans(hidden: int) -> None:
+def refuse_hidden_calls(hidden: int) -> None:
     if hidden:
         raise GraphError(
-            f"{hidden} scans are inside of operators that run graphs of their own (gradient checkpointing?); expected "
-            "them in the model's own graph. Turn checkpointing off, or use simba_fx.transform."
+            f"{hidden} scans or convolutions are inside of operators that run graphs of their own (gradient "
+            "checkpointing?); expected them in the model's own graph. Turn checkpointing off, or use "
+            "simba_fx.transform."
         )
+
+
+def refuse_keys(graph: fx.Graph, facts: Facts) -> None:
+    """Keys and values: decoding goes on from them only where a cache knows which tokens a layer holds."""
+    for node in returned(graph):
+        val = value(node) if isinstance(node, fx.Node) else None
+        if isinstance(val, Tensor) and facts.sequence in (sizes := [expression(size) for size in val.shape])[2:]:
+            raise GraphError(
+                f"The graph returns {node.name} of {where(node)}, {shape_text(val, facts)}: an attention layer's keys "
+                f"or values, found with the length in dimension {sizes.index(facts.sequence, 2)}; expected a cache "
+                "without attention layers. Pass use_cache=False, or use simba_fx.transform."
+            )
 
 
 def refuse_one_block(n_blocks: int, scans: list[fx.Node]) -> None:

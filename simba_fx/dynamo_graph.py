@@ -5,7 +5,7 @@ calling convention of Dynamo's on the way out.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,10 +15,10 @@ from torch._functorch.aot_autograd import aot_export_module
 from torch._guards import TracingContext, tracing
 from torch.utils._sympy.symbol import SymT, symbol_is_type
 
-from simba_fx.graphs import REGION, SCANS, output_of, returned
+from simba_fx.graphs import REGION, output_of, returned
 from simba_fx.substitutes import is_lifted_call
 
-__all__ = ["Flat", "constant", "flattened", "float_inputs", "holds_scans", "module_of"]
+__all__ = ["Flat", "constant", "flattened", "float_inputs", "lifted_calls", "module_of"]
 
 
 @dataclass(frozen=True)
@@ -30,21 +30,24 @@ class Flat:
     """What `get_attr` targets stand for: constants of the frame."""
     mutated: tuple[str, ...]
     """The placeholders that the first outputs are to be copied to, in the order of those outputs."""
-    hidden: int
-    """Scans inside of other operators' own graphs (a checkpointed region), where passes do not look."""
 
 
-def holds_scans(gm: fx.GraphModule) -> bool:
-    """Whether a call of a lifted function is in Dynamo's graph, or in a graph that one of its operators runs."""
-    graphs = [module.graph for module in gm.modules() if isinstance(module, fx.GraphModule)]
-    return any(is_lifted_call(node) for graph in graphs for node in graph.nodes)
+def lifted_calls(gm: fx.GraphModule) -> tuple[int, int]:
+    """How many calls of lifted functions are in Dynamo's graph, and in graphs that its operators run."""
+    inner = [module for module in gm.modules() if isinstance(module, fx.GraphModule) and module is not gm]
+    return _lifted(gm), sum(map(_lifted, inner))
+
+
+def _lifted(gm: fx.GraphModule) -> int:
+    return sum(map(is_lifted_call, gm.graph.nodes))
 
 
 def flattened(gm: fx.GraphModule) -> Flat:
     """Trace Dynamo's graph on its own fake tensors and symbols; scans become operators, module paths are kept."""
     values = [node.meta["example_value"] for node in gm.graph.find_nodes(op="placeholder")]
-    tensors = (value for value in values if isinstance(value, torch.Tensor))
+    tensors: Any = (value for value in values if isinstance(value, torch.Tensor))
     with tracing(TracingContext(next(tensors).fake_mode)):  # what AOTAutograd notes there is the inner backend's
+        flat: Any
         flat, signature = aot_export_module(gm, values, trace_joint=False, pre_dispatch=True)
     graph = copy.deepcopy(flat.graph)
     own = [*dict(gm.named_parameters(remove_duplicate=False)), *dict(gm.named_buffers(remove_duplicate=False))]
@@ -59,14 +62,11 @@ def flattened(gm: fx.GraphModule) -> Flat:
     for node in placeholders[len(own) :]:
         node.target = node.name = names[node.name]
     attributes = {target: _held(gm, target) for target in own}
-    hidden = 0
     for node in graph.find_nodes(op="get_attr"):
         if node.target not in attributes:
-            attributes[node.target] = inner = _held(flat, node.target)
-            if isinstance(inner, fx.GraphModule):
-                hidden += sum(n.target in SCANS for m in inner.modules() for n in getattr(m, "graph", fx.Graph()).nodes)
+            attributes[node.target] = _held(flat, node.target)
     mutated = [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]
-    return Flat(graph, attributes, tuple(names.get(name, name) for name in mutated), hidden)
+    return Flat(graph, attributes, tuple(names.get(name, name) for name in mutated))
 
 
 def _held(root: Any, target: str) -> Any:
@@ -103,13 +103,10 @@ def module_of(gm: fx.GraphModule, graph: fx.Graph, attributes: dict[str, Any], m
     output_of(graph).args = (tuple(kept[len(tuple(mutated)) :]),)
     for node, original in zip(inputs.values(), gm.graph.find_nodes(op="placeholder")):
         node.meta = {**original.meta, REGION: -1}
-        node._dynamo_source = original._dynamo_source  # type: ignore[attr-defined]  # Dynamo's own attribute
+        node._dynamo_source = original._dynamo_source
     graph.lint()
     module = fx.GraphModule(attributes, graph)
     module.meta = gm.meta
     for name in ("_param_name_to_source", "_source_to_user_stacks"):
         setattr(module, name, getattr(gm, name))
     return module
-
-
-Compiler = Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]

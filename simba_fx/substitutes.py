@@ -98,7 +98,8 @@ def _call_in_graph(function: types.FunctionType) -> Callable[..., Any]:
 
     call.__name__ = call.__qualname__ = function.__name__
     _calls.add(call)
-    lifted: Callable[..., Any] = torch.compiler.allow_in_graph(call)
+    compiler: Any = torch.compiler  # untyped there
+    lifted: Callable[..., Any] = compiler.allow_in_graph(call)
     return lifted
 
 
