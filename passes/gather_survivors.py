@@ -15,6 +15,7 @@ from simba_fx.graphs import (
     Insert,
     depends_on_length,
     end_of,
+    expression,
     from_mask_alone,
     region,
     selects,
@@ -92,6 +93,11 @@ class GatherSurvivors:
     def _gather(self, insert: Insert, node: fx.Node, dims: tuple[int, ...], kept: fx.Node, carried: bool,
                 facts: Facts) -> fx.Node:  # fmt: skip
         val = value(node)
+        if dims == (1,) and expression(val.shape[0]) == 1:  # a table that all rows share: each row takes its own places
+            count = insert(torch.ops.aten.sym_size.int, kept, 0, val=value(kept).shape[0])
+            val = val.expand(value(kept).shape[0], *val.shape[1:])
+            sizes = [count, *[-1] * (val.dim() - 1)]
+            node = insert(torch.ops.aten.expand.default, node, sizes, val=val, role="invariant", like=node)
         if dims != (1,) or val.shape[0] != value(kept).shape[0]:
             raise GraphError(
                 f"Node {node.name} in {where(node)} has shape {shape_text(val, facts)} and crosses a cut; expected "

@@ -37,8 +37,8 @@ class Facts:
 
     sequence: sympy.Symbol
     """The symbol of the input's length, L."""
-    batch: sympy.Symbol
-    """The symbol of the number of rows, B."""
+    batch: sympy.Expr
+    """The number of rows, B: a symbol, or a constant where Dynamo's graph has a fixed one."""
     primary: str
     """The placeholder that B and L are read from, `(B, L, ...)`."""
     mask: str | None

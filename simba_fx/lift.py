@@ -19,7 +19,7 @@ import dataclasses
 import inspect
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -30,9 +30,20 @@ from torch.utils import _pytree as pytree
 
 from simba_fx import lifts
 from simba_fx.errors import CaptureError, SimbaError
-from simba_fx.operands import Adapter, Operands, Row, StandIn
+from simba_fx.operands import Adapter, Finish, Operands, Row, StandIn
 
-__all__ = ["CallSite", "exported", "lifted", "one_at_a_time", "register_scan", "traced"]
+__all__ = [
+    "CallSite",
+    "exported",
+    "known_functions",
+    "lifted",
+    "named_operands",
+    "one_at_a_time",
+    "register_scan",
+    "registered",
+    "traced",
+    "when_registered",
+]
 
 
 @dataclass(eq=False)
@@ -91,6 +102,7 @@ for _marker in ("site_enter", "site_exit"):
 # --- the table ---------------------------------------------------------------------------------------------------
 
 _registered: dict[Callable[..., Any], Adapter] = {}
+_listeners: list[Callable[[], Any]] = []
 one_at_a_time = threading.RLock()
 """Held while a model is captured and rewritten: names are patched, and torch's tracing modes are the process's."""
 _capturing: int | None = None
@@ -117,6 +129,14 @@ def register_scan(function: Callable[..., Any], adapter: Adapter) -> None:
                 "the model calls, and an adapter that takes the same arguments."
             )
     _registered[function] = adapter
+    for notify in _listeners:
+        notify()
+
+
+def when_registered(notify: Callable[[], Any]) -> None:
+    """Call `notify` whenever a user registers a scan."""
+    if notify not in _listeners:
+        _listeners.append(notify)
 
 
 def _row(owner: Any, name: str, value: Any) -> Row | None:
@@ -144,6 +164,19 @@ def _callers(model: nn.Module) -> Iterator[Any]:
     classes -= {nn.Module, object}
     yield from {id(m): m for cls in classes if (m := sys.modules.get(cls.__module__)) is not None}.values()
     yield from classes
+
+
+def registered(function: Callable[..., Any]) -> Adapter | None:
+    """The adapter that a user registered for a function."""
+    return _registered.get(function)
+
+
+def known_functions() -> Iterator[tuple[Callable[..., Any], Row]]:
+    """Every function that has a row and whose Python module is loaded; the user's own first."""
+    yield from _registered.items()
+    for module in list(sys.modules.values()):
+        if inspect.ismodule(module):
+            yield from lifts.rows_of(module)
 
 
 _SCAN_WORDS = ("scan", "delta_rule")
@@ -213,19 +246,33 @@ def _in_this_thread(function: Callable[..., Any], stand_in: Callable[..., Any]) 
     return call
 
 
+def named_operands(function: Callable[..., Any], adapter: Adapter, args: Sequence[Any],
+                   kwargs: Mapping[str, Any]) -> tuple[Operands, Finish] | None:  # fmt: skip
+    """What one call of a lifted function is given, and how its result is made; None: the call is left as it is.
+
+    Raises:
+        CaptureError: the adapter returned something else, or refuses the call.
+    """
+    adapted = adapter(*args, **kwargs)
+    if adapted is None:
+        return None
+    operands, finish = adapted if isinstance(adapted, tuple) else (adapted, lambda y, _: y)
+    if not isinstance(operands, Operands):
+        raise CaptureError(
+            f"The adapter registered for {function.__qualname__} returned {type(operands).__name__}; expected a "
+            "simba_fx.SelectiveScan or a simba_fx.SSDScan. Correct the call of simba_fx.register_scan."
+        )
+    return operands, finish
+
+
 def _recorder(function: Callable[..., Any], adapter: Adapter, sites: list[CallSite]) -> Callable[..., Any]:
     """What stands in for a scan `function` while the model is traced."""
 
     def record(*args: Any, **kwargs: Any) -> Any:
-        adapted = adapter(*args, **kwargs)
+        adapted = named_operands(function, adapter, args, kwargs)
         if adapted is None:
             return function(*args, **kwargs)
-        operands, finish = adapted if isinstance(adapted, tuple) else (adapted, lambda y, _: y)
-        if not isinstance(operands, Operands):
-            raise CaptureError(
-                f"The adapter registered for {function.__qualname__} returned {type(operands).__name__}; expected a "
-                "simba_fx.SelectiveScan or a simba_fx.SSDScan. Correct the call of simba_fx.register_scan."
-            )
+        operands, finish = adapted
         leaves, spec = pytree.tree_flatten((args, kwargs))
         if any(isinstance(leaf, torch.SymInt) for leaf in leaves):
             raise CaptureError(

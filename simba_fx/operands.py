@@ -113,6 +113,8 @@ class StandIn:
     called in its place."""
 
     stand_in: Callable[[Callable[..., Any]], Callable[..., Any]]
+    dynamo: bool = True
+    """Whether it is called in the function's place under `torch.compile(backend="simba_fx")` too."""
 
 
 Row = Adapter | StandIn

@@ -6,12 +6,16 @@ registered one by one (`simba_fx.register_scan`).
 
 from __future__ import annotations
 
+import types
+from collections.abc import Iterator
+from typing import Any
+
 from torch import nn
 
 from simba_fx.lifts import mamba_ssm, transformers
 from simba_fx.operands import Row
 
-__all__ = ["refuse_unsupported", "row_of"]
+__all__ = ["refuse_unsupported", "row_of", "rows_of"]
 
 LIBRARIES = (transformers, mamba_ssm)
 
@@ -19,6 +23,13 @@ LIBRARIES = (transformers, mamba_ssm)
 def row_of(module: str, name: str) -> Row | None:
     """The row of `name` as the Python module called `module` looks it up, if there is one."""
     return next((lib.ROWS[name] for lib in LIBRARIES if module.startswith(lib.OWNERS) and name in lib.ROWS), None)
+
+
+def rows_of(module: types.ModuleType) -> Iterator[tuple[Any, Row]]:
+    """The functions that a loaded Python module looks up under names that have a row, each with its row."""
+    for library in LIBRARIES:
+        if module.__name__.startswith(library.OWNERS):
+            yield from ((vars(module)[name], row) for name, row in library.ROWS.items() if name in vars(module))
 
 
 def refuse_unsupported(model: nn.Module) -> None:
