@@ -163,10 +163,10 @@ class Variant:
     states: tuple[Entry, ...]
     attention: Mapping[int, int]
     """For each cache layer with keys, how many cuts are before the block that fills it."""
-    own: tuple[str, ...] = ()
+    own: tuple[str, ...]
     """Paths of the tensors that the program reads from the stack."""
-    seen: Snapshot | None = None
-    """The stack when it was captured."""
+    seen: Snapshot
+    """The stack as the program is bound to it."""
 
 
 @dataclass(eq=False)
@@ -209,6 +209,7 @@ class SparseStack(Memory):
                 known.append(found)
             if any(a is not b for a, b in zip(found.seen.held, now.held)):
                 found.built.program.bind(self.stack, found.own)
+                found.seen = now
             if found.built.program.read():  # tensors were replaced: no program keeps the old ones alive
                 for variant in itertools.chain(*self.variants.values()):
                     variant.built.program.let_go()
@@ -216,8 +217,7 @@ class SparseStack(Memory):
 
     def _captured_anew(self, signature: Signature, known: list[Variant], now: Snapshot) -> Variant:
         with one_at_a_time:
-            variant = self._capture(signature)
-        variant.seen = now
+            variant = self._capture(signature, now)
         variant.built.program.bind(self.stack, variant.own)
         attributes = variant.built.captured.attributes  # what the tensors look like is all that is asked of them
         attributes.update({path: hollow(attributes[path]) for path in variant.own})
@@ -233,7 +233,7 @@ class SparseStack(Memory):
         self.variants[signature] = [*known, variant]
         return variant
 
-    def _capture(self, signature: Signature) -> Variant:
+    def _capture(self, signature: Signature, now: Snapshot) -> Variant:
         stack = copy_to_trace(self.stack)
         refuse_offloaded(stack)
         captured, seen = capture_stack(stack, signature)
@@ -241,7 +241,7 @@ class SparseStack(Memory):
         keys = self._keys(captured, seen.states)
         self._watch(attention_modules(stack, keys.values()))
         before = {layer: sum(cut.block < region(node) for cut in built.cuts) for layer, node in keys.items()}
-        return Variant(built, seen.output_type, seen.states, before, own_paths(stack, captured))
+        return Variant(built, seen.output_type, seen.states, before, own_paths(stack, captured), now)
 
     def _keys(self, captured: Captured, states: tuple[Entry, ...]) -> dict[int, fx.Node]:
         """The node of each attention layer's keys.

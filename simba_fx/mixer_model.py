@@ -26,6 +26,7 @@ from simba_fx.errors import CaptureError, InputError
 from simba_fx.huggingface import Signature, SparseStack, Variant, own_paths
 from simba_fx.inputs import EXAMPLE, autocast_dtype, check_mask
 from simba_fx.program import dynamic_marker, left_alone, left_to_python
+from simba_fx.snapshot import Snapshot
 from simba_fx.twins import copy_to_trace, own_forward, subclass, twin_around
 
 __all__ = ["SparseMixer", "install", "is_mixer", "stack_of"]
@@ -94,7 +95,7 @@ class SparseMixer(SparseStack):
         """Paths of the attention layers. (Late: a deep copy's stack is not whole yet when its runtime is made.)"""
         return _attention(self.stack)
 
-    def _capture(self, signature: Signature) -> Variant:
+    def _capture(self, signature: Signature, now: Snapshot) -> Variant:
         stack = copy_to_trace(self.stack)
         ((_, ids),) = signature.extra
         inputs = {"input_ids": torch.zeros(*EXAMPLE.values(), dtype=ids, device=signature.device)}
@@ -102,7 +103,7 @@ class SparseMixer(SparseStack):
         with torch.inference_mode(False):  # `generate` of mamba_ssm runs in it; a graph outlives the call
             captured = capture(shell, stack, inputs, primary="input_ids", prefix="stack", values=lambda: 1)
             built = build(captured, self.options, self.cost)
-        return Variant(built, Tensor, shell.stored.entries, {}, own_paths(stack, captured))
+        return Variant(built, Tensor, shell.stored.entries, {}, own_paths(stack, captured), now)
 
     def finish(self, variant: Variant, call: Any, flat: Any) -> Any:
         """Fill the states; return the stack's output `(B, L, M)`."""

@@ -134,7 +134,8 @@ def install(model: nn.Module, options: Options, example: Any, cost: Any) -> fx.G
     )
     _call_as_module(built.program, runtime)
     _mirror(model, built.program)
-    built.program.bind_itself()
+    program: Any = built.program
+    program.bind_itself()
     built.program.train(model.training)
     return built.program
 

@@ -90,10 +90,11 @@ def refuse_sharded(paths: Iterable[tuple[str, Any]], where: str) -> None:
             )
 
 
-def whole_shape(shard: Tensor, state: Any) -> Tensor:
+def whole_shape(shard: Tensor, state: Any) -> nn.Parameter:
     """What a forward sees of a sharded parameter, without memory behind it."""
-    whole = torch.empty(0, dtype=dtype_in_forward(shard, state), device=shard.device).new_empty
-    return hollow(nn.Parameter(whole(shard.shape), requires_grad=shard.requires_grad))
+    with torch.no_grad():
+        whole = torch.empty(shard.shape, dtype=dtype_in_forward(shard, state), device=shard.device)
+    return nn.Parameter(hollow(whole), shard.requires_grad)
 
 
 def hollow(tensor: Tensor) -> Tensor:

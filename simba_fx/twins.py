@@ -59,8 +59,9 @@ def _rebind_methods(twin: nn.Module, copies: Mapping[nn.Module, nn.Module]) -> N
     """Methods that were put on a module, among its hooks or its attributes (PEFT does), belong to the copy as well."""
 
     def rebound(held: Any) -> Any:
-        if isinstance(held, types.MethodType) and held.__self__ in copies:
-            return types.MethodType(held.__func__, copies[held.__self__])
+        owner: Any = held.__self__ if isinstance(held, types.MethodType) else None
+        if isinstance(owner, nn.Module) and owner in copies:
+            return types.MethodType(held.__func__, copies[owner])
         if type(held).__name__ == "_WrappedHook":  # of torch.nn; it remembers its module weakly
             return type(held)(rebound(held.hook), twin if held.with_module else None)
         return held
