@@ -15,8 +15,8 @@ from torch._functorch.aot_autograd import aot_export_module
 from torch._guards import TracingContext, tracing
 from torch.utils._sympy.symbol import SymT, symbol_is_type
 
+from simba_fx.dynamo.substitutes import is_lifted_call
 from simba_fx.graphs import REGION, output_of, returned
-from simba_fx.substitutes import is_lifted_call
 
 __all__ = ["Flat", "constant", "flattened", "float_inputs", "lifted_calls", "module_of"]
 

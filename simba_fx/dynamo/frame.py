@@ -14,7 +14,7 @@ from torch._dynamo.exc import TensorifyScalarRestartAnalysis
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch._guards import CompileContext
 
-from simba_fx.dynamo_inputs import Input, Marks, inputs_of
+from simba_fx.dynamo.inputs import Input, Marks, inputs_of
 from simba_fx.errors import CaptureError
 from simba_fx.graphs import expression
 from simba_fx.regions import paths

@@ -1,6 +1,6 @@
 """`torch.compile(model, backend="simba_fx", options={"schedule": "linear"})`: the passes on Dynamo's graph.
 
-Dynamo traces the model, one call per scan (`simba_fx.substitutes`). A graph that holds a prompt's scans is traced on to
+Dynamo traces the model, one call per scan (`substitutes`). A graph that holds a prompt's scans is traced on to
 ATen, rewritten by the same passes as under `transform`, and given to an inner backend, Inductor by default. Every other
 graph (decoding steps, prompts of one token, what has no scan) goes there as it is. torch finds the backend under its
 name through the entry point `torch_dynamo_backends`: nothing needs to be imported.
@@ -19,9 +19,9 @@ from torch._dynamo.exc import TensorifyScalarRestartAnalysis
 from torch._dynamo.symbolic_convert import TensorifyState
 from torch.utils import _pytree as pytree
 
-from simba_fx import substitutes
 from simba_fx.build import Options, build
-from simba_fx.dynamo_checks import (
+from simba_fx.dynamo import substitutes
+from simba_fx.dynamo.checks import (
     assert_real_tokens,
     check_lengths,
     mask_of,
@@ -34,8 +34,8 @@ from simba_fx.dynamo_checks import (
     refuse_pieces,
     refuse_states,
 )
-from simba_fx.dynamo_frame import Attempt, Frame
-from simba_fx.dynamo_graph import Flat, constant, flattened, float_inputs, lifted_calls, module_of
+from simba_fx.dynamo.frame import Attempt, Frame
+from simba_fx.dynamo.graph import Flat, constant, flattened, float_inputs, lifted_calls, module_of
 from simba_fx.errors import SimbaError
 from simba_fx.flat import Captured, check_every_mixer, drop_no_ops, settled, strip_paths
 from simba_fx.flops import budget_cost

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from simba_fx.build import Options
-from simba_fx.dynamo_frame import Frame
-from simba_fx.dynamo_inputs import Input
+from simba_fx.dynamo.frame import Frame
+from simba_fx.dynamo.inputs import Input
 from simba_fx.errors import CaptureError, GraphError, InputError, ScanNotFoundError
 from simba_fx.flat import advice
 from simba_fx.graphs import Facts, expression, region, returned, shape_text, tracked, value, where
