@@ -10,6 +10,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from simba_fx.ops.scan import NO_LIMIT
+
 __all__ = ["Adapter", "CausalConv", "Finish", "Operands", "SSDScan", "SelectiveScan", "StandIn"]
 
 
@@ -81,8 +83,10 @@ class SSDScan(Operands):
 
     def run(self) -> tuple[Tensor, Tensor]:
         """`y (B, L, H, P)` in x's dtype and the last state `(B, H, P, N)` in float32."""
-        arguments = [getattr(self, f.name) for f in dataclasses.fields(self)]
-        y, state = torch.ops.simba_fx.ssd_scan(*arguments)
+        arguments = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        # no infinity in a graph: files of exported programs hold it as a word, which AOTInductor's loader cannot read
+        arguments |= {name: min(max(arguments[name], -NO_LIMIT), NO_LIMIT) for name in ("dt_min", "dt_max")}
+        y, state = torch.ops.simba_fx.ssd_scan(*arguments.values())
         return y, state
 
 

@@ -386,6 +386,7 @@ def test_questions_are_answered() -> None:
 
 
 @over(PER_KIND)
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # the package leaves a file open
 def test_a_saved_model_is_loaded_as_it_was(case: Case, tmp_path: Any) -> None:
     """The package's own files, which it goes on reading, beside ours; bf16 stays bf16 unless another dtype is given."""
     for dtype in (torch.float32, torch.bfloat16):
