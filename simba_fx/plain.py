@@ -37,8 +37,11 @@ class PlainRuntime(Memory):
     signature: inspect.Signature
     autocast: torch.dtype | None
     """What `torch.autocast` cast to while the module was captured."""
-    example: Mapping[str, Any]
-    """The arguments that it was captured with, by name: tensors `(B, L, ...)` of the sizes `EXAMPLE`."""
+    tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+    """What it was captured with, by argument: dtype and shape `(B, L, ...)`, of the sizes `EXAMPLE`. (Tensors here
+    would be inputs of every graph that Dynamo traces.)"""
+    constants: Mapping[str, Any]
+    """The arguments that are no tensors; they are part of the graph."""
     tail: int = 1
 
     def any_built(self) -> Built:
@@ -76,8 +79,8 @@ class PlainRuntime(Memory):
 
     def _fixed(self, name: str, held: Any) -> bool:
         """Whether an argument is a number, flag or word that the program was captured with, and holds."""
-        known = self.example.get(name)
-        return known is not None and not isinstance(known, Tensor) and type(known) is type(held) and known == held
+        known = self.constants.get(name)
+        return known is not None and type(known) is type(held) and known == held
 
     def finish(self, inputs: list[Any], flat: Any) -> Any:
         """The module's result; what was kept is remembered."""
@@ -129,9 +132,10 @@ def install(model: nn.Module, options: Options, example: Any, cost: Any) -> fx.G
                 captured.graph.erase_node(node)
         built = build(captured, options, cost, program_class=PlainProgram)
     device = next(held.device for held in inputs.values() if isinstance(held, Tensor))
-    runtime = PlainRuntime(
-        built, options, type(model).__name__, signature, autocast_dtype(device), inputs, options.tail
-    )
+    tensors = {name: (held.dtype, tuple(held.shape)) for name, held in inputs.items() if isinstance(held, Tensor)}
+    constants = {name: held for name, held in inputs.items() if name not in tensors}
+    runtime = PlainRuntime(built, options, type(model).__name__, signature, autocast_dtype(device), tensors, constants,
+                           options.tail)  # fmt: skip
     _call_as_module(built.program, runtime)
     _mirror(model, built.program)
     program: Any = built.program

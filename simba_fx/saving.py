@@ -190,7 +190,10 @@ def _described(model: nn.Module, runtime: Any, library: str) -> dict[str, Any]:
     written: dict[str, Any] = {"format": FORMAT, "library": library, "class": type(model).__name__}
     if library == "torch":
         written["class"] = runtime.name
-        written["example_inputs"] = {name: _example(name, held) for name, held in runtime.example.items()}
+        tensors = {
+            name: {"dtype": _name(dtype), "shape": list(shape)} for name, (dtype, shape) in runtime.tensors.items()
+        }
+        written["example_inputs"] = tensors | {name: _constant(name, held) for name, held in runtime.constants.items()}
     else:
         written |= _dtypes(model)
     if library == "transformers":
@@ -204,7 +207,7 @@ def _described(model: nn.Module, runtime: Any, library: str) -> dict[str, Any]:
 
 def _dtypes(model: nn.Module) -> dict[str, Any]:
     """The dtype of most weights, and which have another; `from_pretrained` knows one for all."""
-    names = {name: _dtype_name(held) for name, held in model.state_dict().items() if held.is_floating_point()}
+    names = {name: _name(held.dtype) for name, held in model.state_dict().items() if held.is_floating_point()}
     usual = max(sorted(set(names.values())), key=list(names.values()).count)
     others = {name: dtype for name, dtype in names.items() if dtype != usual}
     return {"dtype": usual, "other_dtypes": others} if others else {"dtype": usual}
@@ -295,10 +298,8 @@ def _block(written: str) -> int:
         raise SimbaError(f"{FILE}: expected the number of a block in a schedule Stages; found {written!r}.") from None
 
 
-def _example(name: str, held: Any) -> Any:
-    """One example argument of a plain module: what a tensor looks like, or a plain value."""
-    if isinstance(held, Tensor):
-        return {"dtype": _dtype_name(held), "shape": list(held.shape)}
+def _constant(name: str, held: Any) -> Any:
+    """An example argument of a plain module that is no tensor."""
     if held is None or isinstance(held, bool | int | float | str):
         return {"value": held}
     raise SimbaError(
@@ -307,8 +308,8 @@ def _example(name: str, held: Any) -> Any:
     )
 
 
-def _dtype_name(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _write(model: nn.Module, library: str, folder: Path) -> None:
