@@ -44,7 +44,8 @@ class GatherSurvivors:
 
     1. Parameters and cache states have no sequence dimension: untouched. 2. The graph's own outputs are left alone:
     each layer caches what it saw. 3. What comes after the last block sees the input's length again (`restore-length`)
-    unless `output="kept"`. Fails closed on a live size computed from the length but not equal to it.
+    unless `output="kept"`. 4. A table `(1, L, ...)` that all rows share
+    is expanded to the rows first. Fails closed on a live size computed from the length but not equal to it.
     """
 
     output: str = "full"
@@ -93,7 +94,8 @@ class GatherSurvivors:
     def _gather(self, insert: Insert, node: fx.Node, dims: tuple[int, ...], kept: fx.Node, carried: bool,
                 facts: Facts) -> fx.Node:  # fmt: skip
         val = value(node)
-        if dims == (1,) and expression(val.shape[0]) == 1:  # a table that all rows share: each row takes its own places
+        shared = dims == (1,) and expression(val.shape[0]) == 1 != expression(value(kept).shape[0])
+        if shared:  # a table for all rows: each takes places of its own
             count = insert(torch.ops.aten.sym_size.int, kept, 0, val=value(kept).shape[0])
             val = val.expand(value(kept).shape[0], *val.shape[1:])
             sizes = [count, *[-1] * (val.dim() - 1)]

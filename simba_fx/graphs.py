@@ -116,7 +116,9 @@ def sequence_dims(node: fx.Node, facts: Facts) -> tuple[int, ...]:
 
 def shape_text(val: Tensor, facts: Facts) -> str:
     """`(B, 2*L, 6)`: a shape with its symbols under the names of the glossary."""
-    letters = {facts.batch: sympy.Symbol("B"), facts.sequence: sympy.Symbol("L")}
+    letters = {facts.sequence: sympy.Symbol("L")}
+    if isinstance(facts.batch, sympy.Symbol):
+        letters[facts.batch] = sympy.Symbol("B")
     return f"({', '.join(str(expression(size).subs(letters)) for size in val.shape)})"
 
 
