@@ -44,8 +44,8 @@ class GatherSurvivors:
 
     1. Parameters and cache states have no sequence dimension: untouched. 2. The graph's own outputs are left alone:
     each layer caches what it saw. 3. What comes after the last block sees the input's length again (`restore-length`)
-    unless `output="kept"`. 4. A table `(1, L, ...)` that all rows share
-    is expanded to the rows first. Fails closed on a live size computed from the length but not equal to it.
+    unless `output="kept"`. 4. A table `(1, L, ...)` that all rows share is expanded to the rows first. Fails closed on
+    a live size computed from the length but not equal to it.
     """
 
     output: str = "full"
