@@ -141,27 +141,19 @@ class Block(fx.GraphModule):
 
     def recompile(self) -> Any:
         code = super().recompile()
-        mark, recomputed = dynamic_marker(), _recomputed()
+        mark, recomputed, ready, sharded = dynamic_marker(), _recomputed(), left_alone(_ready), left_alone(_sharded)
 
         def body(self: Block, *inputs: Any) -> Any:
-            for source in self._sources:
-                source.read()
-            owner = self._owner
-            if owner is not None:
-                refuse_sharded(((source.path, source.tensor) for source in self._sources), self._path)
-                if owner.training and owner.__dict__.get("gradient_checkpointing") and torch.is_grad_enabled():
-                    chosen = owner.__dict__.get("_gradient_checkpointing_func", _checkpoint)  # by transformers
-                    return recomputed(self, chosen, *inputs)
-            return self.forward(*inputs)
+            recompute = ready(self)
+            return self.forward(*inputs) if recompute is None else recomputed(self, recompute, *inputs)
 
         def run(self: Block, *inputs: Any) -> Any:
             mark(inputs, self._dynamic)
-            owner = self._owner
-            if owner is None or state_of(owner) is None:
-                return body(self, *inputs)
-            return run_sharded(owner, functools.partial(body, self), inputs)
+            if sharded(self):
+                return between_hooks(self._owner, functools.partial(body, self), inputs)
+            return body(self, *inputs)
 
-        body = left_to_python(body)
+        body, between_hooks = left_to_python(body), left_to_python(run_sharded)
         type(self).__call__ = left_to_python(run)  # type: ignore[method-assign]  # instead of GraphModule's wrapper
         return code
 
@@ -174,6 +166,28 @@ class Block(fx.GraphModule):
         block.__dict__["_buffers"] = {k: v for k, v in owned.items() if not isinstance(v, nn.Parameter)}
         block.__dict__["_modules"] = dict(self._modules)
         return block
+
+
+def _ready(block: Block) -> Callable[..., Any] | None:
+    """Read the block's tensors. (Dynamo must not look at this: it would guard every tensor of every block.)
+
+    Returns:
+        What the block is to be recomputed with in backward; None: it is not.
+    """
+    for source in block._sources:
+        source.read()
+    owner = block._owner
+    if owner is None:
+        return None
+    refuse_sharded(((source.path, source.tensor) for source in block._sources), block._path)
+    if not (owner.training and owner.__dict__.get("gradient_checkpointing") and torch.is_grad_enabled()):
+        return None
+    chosen: Callable[..., Any] = owner.__dict__.get("_gradient_checkpointing_func", _checkpoint)  # by transformers
+    return chosen
+
+
+def _sharded(block: Block) -> bool:
+    return block._owner is not None and state_of(block._owner) is not None
 
 
 def _symbolic_dims(node: fx.Node) -> tuple[int, ...]:
