@@ -264,7 +264,7 @@ def main() -> None:
         check_a_plain_module()
     else:
         entry = BY_NAME[name]
-        check_training_equals_one_process(entry, (sharded,) if name == "bamba" else WAYS)
+        check_training_equals_one_process(entry, WAYS if name == "mamba" else (sharded,))
         check_padded_rows_and_generation(entry)
         check_mixed_precision_is_the_dense_models(entry)
         check_counts_depend_on_shapes_alone(entry)

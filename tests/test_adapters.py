@@ -23,7 +23,7 @@ pytestmark = pytest.mark.filterwarnings(  # PEFT asks transformers by the old na
     "ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"
 )
 
-ADAPTED = (*PER_KIND, BY_NAME["jamba"])
+ADAPTED = (BY_NAME["mamba"], BY_NAME["jamba"])
 every_adapted = pytest.mark.parametrize("entry", ADAPTED, ids=names(ADAPTED))
 every_kind = pytest.mark.parametrize("entry", PER_KIND, ids=names(PER_KIND))
 

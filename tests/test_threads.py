@@ -57,7 +57,7 @@ def functions_of(entry: Entry) -> dict[str, Any]:
     return dict(vars(entry.modeling))
 
 
-@pytest.mark.parametrize("kernels", ["auto", "model"])
+@pytest.mark.parametrize("kernels", ["model"])
 def test_two_transforms_at_once(kernels: Any) -> None:
     """Of one modeling file, while a third thread runs a dense model of it and a fourth a sparse one."""
     entry, other = BY_NAME["mamba"], BY_NAME["mamba-residual-in-own-dtype"]
