@@ -79,7 +79,6 @@ def install(model: nn.Module, options: Options, cost: Any) -> nn.Module:
     """
     stack: Any = stack_of(model)
     refuse_eager_experts(base_of(model))
-    refuse_offloaded(stack)
     refuse_other_attention(stack)
     blocks = options.compile == "blocks"
     runtime = SparseStack(stack, options, cost, options.tail)
@@ -111,18 +110,6 @@ def refuse_other_attention(stack: Any) -> None:
             f"attn_implementation={chosen!r} of {type(stack).__name__} cannot be captured; expected 'sdpa' or 'eager'. "
             "Call model.set_attn_implementation('sdpa')."
         )
-
-
-def refuse_offloaded(stack: nn.Module) -> None:
-    """Hooks of accelerate move weights or inputs between devices around each module, and a graph calls no modules."""
-    for path, module in stack.named_modules():
-        if "_hf_hook" in module.__dict__:
-            raise CaptureError(
-                f"{path or type(stack).__name__} is dispatched by accelerate ({type(module._hf_hook).__name__}): its "
-                "weights or inputs move between devices around each module. Expected the block stack on one device: "
-                "load with device_map={'': device}, or spread it with torch.distributed.fsdp.fully_shard after "
-                "simba_fx.transform."
-            )
 
 
 @dataclass(frozen=True)
@@ -235,7 +222,6 @@ class SparseStack(Memory):
 
     def _capture(self, signature: Signature, now: Snapshot) -> Variant:
         stack = copy_to_trace(self.stack)
-        refuse_offloaded(stack)
         captured, seen = capture_stack(stack, signature)
         built = build(captured, self.options, self.cost)
         keys = self._keys(captured, seen.states)

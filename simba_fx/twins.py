@@ -101,10 +101,27 @@ def _shallow(module: nn.Module) -> nn.Module:
 
 def copy_to_trace(stack: nn.Module) -> nn.Module:
     """A copy of a module tree to capture from. Tracing puts fake tensors into the modules, which other threads may be
-    using; and of a sharded stack it has to see whole parameters (without memory), and no hooks of FSDP."""
+    using; and of a sharded stack it has to see whole parameters (without memory), and no hooks of FSDP.
+
+    Raises:
+        CaptureError: accelerate moves the weights of a module.
+    """
+    refuse_offloaded(stack)
     copies = _copies(stack)
     _make_whole(stack, copies, None)
     return copies[stack]
+
+
+def refuse_offloaded(stack: nn.Module) -> None:
+    """Hooks of accelerate move weights or inputs between devices around each module, and a graph calls no modules."""
+    for path, module in stack.named_modules():
+        if "_hf_hook" in module.__dict__:
+            raise CaptureError(
+                f"{path or type(stack).__name__} is dispatched by accelerate ({type(module._hf_hook).__name__}): its "
+                "weights or inputs move between devices around each module. Expected the block stack on one device: "
+                "load with device_map={'': device}, or spread it with torch.distributed.fsdp.fully_shard after "
+                "simba_fx.transform."
+            )
 
 
 def _make_whole(module: nn.Module, copies: Mapping[nn.Module, nn.Module], state: Any) -> None:

@@ -336,3 +336,20 @@ def schedules(blocks: int) -> dict[str, tuple[Fraction, ...]]:
         "steep": tuple(Fraction(3, 5) ** i for i in range(blocks)),
         "stairs": (Fraction(1),) + (Fraction(7, 9),) * (half - 1) + (Fraction(2, 7),) * (blocks - half),
     }
+
+
+def linear(entry: Entry) -> tuple[Fraction, ...]:
+    """The schedule "linear" for a model of the registry."""
+    return schedules(n_blocks(dense(entry.name)))["linear"]
+
+
+def everything(entry: Entry) -> tuple[Fraction, ...]:
+    """`keep_all` for a model of the registry."""
+    return keep_all(n_blocks(dense(entry.name)))
+
+
+def logits(model: nn.Module, **call: Any) -> Tensor:
+    """Of a call without gradients; by default of two rows of 37 tokens."""
+    with torch.no_grad():
+        found: Tensor = model(**(call or {"input_ids": tokens(1, 2, 37)})).logits
+    return found

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import pytest
 import torch
-from models import BY_NAME, CHECKPOINT, PER_KIND, Entry, dense, keep_all, n_blocks, names, schedules, three_rows, tokens
+from models import (
+    BY_NAME,
+    CHECKPOINT,
+    PER_KIND,
+    Entry,
+    everything,
+    linear,
+    logits,
+    names,
+    three_rows,
+    tokens,
+)
 from reference import TOLERANCE, assert_close
-from torch import Tensor, nn
+from torch import nn
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 import simba_fx
@@ -36,20 +46,6 @@ def dequantised(model: nn.Module) -> nn.Module:
         if weight is not None and type(weight) is not nn.Parameter:
             module.weight = nn.Parameter(weight.dequantize())
     return plain
-
-
-def logits(model: nn.Module, **call: Any) -> Tensor:
-    with torch.no_grad():
-        found: Tensor = model(**(call or {"input_ids": tokens(1, 2, 37)})).logits
-    return found
-
-
-def linear(entry: Entry) -> Any:
-    return schedules(n_blocks(dense(entry.name)))["linear"]
-
-
-def everything(entry: Entry) -> Any:
-    return keep_all(n_blocks(dense(entry.name)))
 
 
 @every_entry

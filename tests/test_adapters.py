@@ -11,7 +11,20 @@ from typing import Any
 
 import pytest
 import torch
-from models import BY_NAME, PER_KIND, Entry, dense, keep_all, n_blocks, names, schedules, sparse, three_rows, tokens
+from models import (
+    BY_NAME,
+    PER_KIND,
+    Entry,
+    dense,
+    everything,
+    linear,
+    logits,
+    n_blocks,
+    names,
+    sparse,
+    three_rows,
+    tokens,
+)
 from reference import TOLERANCE, assert_close
 from torch import Tensor, nn
 
@@ -28,25 +41,11 @@ every_adapted = pytest.mark.parametrize("entry", ADAPTED, ids=names(ADAPTED))
 every_kind = pytest.mark.parametrize("entry", PER_KIND, ids=names(PER_KIND))
 
 
-def everything(entry: Entry) -> Any:
-    return keep_all(n_blocks(dense(entry.name)))
-
-
-def linear(entry: Entry) -> Any:
-    return schedules(n_blocks(dense(entry.name)))["linear"]
-
-
 def with_lora(model: nn.Module, seed: int = 1, name: str = "default", **changes: Any) -> Any:
     """LoRA that does something from the start, the same at every call."""
     torch.manual_seed(seed)
     config = peft.LoraConfig(r=3, target_modules=["in_proj", "x_proj"], init_lora_weights=False, **changes)
     return peft.get_peft_model(model, config, adapter_name=name)
-
-
-def logits(model: nn.Module, **call: Any) -> Tensor:
-    with torch.no_grad():
-        found: Tensor = model(**(call or {"input_ids": tokens(1, 2, 37)})).logits
-    return found
 
 
 # --- LoRA ------------------------------------------------------------------------------------------------------------

@@ -7,16 +7,13 @@ the packages' CUDA extensions and let their reference functions run instead (`ma
 
 from __future__ import annotations
 
-import os
-import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from subprocesses import run_checks
 
 PACKAGES = Path(sys.prefix) / "mamba-ssm"
-TESTS = Path(__file__).parent
 
 
 @pytest.mark.capability("parity", "mamba_ssm `MambaLMHeadModel`, `MixerModel`")
@@ -25,11 +22,4 @@ TESTS = Path(__file__).parent
 @pytest.mark.capability("compile", "mamba_ssm `MambaLMHeadModel`, `MixerModel`")
 @pytest.mark.skipif(not PACKAGES.is_dir(), reason=f"no folder {PACKAGES}: make test adds it")
 def test_the_checks_of_mamba_ssms_models_pass() -> None:
-    paths = os.pathsep.join(map(str, (PACKAGES, TESTS)))
-    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}  # tiny tensors: threads only wait
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "mamba_ssm_checks.py"]
-    done = subprocess.run(command, cwd=TESTS, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, f"{done.stdout[-20_000:]}\n{done.stderr[-2_000:]}"
-    counted = re.search(r"^(\d+) passed in ", done.stdout, re.MULTILINE)
-    assert counted, f"expected passed checks only, found {done.stdout.splitlines()[-1]}"
-    assert int(counted.group(1)) >= 80
+    run_checks("mamba_ssm_checks.py", PACKAGES, 80)

@@ -6,9 +6,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-import pytest
-import torch
-from models import BY_NAME, Entry, keep_all, n_blocks, schedules, three_rows, tokens
+from models import BY_NAME, Entry, keep_all, logits, n_blocks, schedules, three_rows, tokens
 from reference import assert_close
 from torch import Tensor, nn
 
@@ -47,30 +45,23 @@ def at_once(*works: Callable[[threading.Event], Any]) -> list[Any]:
     return results
 
 
-def logits(model: nn.Module, **call: Any) -> Tensor:
-    with torch.no_grad():
-        found: Tensor = model(**call).logits
-    return found
-
-
 def functions_of(entry: Entry) -> dict[str, Any]:
     return dict(vars(entry.modeling))
 
 
-@pytest.mark.parametrize("kernels", ["model"])
-def test_two_transforms_at_once(kernels: Any) -> None:
+def test_two_transforms_at_once() -> None:
     """Of one modeling file, while a third thread runs a dense model of it and a fourth a sparse one."""
     entry, other = BY_NAME["mamba"], BY_NAME["mamba-residual-in-own-dtype"]
     models = [entry.build(), other.build()]
     shares = [schedules(n_blocks(model))["linear"] for model in models]
-    expected = [simba_fx.transform(m, s, kernels=kernels) for m, s in zip(models, shares)]
+    expected = [simba_fx.transform(m, s, kernels="model") for m, s in zip(models, shares)]
     running, sparse = entry.build(), simba_fx.transform(entry.build(), shares[0])
     masked, whole = three_rows(masked=True), {"input_ids": tokens(3, 2, 21)}
     calm = {id(running): logits(running, **whole), id(sparse): logits(sparse, **masked)}
     before = functions_of(entry)
 
     def transform(i: int) -> Callable[[Any], Any]:
-        return lambda _: [simba_fx.transform(models[i], shares[i], kernels=kernels) for _ in range(2)]
+        return lambda _: [simba_fx.transform(models[i], shares[i], kernels="model") for _ in range(2)]
 
     def run(model: nn.Module, call: dict[str, Tensor]) -> Callable[[threading.Event], int]:
         def work(done: threading.Event) -> int:

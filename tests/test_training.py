@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import reference
 import torch
-from models import FLOAT32, PER_KIND, Entry, dense, n_blocks, names, padded, schedules, sparse, tokens
+from models import FLOAT32, PER_KIND, Entry, dense, linear, names, padded, sparse, tokens
 from reference import GRADIENT_TOLERANCE, assert_close
 from torch import Tensor, nn
 
@@ -24,10 +24,6 @@ DRAWS = reference.Draws()
 def few_draws_are_discarded() -> Iterator[None]:
     yield
     DRAWS.check()
-
-
-def linear(entry: Entry) -> Any:
-    return schedules(n_blocks(dense(entry.name)))["linear"]
 
 
 def gradients(loss: Tensor, model: nn.Module) -> dict[str, Tensor]:
