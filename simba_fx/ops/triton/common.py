@@ -1,0 +1,91 @@
+"""What the Triton kernels share: arithmetic that is exact to float32, and their launch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+"""Kernels run in Triton's interpreter, on tensors of a CPU: slow, for tests."""
+
+_TRACED: ContextVar[bool] = ContextVar("simba_fx_traced", default=False)
+
+LOG2E = tl.constexpr(1.4426950408889634)
+GONE = tl.constexpr(-126.0)
+"""2^x counts as zero below this: a normal float32 no longer holds it."""
+
+
+@contextmanager
+def traced() -> Any:
+    """Kernels launched inside become nodes of the graph that is being traced (`torch.library.wrap_triton`)."""
+    token = _TRACED.set(True)
+    try:
+        yield
+    finally:
+        _TRACED.reset(token)
+
+
+def launch(kernel: Any) -> Any:
+    """The kernel, to be given a grid and arguments."""
+    return torch.library.wrap_triton(kernel) if _TRACED.get() else kernel
+
+
+def tuned(configs: Iterable[tuple[dict[str, int], int]], key: Iterable[str] = ()) -> Any:
+    """`triton.autotune` over `(block sizes, warps)`, the first of them where kernels are interpreted.
+
+    `key`: arguments whose value asks for a choice of its own. Lengths are not among them: another length must cost
+    nothing. No kernel here has anything to undo between the runs that the choice takes.
+    """
+    choices = [triton.Config(sizes, num_warps=warps) for sizes, warps in configs]
+    return triton.autotune(choices[:1] if INTERPRETED else choices, key=list(key))
+
+
+@triton.jit
+def softplus(x):  # type: ignore[no-untyped-def]
+    """`log(1 + e^x)` as `max(x, 0) + log1p(e^-|x|)`, and `log1p(e) = 2 artanh(e / (2 + e))`: relative accuracy."""
+    e = tl.exp2(-tl.abs(x) * LOG2E)
+    s = e / (2.0 + e)
+    q = s * s
+    p = q * (1.0 / 15.0) + 1.0 / 13.0
+    p = p * q + 1.0 / 11.0
+    p = p * q + 1.0 / 9.0
+    p = p * q + 1.0 / 7.0
+    p = p * q + 1.0 / 5.0
+    p = p * q + 1.0 / 3.0
+    p = p * q + 1.0
+    return tl.where(x > 20.0, x, tl.maximum(x, 0.0) + 2.0 * s * p)
+
+
+@triton.jit
+def step_size(raw, bias, SOFTPLUS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The step a token takes, from float32 `raw` and `bias`."""
+    step = raw + bias
+    if SOFTPLUS:
+        step = softplus(step)
+    return step
+
+
+@triton.jit
+def vanishing_exp2(x):  # type: ignore[no-untyped-def]
+    """`2^x`, exactly zero where float32 would be subnormal."""
+    return tl.where(x < GONE, 0.0, tl.exp2(x))
+
+
+@triton.jit
+def last_real(real, length, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The last slot of a row `(length,)` of bools that is true, -1 if none is."""
+    found = -1
+    end = length
+    while (end > 0) & (found < 0):
+        slots = end - BLOCK + tl.arange(0, BLOCK)
+        true = tl.load(real + slots, mask=slots >= 0, other=0) != 0
+        found = tl.max(tl.where(true, slots, -1), axis=0)
+        end -= BLOCK
+    return found
