@@ -13,7 +13,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .PHONY: test lint demo bench table clean
 
-test: $(VENV)/.dev $(VENV)/.mamba-ssm $(VENV)/.torchao
+test: $(VENV)/.dev $(VENV)/.triton $(VENV)/.mamba-ssm $(VENV)/.torchao
 	$(BIN)/pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 # mypy reads the package as it is installed: passes/ at its place, simba_fx/passes.
@@ -32,7 +32,7 @@ bench: $(VENV)/.dev
 	set -e; for script in benchmarks/*.py; do $(BIN)/python $$script $(ARGS); done
 
 # What each family of models can do, as the tests just showed it.
-table: $(VENV)/.dev $(VENV)/.mamba-ssm
+table: $(VENV)/.dev $(VENV)/.triton $(VENV)/.mamba-ssm
 	$(BIN)/pytest -n $(WORKERS) -q --capabilities $(ARGS)
 
 clean:
@@ -49,12 +49,19 @@ $(VENV)/.dev: $(VENV)/.torch pyproject.toml
 	$(PIP) -e '.[dev]'
 	@touch $@ $(VENV)/.demo
 
+# Triton in a folder that is not on sys.path: it serves the tests of the kernels (interpreted, and compiled for GPUs that
+# are not there), and where Inductor finds it every process takes longer to start.
+$(VENV)/.triton: $(VENV)/.torch
+	rm -rf $(VENV)/triton
+	$(PIP) --no-deps --target $(VENV)/triton triton==3.9.0
+	@touch $@
+
 # mamba_ssm as pure Python (its CUDA extensions are stubbed in the one process that imports it), in a folder that is not
 # on sys.path: transformers runs its own Mamba through mamba_ssm wherever that can be imported, which fails on a CPU.
 $(VENV)/.mamba-ssm: $(VENV)/.torch
 	$(PIP) wheel setuptools packaging
 	rm -rf $(VENV)/mamba-ssm
-	$(PIP) --no-deps --target $(VENV)/mamba-ssm einops==0.8.2 triton==3.9.0
+	$(PIP) --no-deps --target $(VENV)/mamba-ssm einops==0.8.2
 	MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE CAUSAL_CONV1D_SKIP_CUDA_BUILD=TRUE CAUSAL_CONV1D_FORCE_BUILD=TRUE \
 		$(PIP) --no-deps --no-build-isolation --target $(VENV)/mamba-ssm mamba-ssm==2.3.2.post1 causal-conv1d==1.7.0
 	@touch $@

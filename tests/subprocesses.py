@@ -11,10 +11,13 @@ from pathlib import Path
 TESTS = Path(__file__).parent
 
 
-def run_checks(file: str, package: Path, least: int, *options: str) -> None:
-    """Run a file of checks with `package` importable; all of them pass, and there are at least so many."""
-    paths = os.pathsep.join(map(str, (package, TESTS)))
-    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}  # tiny tensors: threads only wait
+def run_checks(file: str, folders: list[Path], least: int, *options: str, **variables: str) -> None:
+    """Run a file of checks with what lies in `folders` importable; all of them pass, and there are at least so many.
+
+    `options` are pytest's, `variables` go into the environment.
+    """
+    paths = os.pathsep.join(map(str, (*folders, TESTS)))
+    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **variables}  # tiny tensors: no threads
     command = [sys.executable, "-m", "pytest", "-q", *options, "-p", "no:cacheprovider", file]
     done = subprocess.run(command, cwd=TESTS, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, f"{done.stdout[-20_000:]}\n{done.stderr[-2_000:]}"

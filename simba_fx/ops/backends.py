@@ -1,12 +1,17 @@
 """Which code runs an operator on a device: kept apart from the operators, so that they read as their definitions.
 
-CPU: the C++ kernels where they can be built; CUDA: mamba_ssm's where they can be imported; else, and for operands that
-those do not take, PyTorch. Projections come grouped here: B and C of a selective scan are `(B, G, N, L)`.
+CPU: the C++ kernels where they can be built. CUDA: mamba_ssm's scans where they can be imported, Triton kernels for
+everything that those do not do. Else, and for operands that those do not take, PyTorch. Projections come grouped here:
+B and C of a selective scan are `(B, G, N, L)`.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib
 import importlib.metadata
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -23,14 +28,46 @@ def kernel_path(device_type: str) -> str:
         found = native.load()
         return f"torch ({found})" if isinstance(found, str) else found.description
     if device_type == "cuda":
-        if cuda.selective_scan_fn() is None:
-            return "torch (mamba_ssm cannot be imported)"
-        return f"mamba_ssm {importlib.metadata.version('mamba_ssm')}"
+        there = {"mamba_ssm": cuda.selective_scan_fn(), "triton": triton_kernels()}
+        names = [f"{name} {importlib.metadata.version(name)}" for name, kernels in there.items() if kernels is not None]
+        return ", ".join(names) or "torch (neither mamba_ssm nor Triton can be imported)"
     return f"torch (no kernels for {device_type})"
 
 
+def on_gpu(operand: Tensor) -> bool:
+    """Whether operands on such a device take the CUDA paths. (Tests of these say yes to the CPU.)"""
+    return operand.device.type == "cuda"
+
+
+def channel_last(operand: Tensor) -> bool:
+    """Whether `(B, D, L)` results lie channel-last: what the matmul that follows reads. CUDA kernels write rows."""
+    return operand.device.type == "cpu" and not on_gpu(operand)
+
+
+@functools.cache
+def triton_kernels() -> Any:
+    """The package `simba_fx.ops.triton`, or None where Triton cannot be imported."""
+    try:
+        return importlib.import_module("simba_fx.ops.triton")
+    except ImportError:
+        return None
+
+
+def triton_for(operand: Tensor) -> Any:
+    """The Triton kernels for operands on such a device, or None."""
+    return triton_kernels() if on_gpu(operand) else None
+
+
+def traced() -> AbstractContextManager[Any]:
+    """Inside, what is launched becomes part of the graph that is being traced."""
+    if triton_kernels() is None:
+        return nullcontext()
+    context: AbstractContextManager[Any] = importlib.import_module("simba_fx.ops.triton.common").traced()
+    return context
+
+
 def _native_scan(operand: Tensor, states: int) -> bool:
-    return operand.device.type == "cpu" and native.supports(states)
+    return operand.device.type == "cpu" and not on_gpu(operand) and native.supports(states)
 
 
 def selective_scan(
@@ -45,8 +82,11 @@ def selective_scan(
     delta_softplus: bool,
 ) -> tuple[Tensor, Tensor]:
     """y `(B, D, L)` in the operator's layout, last state `(B, D, N)`."""
-    if u.device.type == "cuda" and cuda.selective_scan_fn() is not None:
+    if on_gpu(u) and cuda.selective_scan_fn() is not None:
         return cuda.selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+    if (kernels := triton_for(u)) is not None:
+        y, last = kernels.scan.selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+        return y, last
     run = native.selective_scan if _native_scan(u, A.shape[1]) else chunked.selective_scan
     y, last = run(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
     return token_layout(y), last
@@ -66,6 +106,11 @@ def selective_scan_backward(
     delta_softplus: bool,
 ) -> tuple[Tensor, ...]:
     """Float32 gradients of u, delta, A, B, C, D, z, delta_bias."""
+    if (kernels := triton_for(u)) is not None:
+        gradients: tuple[Tensor, ...] = kernels.scan.selective_scan_backward(
+            dy, dlast, u, delta, A, B, C, D, z, delta_bias, delta_softplus
+        )
+        return gradients
     run = native.selective_scan_backward if _native_scan(u, A.shape[1]) else chunked.selective_scan_backward
     return run(dy, dlast, u, delta, A, B, C, D, z, delta_bias, delta_softplus)
 
@@ -97,8 +142,10 @@ def ssd_scan(
     chunk_size: int,
 ) -> tuple[Tensor, Tensor]:
     """y `(B, L, H, P)`, last state `(B, H, P, N)`; `step` `(B, L, H)` float32 is final: softplus and clamp are done."""
-    if x.device.type == "cuda" and cuda.ssd_scan_fn() is not None:
-        return cuda.ssd_scan(x, step, A, B, C, D, z, chunk_size)
+    if on_gpu(x):
+        if cuda.ssd_scan_fn() is not None:
+            return cuda.ssd_scan(x, step, A, B, C, D, z, chunk_size)
+        return chunked_ssd.ssd_scan_at_once(x, step, A, B, C, D, z, chunk_size)
     if _native_scan(x, B.shape[3]):
         return native.ssd_scan(x, step, A, B, C, D, z)
     return chunked_ssd.ssd_scan(x, step, A, B, C, D, z, chunk_size)
@@ -107,15 +154,15 @@ def ssd_scan(
 def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
     """`(B, D, L)` in the operator's layout and x's dtype."""
     taps = weight.shape[1]
-    if x.device.type == "cuda" and 2 <= taps <= 4 and cuda.causal_conv1d_fn() is not None:
+    if on_gpu(x) and 2 <= taps <= 4 and cuda.causal_conv1d_fn() is not None:
         return cuda.causal_conv1d(x, weight, bias, silu)
-    if x.device.type == "cpu" and native.supports_taps(taps):
+    if x.device.type == "cpu" and not on_gpu(x) and native.supports_taps(taps):
         return token_layout(native.causal_conv1d(x, weight, bias, silu))
     y = chunked.causal_conv1d(x, weight, bias)
     return token_layout((F.silu(y) if silu else y).to(x.dtype))
 
 
 def token_layout(y: Tensor) -> Tensor:
-    """`(B, L, D)` -> `(B, D, L)`, channel-last on CPU and contiguous elsewhere."""
+    """`(B, L, D)` contiguous -> `(B, D, L)`, channel-last on CPU and contiguous elsewhere."""
     y = y.transpose(1, 2)
-    return y if y.device.type == "cpu" else y.contiguous()
+    return y if channel_last(y) else y.contiguous()

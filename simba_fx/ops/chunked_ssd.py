@@ -50,6 +50,13 @@ class _Chunk:
         return self.whole * before + torch.einsum("bsgrp,bsgn->bgrpn", weighted, self.B)
 
 
+def _decays(prefix: Tensor) -> Tensor:
+    """`exp(prefix_t - prefix_s)` for s up to t, else 0: `(..., T, T)` float32 from float64 prefix sums `(..., T)`."""
+    between = (prefix.unsqueeze(-1) - prefix.unsqueeze(-2)).float()
+    later = torch.ones(between.shape[-2:], dtype=torch.bool, device=prefix.device).triu(1)
+    return between.masked_fill(later, -torch.inf).exp_()
+
+
 def _skip(D: Tensor) -> Tensor:
     """`(H,)` or `(H, P)` -> float32, broadcastable over `(B, L, H, P)`."""
     return D.float() if D.dim() == 2 else D.float().unsqueeze(-1)
@@ -73,6 +80,42 @@ def ssd_scan(
         y[:, at] = out
         h = chunk.advance(h)
     return y, h.flatten(1, 2)
+
+
+def ssd_scan_at_once(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None, chunk_size: int
+) -> tuple[Tensor, Tensor]:
+    """`ssd_scan` with every chunk at the same time, for a GPU: no loop, so that a graph serves every length.
+
+    Chunks hand their states on by one more product, over pairs of chunks. Memory: `(B, L, H, T)` with T tokens a chunk.
+    """
+    rows, length, heads, width = x.shape
+    groups, states = B.shape[2], B.shape[3]
+    size = min(chunk_size, 128)
+    missing = -length % size
+    padded = [F.pad(t, (0, 0) * (t.dim() - 2) + (0, missing)) for t in (x, dt, B, C)]
+    whole = [t.view(rows, -1, size, *t.shape[2:]) for t in padded]
+    value, step = (split_groups(t.float(), 3, groups) for t in whole[:2])  # (B, c, T, G, R, P), (B, c, T, G, R)
+    B_, C_ = (t.float() for t in whole[2:])
+    scaled = value * step.unsqueeze(-1)
+    prefix = (step.double() * split_groups(A.double(), 0, groups)).cumsum(2).permute(0, 3, 4, 1, 2)  # (B, G, R, c, T)
+    mixing = _decays(prefix) * torch.einsum("bctgn,bcsgn->bgcts", C_, B_).unsqueeze(2)
+    y = torch.einsum("bgrcts,bcsgrp->bctgrp", mixing, scaled)
+
+    to_end = (prefix[..., -1:] - prefix).float().exp_().permute(0, 3, 4, 1, 2)
+    added = torch.einsum("bcsgrp,bcsgn->bgrcpn", scaled * to_end.unsqueeze(-1), B_)
+    chunks = prefix[..., -1].cumsum(-1)  # log-decay from the start of the row to the end of each chunk
+    reached = torch.einsum("bgrij,bgrjpn->bgripn", _decays(chunks), added)  # states that leave the chunks
+    entering = F.pad(reached[..., :-1, :, :], (0, 0, 0, 0, 1, 0))
+    carried = torch.einsum("bctgn,bgrcpn->bctgrp", C_, entering)
+    y = y + carried * prefix.float().exp().permute(0, 3, 4, 1, 2).unsqueeze(-1)
+
+    y = y.flatten(3, 4).flatten(1, 2)[:, :length]
+    if D is not None:
+        y = y + _skip(D) * x.float()
+    if z is not None:
+        y = y * F.silu(z.float())
+    return y.to(x.dtype).contiguous(), reached[..., -1, :, :].reshape(rows, heads, width, states)
 
 
 def ssd_scan_backward(

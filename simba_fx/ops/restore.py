@@ -15,6 +15,8 @@ from torch import Tensor
 
 def _rows(index: Tensor, stride: int) -> Tensor:
     """Slots `(B, d)` as rows of a `(B * stride, ...)` matrix, flat."""
+    if index.shape[0] == 1:
+        return index.flatten()
     first = torch.arange(index.shape[0], device=index.device) * stride
     return (index + first[:, None]).flatten()
 

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from simba_fx.ops import backends, chunked, chunked_ssd
+from simba_fx.ops import backends, chunked, chunked_ssd, cuda
+from simba_fx.ops.inline import inline_on_gpu
 
 NO_LIMIT = torch.finfo(torch.float32).max
 """The default of `dt_max`: no step is that long. (An operator's schema has no literal for infinity.)"""
@@ -38,12 +39,9 @@ def _check_groups(sharing: int, *groups: int) -> None:
 
 
 def _token_output(like: Tensor) -> Tensor:
-    """Room for a `(B, D, L)` result: channel-last (a transposed `(B, L, D)`) on CPU, plain contiguous elsewhere.
-
-    Channel-last is what the matmul that follows reads; the CUDA kernels of mamba_ssm write contiguous tensors.
-    """
+    """Room for a `(B, D, L)` result: channel-last (a transposed `(B, L, D)`) on CPU, plain contiguous elsewhere."""
     rows, channels, length = like.shape
-    if like.device.type == "cpu":
+    if backends.channel_last(like):
         return like.new_empty(rows, length, channels).transpose(1, 2)
     return like.new_empty(rows, channels, length)
 
@@ -66,10 +64,13 @@ def _fit(gradient: Tensor, operand: Tensor | None) -> Tensor:
 
 
 def _fit_tokens(gradient: Tensor, operand: Tensor | None) -> Tensor:
-    """`gradient`, a transposed `(B, L, D)`, in the dtype of its operand, as `_token_room` has it."""
+    """`gradient` `(B, D, L)` in the dtype of its operand, as `_token_room` has it."""
     if operand is None:
         return gradient.new_empty(0)
-    return backends.token_layout(gradient.transpose(1, 2).to(operand.dtype).contiguous())
+    gradient = gradient.to(operand.dtype)
+    if backends.channel_last(gradient):
+        return gradient.transpose(1, 2).contiguous().transpose(1, 2)
+    return gradient.contiguous()
 
 
 # --- Mamba-1 ---------------------------------------------------------------------------------------------------------
@@ -374,3 +375,33 @@ def _differentiate_causal_conv1d(ctx: Any, dy: Tensor) -> tuple[Tensor | None, .
 
 
 causal_conv1d.register_autograd(_differentiate_causal_conv1d, setup_context=_save)
+
+
+# --- In graphs for a GPU ---------------------------------------------------------------------------------------------
+
+
+def _has_no_package(*args: Any) -> bool:
+    return cuda.selective_scan_fn() is None and backends.triton_kernels() is not None
+
+
+def _has_triton(*args: Any) -> bool:
+    return backends.triton_kernels() is not None
+
+
+def _has_no_ssd_package(*args: Any) -> bool:
+    return cuda.ssd_scan_fn() is None
+
+
+def _has_no_conv_package(*args: Any) -> bool:
+    return cuda.causal_conv1d_fn() is None
+
+
+def _always(*args: Any) -> bool:
+    return True
+
+
+inline_on_gpu(selective_scan, _has_no_package)
+inline_on_gpu(selective_scan_backward, _has_triton)
+inline_on_gpu(ssd_scan, _has_no_ssd_package)
+inline_on_gpu(causal_conv1d, _has_no_conv_package)
+inline_on_gpu(causal_conv1d_backward, _always)

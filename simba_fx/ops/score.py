@@ -16,6 +16,7 @@ from torch import Tensor
 from simba_fx.errors import CriterionError
 from simba_fx.ops import backends, chunked_ssd
 from simba_fx.ops.chunked import split_groups, step_size
+from simba_fx.ops.inline import inline_on_gpu
 from simba_fx.ops.scan import _check_groups, _grouped
 
 CRITERIA = ("simba", "simba-abs", "no-decay", "delta-norm", "clip")
@@ -87,11 +88,17 @@ def selective_token_score(
         CriterionError: for an unknown criterion.
     """
     _check(criterion)
+    B, C = _grouped(B), _grouped(C)
+    _check_groups(u.shape[1], B.shape[1], C.shape[1])
+    if (kernels := backends.triton_for(u)) is not None and criterion in ("simba", "simba-abs"):
+        absolute = criterion == "simba-abs"
+        fused: Tensor = kernels.score.selective_token_score(
+            u, delta, A, B, C, delta_bias, delta_softplus, real, tail, absolute
+        )
+        return fused
     rows, _, length = u.shape
     query = query_position(real, tail, rows=rows, length=length, device=u.device)
     until = _until(query, length)
-    B, C = _grouped(B), _grouped(C)
-    _check_groups(u.shape[1], B.shape[1], C.shape[1])
     if criterion == "clip":
         y, _ = backends.selective_scan(u, delta, A, B, C, None, None, delta_bias, delta_softplus)
         score = y.float().clamp_(min=0).mean(1)
@@ -164,6 +171,11 @@ def ssd_token_score(
         CriterionError: for an unknown criterion.
     """
     _check(criterion)
+    if (kernels := backends.triton_for(x)) is not None and criterion in ("simba", "simba-abs", "no-decay"):
+        fused: Tensor = kernels.score.ssd_token_score(
+            x, dt, A, B, C, dt_bias, dt_softplus, dt_min, dt_max, real, tail, criterion
+        )
+        return fused
     rows, length, _, _ = x.shape
     groups = B.shape[2]
     query = query_position(real, tail, rows=rows, length=length, device=x.device)
@@ -210,3 +222,12 @@ def _(
 
 
 ssd_token_score.register_autograd(_no_gradients, setup_context=_never_differentiable)
+
+
+def _is_one_kernel(*args: Any) -> bool:
+    """Whether a score with these arguments, of which the criterion is the last, is a Triton kernel."""
+    return backends.triton_kernels() is not None and args[-1] in ("simba", "simba-abs")
+
+
+inline_on_gpu(selective_token_score, _is_one_kernel)
+inline_on_gpu(ssd_token_score, _is_one_kernel)

@@ -1,4 +1,6 @@
-"""Which tokens stay: sort-based selection as operators, with ascending indices and no host synchronisation.
+"""Which tokens stay: selection as operators, with ascending indices and no host synchronisation.
+
+On CUDA one Triton kernel per call, elsewhere sorts.
 
 Counts come from `simba_fx.schedule.kept_count` (method.md section 4) and depend on shapes alone. Letters: see
 `simba_fx.ops`; here m is the number of slots of the region (the tokens that reached this cut) and k how many stay.
@@ -13,6 +15,8 @@ import torch
 from torch import Tensor
 
 from simba_fx.errors import CriterionError
+from simba_fx.ops import backends
+from simba_fx.ops.inline import inline_on_gpu
 from simba_fx.schedule import kept_count
 
 POSITION_CRITERIA = ("recent", "random", "stride")
@@ -53,6 +57,9 @@ def select_tokens(
     """
     slots = score.shape[1]
     k = _kept(slots, length, tail, share_p, share_q, floor)
+    if (kernels := backends.triton_for(score)) is not None:
+        chosen = kernels.select.select(score, positions, None, None, k, length, tail, share_p, share_q, floor)
+        return chosen[0], chosen[1], chosen[2], chosen[3]
     protected = torch.arange(slots, device=score.device) >= slots - tail
     order = _ranking(score.masked_fill(protected, torch.inf))
     kept, dropped = order[:, :k].sort(1).values, order[:, k:].sort(1).values
@@ -105,6 +112,9 @@ def select_real_tokens(
     """
     slots = score.shape[1]
     k = _kept(slots, length, tail, share_p, share_q, floor)
+    if (kernels := backends.triton_for(score)) is not None:
+        chosen = kernels.select.select(score, positions, real, lengths, k, length, tail, share_p, share_q, floor)
+        return chosen[0], chosen[1], chosen[2], chosen[3], chosen[4]
     slot = torch.arange(slots, device=score.device).expand(score.shape)
     present = real.sum(1, keepdim=True)
     count = kept_count(lengths, Fraction(share_p, share_q), tail, floor).unsqueeze(1)
@@ -151,6 +161,14 @@ def _(
     sizes = (k, slots - k + SPARE, k, slots - k + SPARE)
     kept, dropped, kept_at, dropped_at = (positions.new_empty(rows, size) for size in sizes)
     return kept, dropped, kept_at, dropped_at, real.new_empty(rows, k)
+
+
+def _is_one_kernel(*args: Any) -> bool:
+    return backends.triton_kernels() is not None
+
+
+inline_on_gpu(select_tokens, _is_one_kernel)
+inline_on_gpu(select_real_tokens, _is_one_kernel)
 
 
 @torch.library.custom_op("simba_fx::position_score", mutates_args=())

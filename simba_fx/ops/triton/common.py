@@ -48,7 +48,7 @@ def tuned(configs: Iterable[tuple[dict[str, int], int]], key: Iterable[str] = ()
 
 
 @triton.jit
-def softplus(x):  # type: ignore[no-untyped-def]
+def softplus(x):
     """`log(1 + e^x)` as `max(x, 0) + log1p(e^-|x|)`, and `log1p(e) = 2 artanh(e / (2 + e))`: relative accuracy."""
     e = tl.exp2(-tl.abs(x) * LOG2E)
     s = e / (2.0 + e)
@@ -64,7 +64,7 @@ def softplus(x):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def step_size(raw, bias, SOFTPLUS: tl.constexpr):  # type: ignore[no-untyped-def]
+def step_size(raw, bias, SOFTPLUS: tl.constexpr):
     """The step a token takes, from float32 `raw` and `bias`."""
     step = raw + bias
     if SOFTPLUS:
@@ -73,13 +73,13 @@ def step_size(raw, bias, SOFTPLUS: tl.constexpr):  # type: ignore[no-untyped-def
 
 
 @triton.jit
-def vanishing_exp2(x):  # type: ignore[no-untyped-def]
+def vanishing_exp2(x):
     """`2^x`, exactly zero where float32 would be subnormal."""
     return tl.where(x < GONE, 0.0, tl.exp2(x))
 
 
 @triton.jit
-def last_real(real, length, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def last_real(real, length, BLOCK: tl.constexpr):
     """The last slot of a row `(length,)` of bools that is true, -1 if none is."""
     found = -1
     end = length

@@ -25,30 +25,30 @@ BLOCK_D = 8
 
 
 @triton.jit
-def _sigmoid(x):  # type: ignore[no-untyped-def]
+def _sigmoid(x):
     return 1.0 / (1.0 + tl.exp2(-x * LOG2E))
 
 
 @triton.jit
-def _advance(a1, b1, a2, b2):  # type: ignore[no-untyped-def]
+def _advance(a1, b1, a2, b2):
     """`h -> a h + b`, the first step and then the second."""
     return a1 * a2, a2 * b1 + b2
 
 
 @triton.jit
-def _tokens(base, t, d, channel, token, mask):  # type: ignore[no-untyped-def]
+def _tokens(base, t, d, channel, token, mask):
     """`(T, D)` float32 of an operand over channels and tokens, zero outside the mask."""
     return tl.load(base + t[:, None] * token + d[None, :] * channel, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _states(base, t, n, state, token, mask):  # type: ignore[no-untyped-def]
+def _states(base, t, n, state, token, mask):
     """`(T, N)` float32 of a projection, zero outside the mask."""
     return tl.load(base + t[:, None] * token + n[None, :] * state, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _tile(channels, groups, BLOCK_D: tl.constexpr):  # type: ignore[no-untyped-def]
+def _tile(channels, groups, BLOCK_D: tl.constexpr):
     """This program's group, its channels and which of them exist: a tile stays inside of a group."""
     width = channels // groups
     tiles = tl.cdiv(width, BLOCK_D)
@@ -57,9 +57,9 @@ def _tile(channels, groups, BLOCK_D: tl.constexpr):  # type: ignore[no-untyped-d
     return group, group * width + in_group, in_group < width
 
 
-@tuned([({"BLOCK_D": 8}, 4), ({"BLOCK_D": 4}, 4), ({"BLOCK_D": 8}, 8), ({"BLOCK_D": 16}, 8)], key=["channels", "states"])
+@tuned([({"BLOCK_D": 8}, 4), ({"BLOCK_D": 4}, 4), ({"BLOCK_D": 8}, 8)], key=["channels", "states"])
 @triton.jit
-def selective_scan_kernel(  # type: ignore[no-untyped-def]
+def selective_scan_kernel(
     u, delta, A, B, C, D, z, bias, y, last, starts, length, channels, states, groups,
     u_row, u_channel, u_token, delta_row, delta_channel, delta_token, z_row, z_channel, z_token,
     A_channel, A_state, B_row, B_group, B_state, B_token, C_row, C_group, C_state, C_token,
@@ -87,10 +87,9 @@ def selective_scan_kernel(  # type: ignore[no-untyped-def]
         skip = tl.load(D + d, mask=exists, other=0.0).to(tl.float32)
 
     h = tl.zeros((BLOCK_D, BLOCK_N), tl.float32)
-    block = 0
     for start in range(0, length, BLOCK_T):
         if SAVE:
-            at = (row * tl.cdiv(length, BLOCK_T) + block) * channels * states
+            at = (row * tl.cdiv(length, BLOCK_T) + start // BLOCK_T) * channels * states
             tl.store(starts + at + d[:, None] * states + n[None, :], h, mask=there)
         t = start + i
         mask = (t < length)[:, None] & exists[None, :]
@@ -110,14 +109,13 @@ def selective_scan_kernel(  # type: ignore[no-untyped-def]
                 gate = _tokens(z, t, d, z_channel, z_token, mask)
                 out *= gate * _sigmoid(gate)
             tl.store(y + d[None, :] * length + t[:, None], out, mask=mask)
-        block += 1
     if not SAVE:
         tl.store(last + d[:, None] * states + n[None, :], h, mask=there)
 
 
 @tuned([({}, 4), ({}, 8)], key=["channels", "states"])
 @triton.jit
-def selective_scan_backward_kernel(  # type: ignore[no-untyped-def]
+def selective_scan_backward_kernel(
     u, delta, A, B, C, D, z, bias, dy, dlast, starts, du, ddelta, dz, dA, dB, dC, dD, length, channels, states, groups,
     u_row, u_channel, u_token, delta_row, delta_channel, delta_token, z_row, z_channel, z_token, dy_row,
     dy_channel, dy_token, A_channel, A_state, B_row, B_group, B_state, B_token, C_row, C_group, C_state, C_token,

@@ -25,7 +25,7 @@ from simba_fx.ops.triton.common import (
 
 
 @triton.jit
-def _query(real, row, length, tail, REAL: tl.constexpr):  # type: ignore[no-untyped-def]
+def _query(real, row, length, tail, REAL: tl.constexpr):
     """The slot that a row is scored at, negative if its tail holds all of its tokens (`ops.query_position`)."""
     if REAL:
         return last_real(real + row * length, length, 1024) + 1 - tail
@@ -34,13 +34,13 @@ def _query(real, row, length, tail, REAL: tl.constexpr):  # type: ignore[no-unty
 
 
 @triton.jit
-def _merge(score, t, best, inside):  # type: ignore[no-untyped-def]
+def _merge(score, t, best, inside):
     """`score[t] = max(score[t], best)`. (The maximum compares bits: a zero must have no sign.)"""
     tl.atomic_max(score + t, tl.where(best == 0.0, 0.0, best), mask=inside, sem="relaxed")
 
 
 @triton.jit
-def _nothing_before(score, end, BLOCK_T: tl.constexpr):  # type: ignore[no-untyped-def]
+def _nothing_before(score, end, BLOCK_T: tl.constexpr):
     """Tokens before `end` contribute 0 here."""
     while end > 0:
         t = end - BLOCK_T + tl.arange(0, BLOCK_T)
@@ -49,7 +49,7 @@ def _nothing_before(score, end, BLOCK_T: tl.constexpr):  # type: ignore[no-untyp
 
 
 @triton.jit
-def _zero_after(score, query, length, BLOCK_T: tl.constexpr):  # type: ignore[no-untyped-def]
+def _zero_after(score, query, length, BLOCK_T: tl.constexpr):
     """Tokens after the query have no score."""
     start = tl.maximum(query + 1, 0)
     while start < length:
@@ -61,7 +61,7 @@ def _zero_after(score, query, length, BLOCK_T: tl.constexpr):  # type: ignore[no
 @tuned([({"BLOCK_T": 64, "BLOCK_D": 16}, 8), ({"BLOCK_T": 32, "BLOCK_D": 16}, 4), ({"BLOCK_T": 32, "BLOCK_D": 32}, 8),
         ({"BLOCK_T": 64, "BLOCK_D": 8}, 4)], key=["channels", "states"])  # fmt: skip
 @triton.jit
-def selective_score_kernel(  # type: ignore[no-untyped-def]
+def selective_score_kernel(
     u, delta, A, B, C, bias, real, score, tail, length, channels, states, groups,
     u_row, u_channel, u_token, delta_row, delta_channel, delta_token, A_channel, A_state,
     B_row, B_group, B_state, B_token, C_row, C_group, C_state, C_token,
@@ -102,6 +102,7 @@ def selective_score_kernel(  # type: ignore[no-untyped-def]
         behind = mask & (t < query)[:, None]
         after = tl.load(delta + at + delta_token, mask=behind, other=0.0).to(tl.float32)
         after = tl.where(behind, step_size(after, shift[None, :], SOFTPLUS), 0.0)
+        gain = dt * tl.load(u + t[:, None] * u_token + d[None, :] * u_channel, mask=mask, other=0.0).to(tl.float32)
         R = tl.cumsum(after, axis=0, reverse=True) + remaining[None, :]
         remaining += tl.sum(after, axis=0)
         response = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
@@ -110,8 +111,7 @@ def selective_score_kernel(  # type: ignore[no-untyped-def]
             weight = tl.load(B + i * B_state + t * B_token, mask=t >= 0, other=0.0).to(tl.float32)
             weight *= tl.load(C + i * C_state).to(tl.float32)
             response += vanishing_exp2(R * rate[None, :]) * weight[:, None]
-        at = t[:, None] * u_token + d[None, :] * u_channel
-        share = dt * tl.load(u + at, mask=mask, other=0.0).to(tl.float32) * response
+        share = gain * response
         if ABSOLUTE:
             share = tl.abs(share)
         _merge(score, t, tl.max(tl.where(mask, share, float("-inf")), axis=1), t >= 0)
@@ -152,7 +152,7 @@ def selective_token_score(
 
 @tuned([({"BLOCK_T": 32}, 8), ({"BLOCK_T": 16}, 4), ({"BLOCK_T": 64}, 8)], key=["heads", "width", "states"])
 @triton.jit
-def ssd_score_kernel(  # type: ignore[no-untyped-def]
+def ssd_score_kernel(
     x, dt, A, B, C, bias, real, score, dt_min, dt_max, tail, length, heads, width, states, groups,
     x_row, x_token, x_head, x_channel, dt_row, dt_token, dt_head, A_head,
     B_row, B_token, B_group, B_state, C_row, C_token, C_group, C_state,

@@ -21,7 +21,7 @@ SPARE = tl.constexpr(2)
 
 
 @triton.jit
-def _keys(score, slot, slots, protected_from):  # type: ignore[no-untyped-def]
+def _keys(score, slot, slots, protected_from):
     """Scores of these slots as integers in the same order, 0 … 2^32 - 1: NaN least, protected slots largest."""
     value = tl.load(score + slot, mask=slot < slots, other=0.0)
     value = tl.where(value == value, value, float("-inf"))
@@ -32,7 +32,7 @@ def _keys(score, slot, slots, protected_from):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _real(real, slot, slots, REAL: tl.constexpr):  # type: ignore[no-untyped-def]
+def _real(real, slot, slots, REAL: tl.constexpr):
     inside = slot < slots
     if REAL:
         return tl.load(real + slot, mask=inside, other=0) != 0
@@ -42,7 +42,7 @@ def _real(real, slot, slots, REAL: tl.constexpr):  # type: ignore[no-untyped-def
 
 @tuned([({"BLOCK": 1024}, 8), ({"BLOCK": 2048}, 8), ({"BLOCK": 4096}, 16)], key=["REAL"])
 @triton.jit
-def select_kernel(  # type: ignore[no-untyped-def]
+def select_kernel(
     score, positions, real, lengths, kept, dropped, kept_positions, dropped_positions, kept_real,
     slots, k, length, tail, share_p, share_q, floor, position_row, position_slot,
     REAL: tl.constexpr, BLOCK: tl.constexpr,
@@ -93,7 +93,7 @@ def select_kernel(  # type: ignore[no-untyped-def]
     largest = tl.full((), 4294967295, tl.uint32)
     lowest = largest
     for digit in tl.static_range(4):
-        shift: tl.constexpr = 24 - 8 * digit
+        shift = 24 - 8 * digit
         histogram = tl.zeros((256,), tl.int32)
         for start in range(0, slots, BLOCK):
             slot = start + tl.arange(0, BLOCK)

@@ -1,0 +1,57 @@
+"""On a GPU, `torch.compile` looks into our operators; everywhere else they are one opaque call each.
+
+`torch.library.triton_op` does this for every device, which is no use here: on a CPU the same operators call C++. So the
+operators stay `torch.library.custom_op`s, and the rule below takes its part. An exported program keeps the operators,
+as it does those of `triton_op`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._library.custom_ops import CustomOpDef
+from torch._subclasses.functional_tensor import FunctionalTensorMode
+
+from simba_fx.ops import backends
+
+
+def inline_on_gpu(operator: CustomOpDef, traceable: Callable[..., bool]) -> None:
+    """When `torch.compile` traces a call on CUDA tensors of which `traceable(*arguments)` holds, it traces the body.
+
+    The body then consists of PyTorch's operators and of Triton kernels launched with `triton.common.launch`.
+    """
+    body = operator._init_fn
+
+    def rule(mode: Any, called: Any, types: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if not _on_gpu(args) or _exporting() or not traceable(*args, **kwargs):
+            return mode.__torch_dispatch__(called, types, args, kwargs)
+        with mode, backends.traced():
+            return body(*args, **kwargs)
+
+    operator.register_torch_dispatch(FunctionalTensorMode, rule)
+    _name_kernels(operator._opoverload._opname, operator._opoverload._name)
+
+
+def _on_gpu(args: tuple[Any, ...]) -> bool:
+    return any(isinstance(argument, Tensor) and backends.on_gpu(argument) for argument in args)
+
+
+def _exporting() -> bool:
+    import torch._functorch.config
+
+    return not torch._functorch.config.decompose_custom_triton_ops
+
+
+def _name_kernels(name: str, full_name: str) -> None:
+    """Kernels are part of what AOTAutograd's cache looks a graph up by, so that no cache outlives a changed kernel."""
+
+    class Kernels:
+        def __iter__(self) -> Iterator[Any]:
+            found = backends.triton_kernels()
+            return iter(() if found is None else found.KERNELS.get(name, ()))
+
+    known: Any = torch._library.triton.triton_ops_to_kernels
+    known[full_name] = Kernels()

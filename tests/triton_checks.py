@@ -1,0 +1,185 @@
+"""The Triton kernels in Triton's interpreter, on CPU tensors that take the CUDA paths: run by test_triton.py.
+
+The same oracles as for the other paths (float64 loops), through the public operators. Selections must be equal bit for
+bit to the sorting path of a CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch._functorch.config
+from test_ops import assert_close, check_gradients, selective_operands, ssd_operands
+from torch import Tensor
+from torch.library import opcheck
+
+from simba_fx import ops
+from simba_fx.ops import backends, cuda, reference
+from simba_fx.ops.triton.common import INTERPRETED
+
+OPS = torch.ops.simba_fx
+SELECTIVE = ("u", "delta", "A", "B", "C", "delta_bias")
+SSD = ("x", "dt", "A", "B", "C", "dt_bias")
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert INTERPRETED
+    assert cuda.selective_scan_fn() is None
+    monkeypatch.setattr(backends, "on_gpu", lambda operand: True)
+
+
+def padding(rows: int, length: int, side: str) -> Tensor:
+    """Row b has 3 b + 1 pads on that side, but at least one token."""
+    count = (length - 1 - 3 * torch.arange(rows)).clamp(min=1).unsqueeze(1)
+    slots = torch.arange(length)
+    return slots < count if side == "right" else slots >= length - count
+
+
+def expected_score(contributions: Tensor, query: Tensor, absolute: bool) -> Tensor:
+    """`(B, D, L)` float64 contributions to `(B, L)`."""
+    best = (contributions.abs() if absolute else contributions).amax(1)
+    return torch.where(torch.arange(best.shape[1]) <= query.unsqueeze(1), best, 0.0)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"length": 1, "channels": 1, "states": 1},
+        {"length": 67, "dtype": torch.bfloat16},
+        {"length": 150, "channels": 33, "states": 5, "rows": 1, "decay": 8.0, "channel_last": False},
+        {"length": 64, "channels": 12, "states": 20, "groups": 3, "decay": 60.0, "dtype": torch.float16},
+        {"length": 90, "channels": 16, "decay": 1e4},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("criterion", ["simba", "simba-abs"])
+@pytest.mark.parametrize("side", ["none", "right", "left"])
+def test_the_selective_score(shape: dict[str, Any], criterion: str, side: str, gpu: None) -> None:
+    operands = selective_operands(**shape)
+    scan = [operands[name] for name in SELECTIVE]
+    rows, _, length = scan[0].shape
+    real = None if side == "none" else padding(rows, length, side)
+    for tail in (1, 3, 40):
+        query = ops.query_position(real, tail, rows=rows, length=length)
+        got = ops.selective_token_score(*scan, True, real, tail, criterion)
+        contributions = reference.selective_contributions_ref(*scan, True, query)
+        assert_close(f"tail {tail}", got, expected_score(contributions, query, criterion == "simba-abs"))
+        assert got.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"length": 1, "heads": 1, "width": 1, "groups": 1, "states": 1},
+        {"length": 70, "heads": 2, "width": 33, "groups": 1, "states": 16, "rows": 1},
+        {"length": 100, "heads": 6, "width": 17, "groups": 3, "states": 8, "dtype": torch.bfloat16},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("criterion", ["simba", "simba-abs", "no-decay"])
+@pytest.mark.parametrize("side", ["none", "right", "left"])
+def test_the_ssd_score(shape: dict[str, Any], criterion: str, side: str, gpu: None) -> None:
+    operands = ssd_operands(**shape)
+    scan = [operands[name] for name in SSD]
+    if criterion == "no-decay":
+        scan[2] = torch.zeros_like(scan[2])
+    rows, length = scan[0].shape[:2]
+    real = None if side == "none" else padding(rows, length, side)
+    for tail in (1, 20):
+        query = ops.query_position(real, tail, rows=rows, length=length)
+        got = ops.ssd_token_score(*scan, True, 0.01, 1.5, real, tail, criterion)
+        contributions = reference.ssd_contributions_ref(*scan, True, 0.01, 1.5, query).flatten(2).transpose(1, 2)
+        assert_close(f"tail {tail}", got, expected_score(contributions, query, criterion == "simba-abs"))
+
+
+SCORES: dict[str, Callable[..., Tensor]] = {
+    "normal": torch.randn,
+    "ties": lambda *shape: torch.randn(*shape).round(),
+    "signed zeros": lambda *shape: torch.tensor([0.0, -0.0, 1.0])[torch.randint(3, shape)],
+    "not finite": lambda *shape: torch.tensor([0.5, torch.nan, torch.inf, -torch.inf])[torch.randint(4, shape)],
+}
+
+
+@pytest.mark.parametrize("kind", SCORES)
+@pytest.mark.parametrize("length", [1, 2, 17, 40, 1100])
+def test_the_selection_is_that_of_the_cpu_bit_for_bit(kind: str, length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also behind an earlier cut, where rows hold ghosts."""
+    torch.manual_seed(length)
+    positions = torch.arange(length).expand(3, length)
+    lengths = torch.tensor([length, max(1, length // 2), max(1, length - 1)])
+    slots = torch.arange(length)
+    shares = [(1, 2, 3, 4), (1, 10, 1, 0)] if length < 1000 else [(1, 3, 1, 4)]
+    for p, q, tail, floor in shares:
+        rule = (length, tail, p, q, floor)
+        score = SCORES[kind](3, length)
+        cases: list[tuple[Any, tuple[Any, ...]]] = [(OPS.select_tokens, (score, positions, *rule))]
+        for real in (slots < lengths[:, None], slots >= length - lengths[:, None]):
+            cases.append((OPS.select_real_tokens, (score, positions, real, lengths, *rule)))
+            first = OPS.select_real_tokens(score, positions, real, lengths, length, tail, 9, 10, 4)
+            kept, _, kept_at, _, kept_real = first
+            cases.append((OPS.select_real_tokens, (score.gather(1, kept), kept_at, kept_real, lengths, *rule)))
+        for operator, arguments in cases:
+            right = operator(*arguments)
+            with monkeypatch.context() as patch:
+                patch.setattr(backends, "on_gpu", lambda operand: True)
+                got = operator(*arguments)
+            for name, a, b in zip(("kept", "dropped", "kept positions", "dropped positions", "kept real"), got, right):
+                assert torch.equal(a, b), f"{name} of {operator} under {rule}: {a}, expected {b}"
+
+
+@pytest.mark.parametrize("absent", [None, "D", "z", "delta_bias"])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"length": 1, "states": 1, "channels": 1},
+        {"length": 33, "channels": 10, "states": 3, "groups": 2, "rows": 1, "channel_last": False},
+        {"length": 18, "channels": 9, "states": 2, "decay": 60.0, "rows": 1},
+    ],
+    ids=str,
+)
+def test_the_selective_scan_and_its_gradients(shape: dict[str, Any], absent: str | None, gpu: None) -> None:
+    operands = selective_operands(**shape)
+    if absent is not None:
+        operands[absent] = None
+    check_gradients(ops.selective_scan, reference.selective_scan_ref, operands, (True,))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_selective_scan_in_low_precision(dtype: torch.dtype, gpu: None) -> None:
+    operands = selective_operands(length=20, channels=6, states=2, dtype=dtype)
+    y, last = ops.selective_scan(*operands.values(), True)
+    right, right_last = reference.selective_scan_ref(*operands.values(), True)
+    assert (y.dtype, last.dtype, y.is_contiguous()) == (dtype, torch.float32, True)
+    assert_close("y", y, right, dtype)
+    assert_close("last state", last, right_last)
+
+
+@pytest.mark.parametrize("length", [1, 9, 300])
+@pytest.mark.parametrize("chunk_size", [4, 256])
+def test_the_ssd_scan_with_all_chunks_at_once(length: int, chunk_size: int, gpu: None) -> None:
+    operands = ssd_operands(length=length, skip_per_channel=chunk_size == 4)
+    operands["A"] = operands["A"] * 10
+    y, last = ops.ssd_scan(*operands.values(), True, 0.01, 1.5, chunk_size)
+    right, right_last = reference.ssd_scan_ref(*operands.values(), True, 0.01, 1.5)
+    assert_close("y", y, right)
+    assert_close("last state", last, right_last)
+
+
+@torch._functorch.config.patch(decompose_custom_triton_ops=False)  # an interpreted kernel cannot be traced
+def test_the_operators_are_well_formed(gpu: None) -> None:
+    """`opcheck`: schema, fake kernel, autograd and tracing agree with what the kernels return."""
+    selective = {k: t.contiguous() for k, t in selective_operands(length=12, channels=3, states=2, rows=1).items()}
+    leaves = {name: t.requires_grad_() for name, t in selective.items()}
+    opcheck(OPS.selective_scan, (*leaves.values(), True))
+    opcheck(OPS.selective_token_score, (*(leaves[name] for name in SELECTIVE), True, None, 1, "simba"))
+    ssd = ssd_operands(length=12, rows=1)
+    opcheck(OPS.ssd_token_score, (*(ssd[name] for name in SSD), True, 0.0, 9.0, None, 1, "simba"))
+    score, positions = torch.randn(2, 12), torch.arange(12).expand(2, 12)
+    opcheck(OPS.select_tokens, (score, positions, 12, 1, 1, 2, 4))
+    lengths = torch.tensor([12, 7])
+    real = torch.arange(12) < lengths[:, None]
+    opcheck(OPS.select_real_tokens, (score, positions, real, lengths, 12, 1, 1, 2, 4))

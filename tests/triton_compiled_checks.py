@@ -1,0 +1,167 @@
+"""The Triton kernels without a GPU: run by test_triton.py.
+
+Each compiles for sm_80, sm_90 and sm_100, and no register spills. And `torch.compile` would see them: in a graph that
+is traced on CUDA paths, an operator is no opaque call but its kernel.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import triton
+from test_ops import selective_operands, ssd_operands
+from torch import fx
+from torch._functorch.aot_autograd import aot_function
+from torch._higher_order_ops.triton_kernel_wrap import triton_kernel_wrapper_functional
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from triton.backends.compiler import GPUTarget
+from triton_targets import usage
+
+from simba_fx import ops
+from simba_fx.ops import backends
+from simba_fx.ops.triton import scan, score, select
+
+pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")  # Triton 3.9 announces a default of 3.10
+OPS = torch.ops.simba_fx
+
+CAPABILITIES = (80, 90, 100)
+POINTERS = dict.fromkeys(("A", "bias", "D", "score", "last", "starts", "dlast", "du", "ddelta", "dz", "dA", "dB", "dC",
+                          "dD"), "*fp32")  # fmt: skip
+OPERANDS = ("u", "delta", "z", "B", "C", "x", "dt", "y", "dy")
+LAYOUTS = {
+    "time contiguous": ("u_token", "delta_token", "z_token", "dy_token", "B_token", "C_token"),
+    "channels contiguous": ("u_channel", "delta_channel", "z_channel", "dy_channel", "B_state", "C_state"),
+}
+
+
+def arguments(kernel: Any) -> set[str]:
+    return set(kernel.fn.arg_names)
+
+
+def typed(kernel: Any, dtype: str, **more: str) -> dict[str, str]:
+    named = {**POINTERS, **dict.fromkeys(OPERANDS, f"*{dtype}"), **more}
+    return {name: kind for name, kind in named.items() if name in arguments(kernel)}
+
+
+def ones(kernel: Any, names: tuple[str, ...]) -> dict[str, int]:
+    return {name: 1 for name in names if name in arguments(kernel)}
+
+
+def check(kernel: Any, types: dict[str, str], constants: dict[str, Any], capability: int) -> None:
+    for config in kernel.configs:
+        used = usage(kernel, config, types, constants, capability)
+        assert (used.stack, used.local) == (0, 0), f"{config}: {used}"
+        assert used.shared <= 48 * 1024, f"{config}: {used}"
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_selective_score(layout: str, capability: int) -> None:
+    """mamba-130m … 2.8b: N = 16."""
+    kernel = score.selective_score_kernel
+    switches = {"BLOCK_N": 16, "SOFTPLUS": True, "BIAS": True, "REAL": True, "ABSOLUTE": False, "groups": 1}
+    check(kernel, typed(kernel, "bf16", real="*i1"), switches | ones(kernel, LAYOUTS[layout]), capability)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_the_ssd_score(capability: int) -> None:
+    """mamba2-130m … 2.7b: P = 64, N = 128."""
+    kernel = score.ssd_score_kernel
+    switches = {"BLOCK_N": 128, "BLOCK_P": 64, "SOFTPLUS": True, "BIAS": True, "REAL": True, "ABSOLUTE": False,
+                "DECAY": True}  # fmt: skip
+    unit = ones(kernel, ("groups", "x_channel", "dt_head", "B_state", "C_state", "A_head"))
+    types = typed(kernel, "bf16", real="*i1", dt_min="fp32", dt_max="fp32")
+    check(kernel, types, switches | unit, capability)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("padded", [False, True])
+def test_the_selection(padded: bool, capability: int) -> None:
+    kernel = select.select_kernel
+    lists = dict.fromkeys(("positions", "lengths", "kept", "dropped", "kept_positions", "dropped_positions"), "*i64")
+    types = {"score": "*fp32", **lists, "real": "*i1", "kept_real": "*i1"}
+    if not padded:
+        types |= dict.fromkeys(("real", "lengths", "kept_real"), "*fp32")
+    check(kernel, types, {"REAL": padded, "position_slot": 1}, capability)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_selective_scan(layout: str, capability: int) -> None:
+    kernel = scan.selective_scan_kernel
+    switches = {"BLOCK_N": 16, "BLOCK_T": scan.BLOCK_T, "SOFTPLUS": True, "BIAS": True, "SKIP": True, "GATE": True,
+                "SAVE": False, "groups": 1}  # fmt: skip
+    check(kernel, typed(kernel, "bf16"), switches | ones(kernel, LAYOUTS[layout]), capability)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_backward_pass_of_the_selective_scan(layout: str, capability: int) -> None:
+    kernel = scan.selective_scan_backward_kernel
+    switches = {"BLOCK_N": 16, "BLOCK_T": scan.BLOCK_T, "BLOCK_D": scan.BLOCK_D, "SOFTPLUS": True, "BIAS": True,
+                "SKIP": True, "GATE": True, "groups": 1}  # fmt: skip
+    check(kernel, typed(kernel, "bf16"), switches | ones(kernel, LAYOUTS[layout]), capability)
+
+
+class Driver:
+    """What tracing asks of a GPU."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+
+def traced(function: Any, *arguments: Any, dynamic: bool = False) -> list[fx.Node]:
+    """The calls in the graph that a backend of `torch.compile` would get for CUDA tensors like these."""
+    graphs: list[fx.Graph] = []
+
+    def keep(module: fx.GraphModule, _: Any) -> Any:
+        graphs.append(module.graph)
+        return module
+
+    with FakeTensorMode(shape_env=ShapeEnv() if dynamic else None):
+        fakes = [torch.empty_strided(a.shape, a.stride(), dtype=a.dtype) for a in arguments]
+        aot_function(function, fw_compiler=keep, dynamic=dynamic)(*fakes)
+    return list(graphs[0].find_nodes(op="call_function", target=triton_kernel_wrapper_functional)) + [
+        node for node in graphs[0].nodes if str(node.target).startswith("simba_fx")
+    ]
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_graphs_for_a_gpu_hold_kernels_instead_of_operators(dynamic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "on_gpu", lambda operand: True)
+    triton.runtime.driver.set_active(Driver())
+    selective = list(selective_operands(length=40, channels=16).values())
+    scored = [*selective[:5], selective[7]]
+    ssd = ssd_operands(length=300)
+    positions, lengths = torch.arange(40).expand(2, 40), torch.tensor([40, 30])
+    real = torch.arange(40) < lengths[:, None]
+    y = torch.randn(2, 16, 40)
+    calls: dict[str, tuple[Any, list[Any], int]] = {
+        "scan": (lambda *a: ops.selective_scan(*a, True), selective, 1),
+        "scan backward": (lambda *a: OPS.selective_scan_backward(*a, True), [y, torch.randn(2, 16, 4), *selective], 2),
+        "score": (lambda *a: ops.selective_token_score(*a, True, None, 1, "simba"), scored, 1),
+        "ssd score": (
+            lambda *a: ops.ssd_token_score(*a, True, 0.0, 9.0, None, 1, "simba"),
+            [ssd[name] for name in ("x", "dt", "A", "B", "C", "dt_bias")],
+            1,
+        ),
+        "ssd scan": (lambda *a: ops.ssd_scan(*a, True), list(ssd.values()), 0),
+        "convolution": (lambda x, w: ops.causal_conv1d(x, w, None, "silu"), [y, torch.randn(16, 4)], 0),
+        "select": (lambda s, p: ops.select_tokens(s, p, s.shape[1], 1, 1, 2, 4), [y[:, 0], positions], 1),
+        "select real": (
+            lambda s, p, r, n: ops.select_real_tokens(s, p, r, n, s.shape[1], 1, 1, 2, 4),
+            [y[:, 0], positions, real, lengths],
+            1,
+        ),
+    }
+    for name, (function, arguments, kernels) in calls.items():
+        found = traced(function, *arguments, dynamic=dynamic)
+        assert [node.target for node in found] == [triton_kernel_wrapper_functional] * kernels, name
+    clip = traced(lambda *a: ops.selective_token_score(*a, True, None, 1, "clip"), *scored)
+    assert [node.target for node in clip] == [OPS.selective_token_score.default]  # not a kernel: stays one call
