@@ -57,7 +57,7 @@ def _tile(channels, groups, BLOCK_D: tl.constexpr):
     return group, group * width + in_group, in_group < width
 
 
-@tuned([({"BLOCK_D": 8}, 4), ({"BLOCK_D": 4}, 4), ({"BLOCK_D": 8}, 8)], key=["channels", "states"])
+@tuned([({"BLOCK_D": 8}, 4), ({"BLOCK_D": 4}, 4)], key=["channels", "states"])
 @triton.jit
 def selective_scan_kernel(
     u, delta, A, B, C, D, z, bias, y, last, starts, length, channels, states, groups,

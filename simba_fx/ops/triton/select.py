@@ -40,7 +40,7 @@ def _real(real, slot, slots, REAL: tl.constexpr):
         return inside
 
 
-@tuned([({"BLOCK": 1024}, 8), ({"BLOCK": 2048}, 8), ({"BLOCK": 4096}, 16)], key=["REAL"])
+@tuned([({"BLOCK": 1024}, 4), ({"BLOCK": 2048}, 8), ({"BLOCK": 4096}, 16)], key=["REAL"])
 @triton.jit
 def select_kernel(
     score, positions, real, lengths, kept, dropped, kept_positions, dropped_positions, kept_real,
