@@ -4,7 +4,7 @@
     simba-fx compile-modes --model mamba-130m
 
 Nothing here is imported by `import simba_fx`; transformers, matplotlib and torch's compiler are imported when a command
-needs them. The story in the order of the files: `options` and `models` (what is asked), `variants`, `peers`, `utrc`
-(what is timed), `measure`, `parts`, `decoding` (how), `runner` (the loop), `results`, `tables`, `plots` (what comes out);
+needs them. In the order of the story: `options` and `models` (what is asked), `variants`, `peers`, `utrc` (what is
+timed), `measure`, `parts`, `decoding` (how), `runner` (the loop), `results`, `tables`, `plots` (what comes out);
 `compile_modes` and `compile_child` are the second command.
 """

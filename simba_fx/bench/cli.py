@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,9 +11,10 @@ from pathlib import Path
 from simba_fx.bench.options import MODES, PEERS, BenchError, Options
 from simba_fx.errors import SimbaError
 
-_EPILOG = """
+_MODES = "\n".join(f"  {mode.name:18} {mode.says}" for mode in MODES.values())
+_EPILOG = f"""
 modes
-""" + "\n".join(f"  {mode.name:18} {mode.says}" for mode in MODES.values()) + """
+{_MODES}
 
 defaults   CUDA: mamba-130m, 4096 16384 65536 tokens, eager compiled cuda-graphs, bfloat16, 30 repeats
            CPU:  mamba-130m cut to 6 blocks (--layers 6), 512 2048 tokens, compiled, float32, 7 repeats
@@ -34,8 +36,8 @@ def parser() -> argparse.ArgumentParser:
     add("--batches", type=int, nargs="+", default=[1], metavar="B", help="rows per call (1)")
     add("--schedules", nargs="*", default=["linear", "Linear(0.1, every=4)"], metavar="S")
     add("--modes", nargs="+", choices=list(MODES), metavar="M", help=f"of {', '.join(MODES)}")
-    add("--peers", nargs="*", choices=PEERS, metavar="P", default=[], help=f"of {', '.join(PEERS)}: the first schedule's "
-        "FLOPs, otherwise spent")  # fmt: skip
+    add("--peers", nargs="*", choices=PEERS, metavar="P", default=[], help=f"of {', '.join(PEERS)}, at the FLOPs of "
+        "the first schedule")  # fmt: skip
     add("--repeats", type=int, help="timed calls of each variant")
     add("--warmup", type=int, default=3, help="untimed calls before them (3)")
     add("--head", choices=("last", "all"), default="last", help="logits of the last token, as a prompt needs them (the "
@@ -71,6 +73,7 @@ def _common(command: argparse.ArgumentParser) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     given = parser().parse_args(arguments)
+    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # else the profiler says at every use that it starts and stops
     try:
         if given.list:
             from simba_fx.bench.models import NAMED
@@ -96,7 +99,7 @@ def _bench(given: argparse.Namespace) -> int:
     (options.out / "table.md").write_text(text)
     print(text)
     pictures = draw(found, options.out)
-    print(f"written to {options.out}: results.json, table.md{''.join(f', {name}' for name in pictures)}", file=sys.stderr)
+    print(f"written to {options.out}: {', '.join(('results.json', 'table.md', *pictures))}", file=sys.stderr)
     return 0
 
 
@@ -136,12 +139,12 @@ def _device(asked: str | None) -> str:
     there = torch.cuda.is_available()
     if asked == "cuda" and not there:
         raise BenchError(
-            "--device cuda expects a CUDA device that torch can use; found none. Leave the option out to run on the CPU."
+            "--device cuda expects a CUDA device that torch can use; found none. Leave it out to run on the CPU."
         )
     return asked or ("cuda" if there else "cpu")
 
 
 def _compile_modes(given: argparse.Namespace) -> int:
-    from simba_fx.bench.compile_modes import run
+    from simba_fx.bench import compile_modes
 
-    return run(given, _device(given.device))
+    return compile_modes.run(given, _device(given.device))

@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable, Mapping
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib import metadata
 from typing import Any
 
@@ -34,7 +34,8 @@ def stopwatch(device: torch.device, flush_l2: bool = False) -> Stopwatch:
     flush = torch.empty(_FLUSH, dtype=torch.uint8, device=device) if flush_l2 else None
 
     def events(call: Call) -> float:
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        make: Any = torch.cuda.Event
+        begin, end = make(enable_timing=True), make(enable_timing=True)
         if flush is not None:
             flush.zero_()
         torch.cuda.synchronize(device)
@@ -120,7 +121,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "kernels": ops.kernel_path(device.type),
         "python": platform.python_version(),
         "versions": {name: version(name) for name in ("torch", *_PACKAGES)},
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     if device.type == "cuda":
         found |= {"cuda": torch.version.cuda, "capability": torch.cuda.get_device_capability(device)}

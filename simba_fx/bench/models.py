@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -72,19 +73,19 @@ def build(name: str, device: torch.device, dtype: torch.dtype, layers: int | Non
     Args:
         layers: number of blocks, fewer than the model has; None: all.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
+    transformers: Any = importlib.import_module("transformers")
+    configs, causal = transformers.AutoConfig, transformers.AutoModelForCausalLM
     if name in NAMED:
         kind, blocks, sizes = NAMED[name]
         blocks = _fewer(name, blocks, layers)
-        config = AutoConfig.for_model(kind, num_hidden_layers=blocks, **sizes(blocks))
+        config = configs.for_model(kind, num_hidden_layers=blocks, **sizes(blocks))
         torch.manual_seed(0)
         with torch.device(device):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+            model = causal.from_config(config, dtype=dtype)
     else:
-        found = AutoConfig.from_pretrained(name).num_hidden_layers
+        found = configs.from_pretrained(name).num_hidden_layers
         changes = {} if layers is None else {"num_hidden_layers": _fewer(name, found, layers)}
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **changes).to(device)
+        model = causal.from_pretrained(name, dtype=dtype, **changes).to(device)
     model.config.use_cache = False  # what is timed is a forward pass; decoding asks for its cache by itself
     model.requires_grad_(False)
     return model.eval()
@@ -93,7 +94,7 @@ def build(name: str, device: torch.device, dtype: torch.dtype, layers: int | Non
 def _fewer(name: str, blocks: int, layers: int | None) -> int:
     if layers is not None and not 2 <= layers <= blocks:
         raise BenchError(
-            f"--layers shortens a model: expected 2 to {blocks} blocks for {name}, found {layers}. Leave it out for all."
+            f"--layers shortens a model: expected 2 to {blocks} blocks for {name}, found {layers}. Leave it out."
         )
     return layers or blocks
 
@@ -105,7 +106,6 @@ def weights(model: nn.Module) -> int:
 
 def quiet() -> None:
     """transformers' progress bars and advice stay out of the output."""
-    from transformers import logging
-
+    logging: Any = importlib.import_module("transformers").logging
     logging.set_verbosity_error()
     logging.disable_progress_bar()

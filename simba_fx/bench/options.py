@@ -147,6 +147,6 @@ def parse_schedule(text: str) -> Any:
         if isinstance(error, SimbaError):
             raise
         raise BenchError(
-            f"--schedules expects linear, cosine, constant, a share such as 0.5, or one of {', '.join(_SCHEDULES)} with "
-            f"its arguments, as in 'Linear(0.1, every=4)'; found {text!r}. Dense is always measured."
+            f"--schedules expects linear, cosine, constant, a share such as 0.5, or one of {', '.join(_SCHEDULES)} "
+            f"with its arguments, as in 'Linear(0.1, every=4)'; found {text!r}. Dense is always measured."
         ) from error

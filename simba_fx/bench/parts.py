@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch.autograd.profiler_util import FunctionEvent
+from torch.autograd.profiler_util import DeviceType, FunctionEvent
 from torch.profiler import ProfilerActivity, profile
 
 from simba_fx.bench.measure import Call, synchronize
@@ -64,7 +64,7 @@ def _around(event: FunctionEvent | None) -> str:
 def _operators(events: Iterable[FunctionEvent]) -> dict[str, float]:
     found: dict[str, float] = {}
     for event in events:
-        if event.device_type == torch.autograd.DeviceType.CPU:
+        if event.device_type == DeviceType.CPU:
             part = _around(event)
             found[part] = found.get(part, 0.0) + event.self_cpu_time_total
     return found
@@ -76,7 +76,7 @@ def _kernels(events: Iterable[FunctionEvent]) -> dict[str, float]:
     unnamed: dict[str, float] = {}
     launched: list[tuple[str, str, float]] = []
     for event in events:
-        if event.device_type == torch.autograd.DeviceType.CUDA:
+        if event.device_type == DeviceType.CUDA:
             part = part_of(event.name)
             books, key = (unnamed, event.name) if part is None else (found, part)
             books[key] = books.get(key, 0.0) + event.self_device_time_total

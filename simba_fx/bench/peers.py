@@ -1,7 +1,7 @@
 """What a sparse model is compared with at the same FLOPs: other criteria, merging, shorter inputs, fewer blocks.
 
-Every peer is aimed, at each batch and length, at the FLOPs of the first schedule, scorer included; what it then costs is
-counted on the peer itself. Where blocks are few, layer-drop cannot come close: its row shows by how much.
+Every peer is aimed, at each batch and length, at the FLOPs of the first schedule, scorer included; what it then costs
+is counted on the peer itself. Where blocks are few, layer-drop cannot come close: its row shows by how much.
 """
 
 from __future__ import annotations
@@ -76,17 +76,16 @@ def _utrc(model: Any, dense: Any, mode: Mode, options: Options) -> Peer:
     found = utrc.UTRC(model)
 
     def cost(flops: ModelFlops, rows: int, length: int, ratio: float) -> int:
-        blocks = len(flops.blocks)
-        tokens = utrc.counts(blocks, length, ratio)
+        tokens = utrc.counts(len(flops.blocks), length, ratio)
         pairs = sum((tokens[at] // 2) * (tokens[at] - tokens[at] // 2) for at in found.places if ratio < 1)
-        similarity = 2 * rows * pairs * model.config.hidden_size
+        similarity = 2 * rows * pairs * int(model.config.hidden_size)
         return flops.stack(tokens) + similarity + flops.head(length if options.head == "last" else tokens[-1])
 
     def aim(flops: ModelFlops, ids: Tensor, target: int) -> str:
-        low, high = 0.5, 1.0
+        (rows, length), low, high = ids.shape, 0.5, 1.0
         for _ in range(30):
             middle = (low + high) / 2
-            low, high = (middle, high) if cost(flops, *ids.shape, middle) <= target else (low, middle)
+            low, high = (middle, high) if cost(flops, rows, length, middle) <= target else (low, middle)
         found.ratio = low
         return f"ratio {low:.4f} after blocks {', '.join(map(str, found.places))}"
 

@@ -18,9 +18,9 @@ from simba_fx.bench.options import MODES, Mode, Options
 from simba_fx.bench.peers import dense_flops, measured_flops
 from simba_fx.bench.variants import FirstCall, Variant, compiler_settings, first_call, variants_of
 
-__all__ = ["Run"]
+__all__ = ["DTYPES", "Run"]
 
-_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
 
 
 @dataclass
@@ -65,7 +65,7 @@ class Run:
     def _model(self, name: str) -> None:
         o = self.options
         self.say(f"{name}: making the model ({o.dtype}, {o.device})")
-        model = models.build(name, self.device, _DTYPES[o.dtype], o.layers)
+        model = models.build(name, self.device, DTYPES[o.dtype], o.layers)
         self.found["models"][name] = {
             "class": type(model).__name__,
             "blocks": model.config.num_hidden_layers,

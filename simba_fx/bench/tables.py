@@ -8,7 +8,7 @@ from typing import Any
 from simba_fx.bench.options import MODES
 from simba_fx.bench.parts import PARTS
 
-__all__ = ["groups", "markdown", "table"]
+__all__ = ["groups", "in_ms", "markdown", "table"]
 
 _COLUMNS = ("length", "variant", "ms, median (quartiles; min … max)", "peak MiB", "GFLOP", "scorer", "speed-up",
             "promise", "merit", "promise, merit with scorer", "first call, s", "compiled again")  # fmt: skip
@@ -33,7 +33,7 @@ def markdown(found: dict[str, Any]) -> str:
     lines = ["# simba-fx bench", "", *_machine(found), ""]
     for (model, mode, batch), rows in groups(found["rows"]).items():
         about = found["models"][model]
-        size = f"{about['blocks']} blocks, {about['parameters'] / 1e6:.1f} M parameters"
+        size = f"{about['blocks']} blocks, {about['parameters'] / 1e6:.3g} M parameters"
         lines += [f"## {model} ({size}), {mode}, batch {batch}", "", MODES[mode].says, ""]
         lines += table(_COLUMNS, [_cells(row) for row in rows])
         lines += ["", *_crossings(found["crossover"], model, mode, batch), *_notes(rows), ""]
@@ -54,7 +54,7 @@ def _machine(found: dict[str, Any]) -> list[str]:
         f"* machine: {where['machine']}; {where['date']}",
         f"* {versions}; Python {where['python']}",
         f"* scans run by: {where['kernels']}",
-        f"* {options['dtype']}, {options['repeats']} calls of each variant in turns after {options['warmup']} + 1 others, "
+        f"* {options['dtype']}, {options['repeats']} calls of each variant in turns after {options['warmup']} + 1, "
         f"head: {'the last token' if options['head'] == 'last' else 'all tokens'}, criterion {options['criterion']}",
     ]
     if where["device"] == "cuda":
@@ -72,7 +72,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
     return [
         f"{row['length']:,}",
         row["name"],
-        _time(row["time"]),
+        in_ms(row["time"]),
         "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:.1f}",
         f"{row['flops']['total'] / 1e9:.4g}",
         f"{row['flops']['scorer'] / 1e9:.3g}" if row["flops"]["scorer"] else "",
@@ -85,7 +85,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
     ]
 
 
-def _time(time: dict[str, float]) -> str:
+def in_ms(time: dict[str, float]) -> str:
     ms = {name: f"{_digits(seconds * 1e3)}" for name, seconds in time.items()}
     return f"{ms['median']} ({ms['q1']} … {ms['q3']}; {ms['min']} … {ms['max']})"
 
@@ -97,7 +97,8 @@ def _digits(value: float) -> str:
 def _crossings(crossover: list[dict[str, Any]], model: str, mode: str, batch: int) -> list[str]:
     said = []
     for row in crossover:
-        if (row["model"], row["mode"], row["batch"]) == (model, mode, batch) and row["name"] not in ("dense", "original"):
+        here = (row["model"], row["mode"], row["batch"]) == (model, mode, batch)
+        if here and row["name"] not in ("dense", "original"):
             where = "at no measured length" if row["length"] is None else f"from {row['length']:,} tokens on"
             said.append(f"{row['name']} {where}")
     return [f"Faster than dense: {'; '.join(said)}."] if said else []
@@ -109,8 +110,8 @@ def _notes(rows: list[dict[str, Any]]) -> list[str]:
     for row in rows:
         if "aim" in row and row["kind"] == "peer":
             off = row["flops"]["total"] + row["flops"]["scorer"]
-            share = off / row["target_flops"] - 1
-            lines.append(f"* {row['name']} at {row['length']:,}: {row['says']}; {row['aim']}; {share:+.1%} of its target.")
+            told = f"{row['says']}; {row['aim']}; {off / row['target_flops'] - 1:+.1%} of its target"
+            lines.append(f"* {row['name']} at {row['length']:,}: {told}.")
     if any(row.get("graphs_while_timed") for row in rows):
         lines.append("* Something was compiled while it was timed: see graphs_while_timed in results.json.")
     if skipped := sorted({row["name"] for row in rows if row.get("cuda_graphs_skipped")}):
@@ -130,11 +131,12 @@ def _shares(rows: list[dict[str, Any]]) -> list[str]:
 def _decoded(row: dict[str, Any]) -> list[str]:
     kept = "dense" if row["name"] == "dense" else f"pruned by {row['name']}"
     return [row["model"], f"{row['length']:,} tokens, {kept}", str(row["batch"]), str(len(row["seconds"])),
-            _time(row["time"])]  # fmt: skip
+            in_ms(row["time"])]  # fmt: skip
 
 
 def _words(options: dict[str, Any]) -> list[str]:
     head = "of the last token" if options["head"] == "last" else "of all tokens"
+    cache = "with an empty compiler cache" if options["fresh_cache"] else "the compiler's cache on disk may be warm"
     return [
         "## Words",
         "",
@@ -143,13 +145,12 @@ def _words(options: dict[str, Any]) -> list[str]:
         "* *promise*: dense FLOPs over this one's, without the scorer; *merit*: speed-up over promise; beside them the "
         "same with the scorer's FLOPs counted as work.",
         "* *dense*: the same model with every token kept, the same operators, the same mode.",
-        "* *first call*: seconds of a variant's first call at this point, compilation included"
-        + (", with an empty compiler cache." if options["fresh_cache"] else "; the compiler's cache on disk may be warm."),
+        f"* *first call*: seconds of a variant's first call at this point, compilation included; {cache}.",
         "* *compiled again*: graphs compiled at this point after the variant's first one (batch 1 and larger batches "
         "have one each).",
-        "* *peak*: bytes of tensors beyond weights and inputs, by torch's allocator; none under CUDA graphs, which keep "
-        "their memory.",
-        "* *fused and other*: what Inductor fused (norms, gates, residual sums, and the gather of survivors where it is "
-        "read inside a norm), and everything that is nothing else.",
+        "* *peak*: bytes of tensors beyond weights and inputs, by torch's allocator; none under CUDA graphs, which "
+        "keep theirs.",
+        "* *fused and other*: what Inductor fused (norms, gates, residual sums, and the gather of survivors where "
+        "it is read inside a norm), and everything that is nothing else.",
         "* peers are given the FLOPs of the first schedule, scorer included, and are counted themselves.",
     ]

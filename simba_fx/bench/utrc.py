@@ -10,7 +10,8 @@ of the N tokens that are left, with S the mean over channels of max(0, y) and y 
 3. Merging is b <- (a + b) / 2; several a of one b are averaged first (ours; the paper leaves it open).
 4. The last token is always in B (ours: its logits are what a prompt is run for).
 
-The blocks are those of the dense program that it is compared with, hence the same operators; scores cost no second scan.
+The blocks are those of the dense program that it is compared with, hence the same operators; scores cost no second
+scan.
 """
 
 from __future__ import annotations
@@ -160,11 +161,12 @@ def _is_sum(node: fx.Node) -> bool:
 
 def _result(graph: fx.Graph) -> fx.Node:
     found: Any = graph.output_node().args[0]
-    return found[-1] if isinstance(found, Sequence) else found
+    last: fx.Node = found[-1] if isinstance(found, Sequence) else found
+    return last
 
 
 def _piece(block: Block, reducing: bool, kinds: dict[Any, Block]) -> Block:
-    """The block with its new hidden state as its only output; or, where it reduces, with residual, mixer's output, y."""
+    """The block with its new hidden state as its only output; where it reduces, with residual, mixer's output and y."""
     owned = {**block._parameters, **block._buffers}
     key = type(block), reducing
     if key not in kinds:

@@ -44,7 +44,7 @@ class Variant:
                 return run(given, **arguments)
 
         def replayed() -> object:
-            torch.compiler.cudagraph_mark_step_begin()
+            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
             return forward()
 
         return replayed if mode.graphs and mode.compiled else forward
