@@ -73,7 +73,7 @@ def _common(command: argparse.ArgumentParser) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     given = parser().parse_args(arguments)
-    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # else the profiler says at every use that it starts and stops
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else the profiler says at every use that it starts and stops
     try:
         if given.list:
             from simba_fx.bench.models import NAMED
@@ -94,13 +94,18 @@ def _bench(given: argparse.Namespace) -> int:
     from simba_fx.bench.tables import markdown
 
     options.out.mkdir(parents=True, exist_ok=True)
-    found = Run(options)()
-    text = markdown(found)
+    run, status = Run(options), 0
+    try:
+        run()
+    except KeyboardInterrupt:
+        print("\nstopped: what follows is what was measured until now", file=sys.stderr)
+        status = 130
+    text = markdown(run.found)
     (options.out / "table.md").write_text(text)
     print(text)
-    pictures = draw(found, options.out)
+    pictures = draw(run.found, options.out)
     print(f"written to {options.out}: {', '.join(('results.json', 'table.md', *pictures))}", file=sys.stderr)
-    return 0
+    return status
 
 
 def bench_options(given: argparse.Namespace) -> Options:

@@ -53,6 +53,8 @@ def run(given: argparse.Namespace, device: str) -> int:
     from simba_fx.bench.measure import environment
 
     asked, ways = request(given, device)
+    if given.threads is not None:
+        torch.set_num_threads(given.threads)
     given.out.mkdir(parents=True, exist_ok=True)
     found: dict[str, Any] = {"environment": environment(torch.device(device)), "options": asked, "rows": []}
     for number, way in enumerate(ways, 1):
@@ -80,7 +82,7 @@ def request(given: argparse.Namespace, device: str) -> tuple[dict[str, Any], lis
         raise BenchError(f"--ways expects some of {', '.join(WAYS)}; found {unknown[0]!r}.")
     if not gpu and (graphs := [name for name in given.ways or () if WAYS[name].graphs]):
         raise BenchError(f"--ways {graphs[0]} needs a CUDA device; found {device}. Leave it out.")
-    check_model(models[0])
+    check_model(models[0], given.layers)
     parse_schedule(given.schedule)
     asked = {
         "model": models[0],

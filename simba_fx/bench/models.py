@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -58,13 +59,28 @@ NAMED: dict[str, tuple[str, int, Sizes]] = {
 bamba-0.9b is a hybrid of Bamba's architecture at a moderate size of our own."""
 
 
-def check_model(name: str) -> None:
-    """Raises: BenchError if `name` is neither one of `NAMED` nor a folder with a config.json."""
+PURE = ("mamba", "mamba2", "falcon_mamba")
+"""transformers' model types whose blocks are all alike, a norm and a scan."""
+
+
+def check_model(name: str, layers: int | None = None) -> str:
+    """The model's type in transformers.
+
+    Raises:
+        BenchError: `name` is neither one of `NAMED` nor a folder with a config.json, or it has no so few blocks.
+    """
     if name not in NAMED and not (Path(name) / "config.json").is_file():
         raise BenchError(
             f"--model expects one of {', '.join(NAMED)}, or a folder with a transformers checkpoint; found {name!r}. "
             "Name one of them, or give the path of a folder that holds a config.json."
         )
+    if name in NAMED:
+        kind, blocks = NAMED[name][:2]
+    else:
+        config = json.loads((Path(name) / "config.json").read_text())
+        kind, blocks = config["model_type"], config["num_hidden_layers"]
+    _fewer(name, blocks, layers)
+    return kind
 
 
 def build(name: str, device: torch.device, dtype: torch.dtype, layers: int | None = None) -> Any:

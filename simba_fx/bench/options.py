@@ -87,10 +87,18 @@ class Options:
 
     def check(self) -> None:
         """Raises: BenchError for what cannot be run, in a sentence."""
-        from simba_fx.bench.models import check_model
+        from simba_fx.bench.models import PURE, check_model
+        from simba_fx.build import CRITERIA
 
         for name in self.models:
-            check_model(name)
+            kind = check_model(name, self.layers)
+            if kind not in PURE and (pure := [peer for peer in self.peers if peer in ("utrc", "layer-drop")]):
+                raise BenchError(
+                    f"--peers {pure[0]} is measured on models whose blocks are all alike ({', '.join(PURE)}); found "
+                    f"{name}, a {kind}. Leave it out."
+                )
+        if self.criterion not in CRITERIA:
+            raise BenchError(f"--criterion expects one of {', '.join(CRITERIA)}; found {self.criterion!r}.")
         for text in self.schedules:
             parse_schedule(text)
         if importlib.util.find_spec("transformers") is None:

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch.autograd.profiler_util import DeviceType, FunctionEvent
+from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile
 
 from simba_fx.bench.measure import Call, synchronize
@@ -61,26 +61,26 @@ def _around(event: FunctionEvent | None) -> str:
     return PARTS[-1]
 
 
-def _operators(events: Iterable[FunctionEvent]) -> dict[str, float]:
+def _operators(events: Iterable[Any]) -> dict[str, float]:
     found: dict[str, float] = {}
     for event in events:
-        if event.device_type == DeviceType.CPU:
+        if event.device_type.name == "CPU":
             part = _around(event)
             found[part] = found.get(part, 0.0) + event.self_cpu_time_total
     return found
 
 
-def _kernels(events: Iterable[FunctionEvent]) -> dict[str, float]:
+def _kernels(events: Iterable[Any]) -> dict[str, float]:
     """Kernels by name; those without a part by the operator that launched them, where the profiler knows it."""
     found: dict[str, float] = {}
     unnamed: dict[str, float] = {}
     launched: list[tuple[str, str, float]] = []
     for event in events:
-        if event.device_type == DeviceType.CUDA:
+        if event.device_type.name == "CUDA" and not event.is_user_annotation:  # those span kernels
             part = part_of(event.name)
             books, key = (unnamed, event.name) if part is None else (found, part)
             books[key] = books.get(key, 0.0) + event.self_device_time_total
-        else:
+        elif event.device_type.name == "CPU":
             launched += [(_around(event), kernel.name, kernel.duration) for kernel in event.kernels]
     for part, name, duration in launched:
         if name in unnamed:

@@ -99,7 +99,7 @@ class Run:
                 try:
                     measured = self._point(variants, self._ids(model, rows, length), mode, seen)
                     self.found["rows"] += [point | row for row in measured]
-                except torch.cuda.OutOfMemoryError as error:
+                except torch.OutOfMemoryError as error:
                     self.say(f"  out of memory: {str(error).splitlines()[0]}")
                     self.found["rows"].append(point | {"name": "all", "kind": "error", "error": "out of memory"})
                     torch.cuda.empty_cache()

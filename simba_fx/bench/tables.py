@@ -36,7 +36,7 @@ def markdown(found: dict[str, Any]) -> str:
         size = f"{about['blocks']} blocks, {about['parameters'] / 1e6:.3g} M parameters"
         lines += [f"## {model} ({size}), {mode}, batch {batch}", "", MODES[mode].says, ""]
         lines += table(_COLUMNS, [_cells(row) for row in rows])
-        lines += ["", *_crossings(found["crossover"], model, mode, batch), *_notes(rows), ""]
+        lines += ["", *_crossings(found["crossover"], model, mode, batch), *_recompiles(rows), *_notes(rows), ""]
         lines += ["Share of each part of the time that operators (CPU) or kernels (CUDA) take, one profiled call:", ""]
         lines += [*_shares(rows), ""]
     if found["decode"]:
@@ -102,6 +102,16 @@ def _crossings(crossover: list[dict[str, Any]], model: str, mode: str, batch: in
             where = "at no measured length" if row["length"] is None else f"from {row['length']:,} tokens on"
             said.append(f"{row['name']} {where}")
     return [f"Faster than dense: {'; '.join(said)}."] if said else []
+
+
+def _recompiles(rows: list[dict[str, Any]]) -> list[str]:
+    """Summed over the lengths and batches of a mode in which one compilation should serve them all."""
+    again: dict[str, int] = {}
+    for row in rows:
+        if row.get("recompiles") is not None:
+            again[row["name"]] = again.get(row["name"], 0) + row["recompiles"]
+    told = ", ".join(f"{name} {number}" for name, number in again.items())
+    return [f"Graphs compiled again over all these lengths: {told}."] if again else []
 
 
 def _notes(rows: list[dict[str, Any]]) -> list[str]:
