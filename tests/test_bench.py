@@ -9,6 +9,7 @@ import statistics
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from simba_fx.bench.variants import compiler_settings
 CPU = torch.device("cpu")
 EVERY = "Linear(0.2, every=2)"
 LENGTHS = (40, 96)
+NAMES = ("dense", "linear", EVERY, "delta-norm", "utrc", "left-truncation", "layer-drop")
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +33,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]
     folder = tmp_path_factory.mktemp("bench")
     arguments = ["bench", "--model", "mamba-tiny", "--device", "cpu", "--modes", "eager", "--repeats", "3",
                  "--warmup", "0", "--batches", "2", "--lengths", *map(str, LENGTHS), "--schedules", "linear", EVERY,
-                 "--decode", "4", "--peers", "delta-norm", "utrc", "left-truncation", "layer-drop", "--out", str(folder)]  # fmt: skip
+                 "--decode", "4", "--peers", *NAMES[3:], "--out", str(folder)]  # fmt: skip
     assert cli.main(arguments) == 0
     found: dict[str, Any] = json.loads((folder / "results.json").read_text())
     return found, folder
@@ -39,9 +41,6 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]
 
 def rows_of(found: dict[str, Any], name: str) -> dict[int, dict[str, Any]]:
     return {row["length"]: row for row in found["rows"] if row["name"] == name}
-
-
-NAMES = ("dense", "linear", EVERY, "delta-norm", "utrc", "left-truncation", "layer-drop")
 
 
 def test_every_point_is_there(run: tuple[dict[str, Any], Path]) -> None:
@@ -178,6 +177,27 @@ def test_peak_memory_counts_what_is_held_at_once() -> None:
 )
 def test_parts_by_name(name: str, part: str | None) -> None:
     assert parts.part_of(name) == part
+
+
+def event(name: str, device: str, time: float, parent: Any = None, kernels: Any = ()) -> SimpleNamespace:
+    """What the profiler tells of an operator or a kernel, as far as it is read."""
+    return SimpleNamespace(name=name, device_type=SimpleNamespace(name=device), self_device_time_total=time,
+                           cpu_parent=parent, kernels=kernels, is_user_annotation=False)  # fmt: skip
+
+
+def test_kernels_without_a_part_go_to_the_operator_that_launched_them() -> None:
+    select = event("simba_fx::select_tokens", "CPU", 0)
+    fill, add = (SimpleNamespace(name="elementwise", duration=time) for time in (3.0, 2.0))
+    found = parts._kernels([
+        select,
+        event("aten::fill_", "CPU", 0, parent=select, kernels=[fill]),
+        event("aten::add", "CPU", 0, kernels=[add]),
+        event("nvjet_hsh", "CUDA", 10),
+        event("elementwise", "CUDA", 3),
+        event("elementwise", "CUDA", 2),
+        event("triton_in_a_cuda_graph", "CUDA", 5),
+    ])  # fmt: skip
+    assert {part: time for part, time in found.items() if time} == {"GEMM": 10, "select": 3, "fused and other": 2 + 5}
 
 
 # --- UTRC -------------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from simba_fx.bench.models import check_model
+from simba_fx.bench.models import check_model, title
 from simba_fx.bench.options import BenchError, parse_schedule
 from simba_fx.bench.results import save
 from simba_fx.bench.tables import in_ms, table
@@ -140,7 +140,7 @@ def markdown(found: dict[str, Any]) -> str:
     return "\n".join([
         "# simba-fx compile-modes", "",
         f"* machine: {where['machine']}; {where['date']}; torch {where['versions']['torch']}; {options['dtype']}",
-        f"* {options['model']}, {blocks} blocks, batch 1, lengths {options['lengths'][0]:,} (short) and "
+        f"* {title(options['model'])}, {blocks} blocks, batch 1, lengths {options['lengths'][0]:,} (short) and "
         f"{options['lengths'][1]:,} (long), schedule {options['schedule']}, logits of the last token",
         "* every row in a process of its own with an empty compiler cache; medians (quartiles; min … max)",
         f"* launches: {launches} per forward at the short length; host ms: {host}", "",

@@ -83,6 +83,11 @@ def check_model(name: str, layers: int | None = None) -> str:
     return kind
 
 
+def title(name: str) -> str:
+    """What a model is called in the results: a checkpoint by its folder's own name."""
+    return name if name in NAMED else Path(name).resolve().name
+
+
 def build(name: str, device: torch.device, dtype: torch.dtype, layers: int | None = None) -> Any:
     """The causal language model `name`, in eval mode, made on `device` in `dtype`: no float32 copy stands beside it.
 

@@ -16,7 +16,7 @@ from simba_fx.bench import measure, models, parts, results
 from simba_fx.bench.decoding import decode
 from simba_fx.bench.options import MODES, Mode, Options
 from simba_fx.bench.peers import dense_flops, measured_flops
-from simba_fx.bench.variants import FirstCall, Variant, compiler_settings, first_call, variants_of
+from simba_fx.bench.variants import FirstCall, Variant, compiler_settings, first_call, variants_of, wake_compiler
 
 __all__ = ["DTYPES", "Run"]
 
@@ -66,11 +66,14 @@ class Run:
         o = self.options
         self.say(f"{name}: making the model ({o.dtype}, {o.device})")
         model = models.build(name, self.device, DTYPES[o.dtype], o.layers)
+        name = models.title(name)
         self.found["models"][name] = {
             "class": type(model).__name__,
             "blocks": model.config.num_hidden_layers,
             "parameters": models.weights(model),
         }
+        if any(MODES[mode].compiled for mode in o.modes):
+            wake_compiler(self.device)
         for mode in o.modes:
             torch._dynamo.reset()
             self._mode(model, name, MODES[mode])
@@ -117,7 +120,7 @@ class Run:
             self.say(f"  {variant.name}: first call")
             call = calls[variant.name]
             known = variant.name in seen
-            first = first_call(call, self.device, self.options.fresh_cache and not known)
+            first = first_call(call, self.device, self.options.fresh_cache and (mode.static or not known))
             rows[variant.name] |= _compilation(first, mode, known)
             seen.add(variant.name)
             for _ in range(self.options.warmup):

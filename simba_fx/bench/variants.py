@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +20,7 @@ from simba_fx.bench.measure import graphs_compiled, graphs_skipped, synchronize
 from simba_fx.bench.options import BenchError, Mode, Options, parse_schedule
 from simba_fx.bench.peers import Peer, peers_of
 
-__all__ = ["FirstCall", "Variant", "compiled", "compiler_settings", "first_call", "variants_of"]
+__all__ = ["FirstCall", "Variant", "compiled", "compiler_settings", "first_call", "variants_of", "wake_compiler"]
 
 
 @dataclass
@@ -53,6 +56,11 @@ class Variant:
         """Time the peer's module as it is now: aiming may have made another."""
         if self.peer is not None and self.peer.module is not self.module:
             self.module, self.run = self.peer.module, compiled(self.peer.module, mode)
+
+
+def wake_compiler(device: torch.device) -> None:
+    """Compile next to nothing: else the first variant's first call would pay for starting the compiler as well."""
+    torch.compile(lambda x: x + 1)(torch.ones(8, device=device))
 
 
 def compiled(module: Any, mode: Mode) -> Any:
@@ -111,12 +119,16 @@ def first_call(call: Callable[[], object], device: torch.device, fresh_cache: bo
 def _fresh() -> Iterator[None]:
     from torch._inductor.utils import fresh_cache
 
-    # kept until the process ends: compiled code may be loaded again
-    with fresh_cache(dir=_FOLDERS.setdefault("caches", tempfile.TemporaryDirectory()).name, delete=False):
+    with fresh_cache(dir=_caches(), delete=False):
         yield
 
 
-_FOLDERS: dict[str, tempfile.TemporaryDirectory[str]] = {}
+@functools.cache
+def _caches() -> str:
+    """A folder for caches that stays until the process ends: compiled code may be loaded again."""
+    folder = tempfile.mkdtemp(prefix="simba-fx-bench-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 @contextmanager
