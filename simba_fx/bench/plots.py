@@ -65,7 +65,7 @@ def painter_panels(rows: list[dict[str, Any]], name: str) -> dict[tuple[str, str
 
 
 def _speed(axes: Any, rows: list[dict[str, Any]]) -> None:
-    """Lines of measured speed-ups with the quartiles of their ratios; dashed, what the FLOPs promise."""
+    """Lines of measured speed-ups between the quartiles of both times; dashed, what the FLOPs promise."""
     lengths = sorted({row["length"] for row in rows})
     place = {length: i for i, length in enumerate(lengths)}
     names = {row["name"]: row["kind"] for row in rows if row["kind"] in ("schedule", "peer")}
@@ -79,8 +79,10 @@ def _speed(axes: Any, rows: list[dict[str, Any]]) -> None:
             handles += axes.plot(x, y, color=_PEER, linewidth=1, marker=next(marks), markersize=5, label=name)
             continue
         colour = next(colours)
-        reach = [[max(0.0, v - row["speedup_low"]) for v, row in zip(y, own)],
-                 [max(0.0, row["speedup_high"] - v) for v, row in zip(y, own)]]  # fmt: skip
+        reach = [
+            [v - row["speedup_low"] for v, row in zip(y, own)],
+            [row["speedup_high"] - v for v, row in zip(y, own)],
+        ]
         axes.errorbar(x, y, reach, color=colour, linewidth=2, capsize=3)
         handles += axes.plot(x, y, color=colour, linewidth=2, marker="o", markersize=5, label=name)
         handles += axes.plot(x, [row["promise"] for row in own], color=colour, linewidth=1.4,

@@ -76,13 +76,17 @@ def _cells(row: dict[str, Any]) -> list[str]:
         "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:.1f}",
         f"{row['flops']['total'] / 1e9:.4g}",
         f"{row['flops']['scorer'] / 1e9:.3g}" if row["flops"]["scorer"] else "",
-        f"{row['speedup']:.2f}x ({row['speedup_low']:.2f} … {row['speedup_high']:.2f})",
+        f"{row['speedup']:.2f}x" + ("" if row["kind"] == "dense" else _between(row, 1)),
         "" if dense else f"{row['promise']:.2f}x",
-        "" if dense else f"{row['merit']:.2f}",
+        "" if dense else f"{row['merit']:.2f}" + _between(row, row["promise"]),
         scored,
         f"{row['first_call_seconds']:.1f}",
         again,
     ]
+
+
+def _between(row: dict[str, Any], promise: float) -> str:
+    return f" ({row['speedup_low'] / promise:.2f} … {row['speedup_high'] / promise:.2f})"
 
 
 def in_ms(time: dict[str, float]) -> str:
@@ -151,7 +155,7 @@ def _words(options: dict[str, Any]) -> list[str]:
         "## Words",
         "",
         f"* *GFLOP*: of the call, with the head {head}, without the scorer; *scorer*: what scoring adds.",
-        "* *speed-up*: median time of dense over this one's (quartiles of the ratio, round by round).",
+        "* *speed-up*: median time of dense over this one's (between the quartiles of both).",
         "* *promise*: dense FLOPs over this one's, without the scorer; *merit*: speed-up over promise; beside them the "
         "same with the scorer's FLOPs counted as work.",
         "* *dense*: the same model with every token kept, the same operators, the same mode.",
