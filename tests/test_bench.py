@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import itertools
 import json
 import math
@@ -112,6 +114,15 @@ def test_decoding_is_timed_token_by_token(run: tuple[dict[str, Any], Path]) -> N
         ("dense", LENGTHS[-1], 2 * 3),
         ("linear", LENGTHS[-1], 2 * 3),
     ]
+
+
+def test_a_point_without_memory_is_said(run: tuple[dict[str, Any], Path]) -> None:
+    found = copy.deepcopy(run[0])
+    point = {"model": "mamba-tiny", "mode": "eager", "batch": 2, "length": 999, "name": "all", "kind": "error"}
+    found["rows"].append(point | {"error": "out of memory"})
+    line = next(line for line in tables.markdown(found).splitlines() if line.startswith("| 999 |"))
+    assert [cell.strip() for cell in line.split("|")[1:5]] == ["999", "all", "out of memory", ""]
+    assert results.crossovers(found["rows"]) == found["crossover"]
 
 
 # --- arithmetic -------------------------------------------------------------------------------------------------------
@@ -349,8 +360,9 @@ def test_graphs_are_counted() -> None:
     assert measure.graphs_compiled() - before == 2
 
 
-@pytest.mark.slow
-def test_one_compilation_serves_every_length(tmp_path: Path) -> None:
+def test_one_compilation_serves_every_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What Dynamo captures, and when it does so again, does not depend on the backend: Inductor is left out."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     arguments = ["bench", "--model", "mamba-tiny", "--layers", "2", "--device", "cpu", "--modes", "compiled",
                  "--repeats", "2", "--warmup", "0", "--batches", "2", "--lengths", "40", "96", "--schedules", "0.5",
                  "--fresh-cache", "--out", str(tmp_path)]  # fmt: skip

@@ -143,6 +143,7 @@ def markdown(found: dict[str, Any]) -> str:
         f"* {title(options['model'])}, {blocks} blocks, batch 1, lengths {options['lengths'][0]:,} (short) and "
         f"{options['lengths'][1]:,} (long), schedule {options['schedule']}, logits of the last token",
         "* every row in a process of its own with an empty compiler cache; medians (quartiles; min … max)",
+        "* rows ran one after the other, not in turns: to compare speeds, use simba-fx bench",
         f"* launches: {launches} per forward at the short length; host ms: {host}", "",
         *table(_COLUMNS, [_cells(row, options["limit"]) for row in found["rows"]], left=1), "",
     ])  # fmt: skip
