@@ -261,9 +261,9 @@ def test_utrc_runs_the_models_own_blocks(name: str) -> None:
     model = models.build(name, CPU, torch.float32)
     ids = torch.randint(1, 61, (2, 30), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        found = utrc.UTRC(model)(ids)
-        torch.testing.assert_close(found, model(ids).logits, atol=1e-4, rtol=1e-4)
-        rival = utrc.UTRC(model, 0.7)
+        rival = utrc.UTRC(model)
+        torch.testing.assert_close(rival(ids), model(ids).logits, atol=1e-4, rtol=1e-4)
+        rival.ratio = 0.7
         left = 30
         for _ in rival.places:
             left -= 30 and left - math.ceil(0.7 * left)

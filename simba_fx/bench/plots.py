@@ -83,7 +83,7 @@ def _speed(axes: Any, rows: list[dict[str, Any]]) -> None:
             [v - row["speedup_low"] for v, row in zip(y, own)],
             [row["speedup_high"] - v for v, row in zip(y, own)],
         ]
-        axes.errorbar(x, y, reach, color=colour, linewidth=2, capsize=3)
+        axes.errorbar(x, y, reach, color=colour, linewidth=0, elinewidth=1.2, capsize=3)
         handles += axes.plot(x, y, color=colour, linewidth=2, marker="o", markersize=5, label=name)
         handles += axes.plot(x, [row["promise"] for row in own], color=colour, linewidth=1.4,
                              linestyle=(dash, (4, 4)), label="what its FLOPs promise")  # fmt: skip
