@@ -1,4 +1,4 @@
-# make test | lint | demo | bench | table     Needs Python 3.11 or newer with pip; everything goes into .venv.
+# make test | lint | demo | bench | speed | table     Needs Python 3.11 or newer with pip; everything goes into .venv.
 
 PYTHON ?= python3
 # torch comes first and pinned: pip takes the CPU build (2.13.0+cpu) where the configured index offers it, and a looser
@@ -11,7 +11,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: test lint demo bench table clean
+.PHONY: test lint demo bench speed table clean
 
 test: $(VENV)/.dev $(VENV)/.triton $(VENV)/.mamba-ssm $(VENV)/.torchao
 	$(BIN)/pytest -n $(WORKERS) --dist loadfile $(ARGS)
@@ -30,6 +30,10 @@ demo: $(VENV)/.demo
 
 bench: $(VENV)/.dev
 	set -e; for script in benchmarks/*.py; do $(BIN)/python $$script $(ARGS); done
+
+# How fast this machine runs models dense, sparse and as their peers: see `simba-fx bench --help` for ARGS.
+speed: $(VENV)/.dev
+	$(BIN)/simba-fx bench $(ARGS)
 
 # What each family of models can do, as the tests just showed it.
 table: $(VENV)/.dev $(VENV)/.triton $(VENV)/.mamba-ssm
