@@ -114,6 +114,30 @@ inline Lanes sums(Lanes* v) {
          SHUFFLE(v[0], v[1], 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
 }
 
+// Sixteen vectors as a matrix, transposed in place: off-diagonal blocks of 8, 4, 2 and 1 change places.
+inline void transpose(Lanes* v) {
+  for (int i = 0; i < 8; ++i) {
+    Lanes a = v[i], b = v[i + 8];
+    v[i] = SHUFFLE(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
+    v[i + 8] = SHUFFLE(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+  }
+  for (int i = 0; i < 16; i = (i + 5) & ~4) {
+    Lanes a = v[i], b = v[i + 4];
+    v[i] = SHUFFLE(a, b, 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27);
+    v[i + 4] = SHUFFLE(a, b, 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
+  }
+  for (int i = 0; i < 16; i = (i + 3) & ~2) {
+    Lanes a = v[i], b = v[i + 2];
+    v[i] = SHUFFLE(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
+    v[i + 2] = SHUFFLE(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+  }
+  for (int i = 0; i < 16; i += 2) {
+    Lanes a = v[i], b = v[i + 1];
+    v[i] = SHUFFLE(a, b, 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30);
+    v[i + 1] = SHUFFLE(a, b, 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
+  }
+}
+
 // A float32 operand over (row, channel, token), any strides; `data` is null when the operand is absent.
 struct Tokens {
   const float* data;
@@ -140,6 +164,36 @@ struct Selective {
 
 namespace {
 
+// One operand of a tile, token by token. Where tokens lie side by side instead of channels, sixteen of them are read and
+// transposed at once.
+class Stream {
+ public:
+  Stream(const Tokens& operand, Tile at, int64_t tokens)
+      : operand_(operand), tile_(at), tokens_(tokens), blocked_(operand.data && operand.token == 1 && operand.channel != 1) {}
+
+  Lanes read(int64_t t) {
+    if (!blocked_) return operand_.read(tile_.row, tile_.channel, t, tile_.count);
+    if (t / kLanes != block_) fill(t / kLanes);
+    return lanes_[t % kLanes];
+  }
+
+ private:
+  void fill(int64_t block) {
+    const int some = int(std::min<int64_t>(kLanes, tokens_ - block * kLanes));
+    for (int i = 0; i < kLanes; ++i)  // channels past the last repeat it
+      lanes_[i] = load(operand_.at(tile_.row, tile_.channel + std::min(i, tile_.count - 1), block * kLanes), 1, some);
+    transpose(lanes_);
+    block_ = block;
+  }
+
+  const Tokens& operand_;
+  const Tile tile_;
+  const int64_t tokens_;
+  const bool blocked_;
+  int64_t block_ = -1;
+  Lanes lanes_[kLanes];
+};
+
 // What every selective kernel needs of a tile: rates in base 2, skip, bias, and rows of B and C.
 struct SelectiveTile {
   const Selective& s;
@@ -147,8 +201,10 @@ struct SelectiveTile {
   Lanes rate[kMaxStates];  // A * log2(e)
   Lanes skip, bias;
   const float *B, *C;
+  Stream u, delta, z;
 
-  SelectiveTile(const Selective& scan, Tile at) : s(scan), tile(at) {
+  SelectiveTile(const Selective& scan, Tile at)
+      : s(scan), tile(at), u(s.u, at, s.length), delta(s.delta, at, s.length), z(s.z, at, s.length) {
     for (int64_t n = 0; n < s.states; ++n) rate[n] = load(s.A + at.channel * s.states + n, s.states, at.count) * kLog2e;
     skip = s.D ? load(s.D + at.channel, 1, at.count) : lanes(0.0f);
     bias = s.bias ? load(s.bias + at.channel, 1, at.count) : lanes(0.0f);
@@ -156,9 +212,9 @@ struct SelectiveTile {
     B = s.B + first;
     C = s.C ? s.C + first : nullptr;
   }
-  Lanes raw(int64_t t) const { return s.delta.read(tile.row, tile.channel, t, tile.count) + bias; }
+  Lanes raw(int64_t t) { return delta.read(t) + bias; }
   Lanes step(Lanes raw_step) const { return s.softplus ? softplus(raw_step) : raw_step; }
-  Lanes input(int64_t t) const { return s.u.read(tile.row, tile.channel, t, tile.count); }
+  Lanes input(int64_t t) { return u.read(t); }
 };
 
 // Calls work(tile) for the tiles of one block: `blocks` blocks share the tiles of each (row, group), in order.
@@ -193,7 +249,7 @@ void scan_tile(const Selective& s, Tile tile, float* y, float* last) {
     }
     Lanes out = even + odd;
     if (s.z.data) {
-      Lanes z = s.z.read(tile.row, tile.channel, t, tile.count);
+      Lanes z = w.z.read(t);
       out *= z * sigmoid(z);
     }
     store(y + (tile.row * s.length + t) * s.channels + tile.channel, out, tile.count);
@@ -256,7 +312,7 @@ void backward_tile(const Selective& s, Tile tile, const Tokens& dy, const float*
       const Lanes dt = steps[i], u = inputs[i], dtu = dt * u;
       Lanes dout = load_or_zero(dy.at(tile.row, tile.channel, t), dy.channel, count);
       if (s.z.data) {
-        Lanes z = s.z.read(tile.row, tile.channel, t, count), gate = sigmoid(z), y = w.skip * u;
+        Lanes z = w.z.read(t), gate = sigmoid(z), y = w.skip * u;
         for (int64_t n = 0; n < states; ++n) y += after[n] * C[n];
         store(out.z + token, dout * y * gate * (1.0f + z * (1.0f - gate)), count);
         dout *= z * gate;
@@ -290,26 +346,31 @@ void backward_tile(const Selective& s, Tile tile, const Tokens& dy, const float*
     for (int i = 0; i < count; ++i) out.A[(first + i) * states + n] = dA[n][i];
 }
 
-// Largest contribution of each token over a tile, walking backwards from the query; stops when all has decayed to 0.
-void score_tile(const Selective& s, Tile tile, const float* C, int64_t query, bool absolute, Lanes* best) {
-  const int64_t states = s.states;
+inline float largest(Lanes v) {
+  float most = v[0];
+  for (int i = 1; i < kLanes; ++i) most = std::max(most, v[i]);
+  return most;
+}
+
+// Largest contribution of each token over a tile, walking backwards from the query. States whose decay has reached 0 in
+// every channel are left out from the last one down; where none is left the walk is over. `weight` (L, N) is C_q * B_t.
+void score_tile(const Selective& s, Tile tile, const float* weight, int64_t query, bool absolute, Lanes* best) {
   SelectiveTile w(s, tile);
-  Lanes slowest = w.rate[0], remaining = {};
-  for (int64_t n = 1; n < states; ++n) slowest = max(slowest, w.rate[n]);
-  int64_t t = query;
+  Lanes remaining = {};
+  int64_t t = query, alive = s.states;
   for (; t >= 0; --t) {
-    Ints gone = remaining * slowest < kGone;
-    bool all = true;
-    for (int i = 0; i < kLanes; ++i) all &= gone[i] != 0;
-    if (all) break;
-    Lanes dt = w.step(w.raw(t)), even = {}, odd = {};
-    const float* B = w.B + t * states;
-    int64_t n = 0;
-    for (; n + 1 < states; n += 2) {
-      even += exp2(remaining * w.rate[n]) * (C[n] * B[n]);
-      odd += exp2(remaining * w.rate[n + 1]) * (C[n + 1] * B[n + 1]);
+    if ((query - t) % kLanes == 0) {
+      while (alive > 0 && largest(remaining * w.rate[alive - 1]) < kGone) --alive;
+      if (alive == 0) break;
     }
-    if (n < states) even += exp2(remaining * w.rate[n]) * (C[n] * B[n]);
+    Lanes dt = w.step(w.raw(t)), even = {}, odd = {};
+    const float* at = weight + t * s.states;
+    int64_t n = 0;
+    for (; n + 1 < alive; n += 2) {
+      even += exp2(remaining * w.rate[n]) * at[n];
+      odd += exp2(remaining * w.rate[n + 1]) * at[n + 1];
+    }
+    if (n < alive) even += exp2(remaining * w.rate[n]) * at[n];
     Lanes share = dt * w.input(t) * (even + odd);
     if (absolute) share = max(share, -share);
     best[t] = max(best[t], share);
@@ -407,12 +468,16 @@ void simba_selective_score(const Selective* s, const float* C, const int64_t* qu
 #pragma omp parallel num_threads(threads)
   {
     std::vector<Lanes> best(s->length);
+    std::vector<float> weight(s->length * s->states);
 #pragma omp for schedule(dynamic)
     for (int64_t task = 0; task < tasks; ++task) {
       const int64_t row = task / blocks / s->groups;
+      const float *B = s->B + task / blocks * s->length * s->states, *at_query = C + task / blocks * s->states;
+      for (int64_t t = 0; t <= query[row]; ++t)
+        for (int64_t n = 0; n < s->states; ++n) weight[t * s->states + n] = at_query[n] * B[t * s->states + n];
       std::fill(best.begin(), best.end(), lanes(-std::numeric_limits<float>::infinity()));
       each_tile(*s, task, blocks, [&](Tile tile) {
-        score_tile(*s, tile, C + task / blocks * s->states, query[row], absolute != 0, best.data());
+        score_tile(*s, tile, weight.data(), query[row], absolute != 0, best.data());
       });
       for (int64_t t = 0; t <= query[row]; ++t)
         for (int i = 0; i < kLanes; ++i)
