@@ -49,12 +49,12 @@ def _states(base, t, n, state, token, mask):
 
 @triton.jit
 def _tile(channels, groups, BLOCK_D: tl.constexpr):
-    """This program's group, its channels and which of them exist: a tile stays inside of a group."""
+    """This program's group, its channels (64 bits: offsets into long rows) and which of them exist."""
     width = channels // groups
     tiles = tl.cdiv(width, BLOCK_D)
     in_group = tl.program_id(0) % tiles * BLOCK_D + tl.arange(0, BLOCK_D)
     group = tl.program_id(0) // tiles
-    return group, group * width + in_group, in_group < width
+    return group, (group * width + in_group).to(tl.int64), in_group < width
 
 
 @tuned([({"BLOCK_D": 8}, 4), ({"BLOCK_D": 4}, 4)], key=["channels", "states"])
@@ -91,7 +91,7 @@ def selective_scan_kernel(
         if SAVE:
             at = (row * tl.cdiv(length, BLOCK_T) + start // BLOCK_T) * channels * states
             tl.store(starts + at + d[:, None] * states + n[None, :], h, mask=there)
-        t = start + i
+        t = (start + i).to(tl.int64)
         mask = (t < length)[:, None] & exists[None, :]
         projected = (t < length)[:, None] & (n < states)[None, :]
         dt = step_size(_tokens(delta, t, d, delta_channel, delta_token, mask), shift[None, :], SOFTPLUS)
@@ -154,7 +154,7 @@ def selective_scan_backward_kernel(
     dskip = tl.zeros((BLOCK_D,), tl.float32)
     block = tl.cdiv(length, BLOCK_T) - 1
     while block >= 0:
-        t = block * BLOCK_T + i
+        t = (block * BLOCK_T + i).to(tl.int64)
         mask = (t < length)[:, None] & exists[None, :]
         projected = (t < length)[:, None] & (n < states)[None, :]
         raw = _tokens(delta, t, d, delta_channel, delta_token, mask) + shift[None, :]
@@ -169,7 +169,7 @@ def selective_scan_backward_kernel(
         before = tl.where(inside, step_size(before, shift[None, :], SOFTPLUS), 0.0)
         entering = before * _tokens(u, t - 1, d, u_channel, u_token, inside)
         B_before = _states(B, t - 1, n, B_state, B_token, projected & (i > 0)[:, None])
-        at = row * tl.cdiv(length, BLOCK_T) * channels * states + block * channels * states
+        at = (row * tl.cdiv(length, BLOCK_T) + block) * channels * states
         h = tl.load(starts + at + d[:, None] * states + n[None, :], mask=there, other=0.0)
         decay = vanishing_exp2(before[:, :, None] * rate2[None, :, :])
         kept, reached = tl.associative_scan((decay, entering[:, :, None] * B_before[:, None, :]), 0, _advance)

@@ -73,7 +73,7 @@ def selective_score_kernel(
     tiles = tl.cdiv(width, BLOCK_D)
     group = tl.program_id(0) // tiles
     in_group = tl.program_id(0) % tiles * BLOCK_D + tl.arange(0, BLOCK_D)
-    d = group * width + in_group
+    d = (group * width + in_group).to(tl.int64)
     exists = in_group < width
 
     score += row * length
@@ -95,7 +95,7 @@ def selective_score_kernel(
     end = query + 1
     alive = states
     while (end > 0) & (alive > 0):
-        t = end - BLOCK_T + tl.arange(0, BLOCK_T)
+        t = (end - BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
         mask = (t >= 0)[:, None] & exists[None, :]
         at = t[:, None] * delta_token + d[None, :] * delta_channel
         dt = step_size(tl.load(delta + at, mask=mask, other=0.0).to(tl.float32), shift[None, :], SOFTPLUS)
@@ -150,7 +150,7 @@ def selective_token_score(
     return score
 
 
-@tuned([({"BLOCK_T": 32}, 8), ({"BLOCK_T": 16}, 4), ({"BLOCK_T": 64}, 8)], key=["heads", "width", "states"])
+@tuned([({"BLOCK_T": 32}, 8), ({"BLOCK_T": 16}, 8), ({"BLOCK_T": 32}, 16)], key=["heads", "width", "states"])
 @triton.jit
 def ssd_score_kernel(
     x, dt, A, B, C, bias, real, score, dt_min, dt_max, tail, length, heads, width, states, groups,
@@ -182,7 +182,7 @@ def ssd_score_kernel(
     end = query + 1
     alive = True
     while (end > 0) & alive:
-        t = end - BLOCK_T + tl.arange(0, BLOCK_T)
+        t = (end - BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
         inside = t >= 0
         projection = tl.load(B + t[:, None] * B_token + n[None, :] * B_state,
                              mask=inside[:, None] & (n < states)[None, :], other=0.0).to(tl.float32)  # fmt: skip
