@@ -36,25 +36,27 @@ def _advance(a1, b1, a2, b2):
 
 
 @triton.jit
-def _tokens(base, t, d, channel, token, mask):
-    """`(T, D)` float32 of an operand over channels and tokens, zero outside the mask."""
-    return tl.load(base + t[:, None] * token + d[None, :] * channel, mask=mask, other=0.0).to(tl.float32)
+def _tokens(channels, start, i, token, mask):
+    """`(T, D)` float32 of an operand at tokens start + i, zero outside the mask; `channels` points at its token 0."""
+    at = channels + start.to(tl.int64) * token
+    return tl.load(at[None, :] + i[:, None] * token, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _states(base, t, n, state, token, mask):
-    """`(T, N)` float32 of a projection, zero outside the mask."""
-    return tl.load(base + t[:, None] * token + n[None, :] * state, mask=mask, other=0.0).to(tl.float32)
+def _states(base, start, i, n, state, token, mask):
+    """`(T, N)` float32 of a projection at tokens start + i, zero outside the mask."""
+    at = base + start.to(tl.int64) * token
+    return tl.load(at + i[:, None] * token + n[None, :] * state, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def _tile(channels, groups, BLOCK_D: tl.constexpr):
-    """This program's group, its channels (64 bits: offsets into long rows) and which of them exist."""
+    """This program's group, its channels, and which of them exist: a tile stays inside of a group."""
     width = channels // groups
     tiles = tl.cdiv(width, BLOCK_D)
     in_group = tl.program_id(0) % tiles * BLOCK_D + tl.arange(0, BLOCK_D)
     group = tl.program_id(0) // tiles
-    return group, (group * width + in_group).to(tl.int64), in_group < width
+    return group, group * width + in_group, in_group < width
 
 
 @tuned([({"BLOCK_D": 8}, 4), ({"BLOCK_D": 4}, 4)], key=["channels", "states"])
@@ -68,10 +70,11 @@ def selective_scan_kernel(
 ):  # fmt: skip
     row = tl.program_id(1).to(tl.int64)
     group, d, exists = _tile(channels, groups, BLOCK_D)
-    u += row * u_row
-    delta += row * delta_row
-    z += row * z_row
-    y += row * channels * length
+    wide = d.to(tl.int64)
+    u += row * u_row + wide * u_channel
+    delta += row * delta_row + wide * delta_channel
+    z += row * z_row + wide * z_channel
+    y += row * channels * length + wide * length
     last += row * channels * states
     B += row * B_row + group * B_group
     C += row * C_row + group * C_group
@@ -91,29 +94,30 @@ def selective_scan_kernel(
         if SAVE:
             at = (row * tl.cdiv(length, BLOCK_T) + start // BLOCK_T) * channels * states
             tl.store(starts + at + d[:, None] * states + n[None, :], h, mask=there)
-        t = (start + i).to(tl.int64)
+        first = start + tl.zeros((), tl.int32)
+        t = start + i
         mask = (t < length)[:, None] & exists[None, :]
         projected = (t < length)[:, None] & (n < states)[None, :]
-        dt = step_size(_tokens(delta, t, d, delta_channel, delta_token, mask), shift[None, :], SOFTPLUS)
+        dt = step_size(_tokens(delta, first, i, delta_token, mask), shift[None, :], SOFTPLUS)
         dt = tl.where(mask, dt, 0.0)
-        value = _tokens(u, t, d, u_channel, u_token, mask)
+        value = _tokens(u, first, i, u_token, mask)
         decay = vanishing_exp2(dt[:, :, None] * rate[None, :, :])
-        entering = (dt * value)[:, :, None] * _states(B, t, n, B_state, B_token, projected)[:, None, :]
+        entering = (dt * value)[:, :, None] * _states(B, first, i, n, B_state, B_token, projected)[:, None, :]
         kept, inner = tl.associative_scan((decay, entering), 0, _advance)
         inner += kept * h[None, :, :]
         h = tl.sum(tl.where((i == BLOCK_T - 1)[:, None, None], inner, 0.0), axis=0)
         if not SAVE:
-            out = tl.sum(inner * _states(C, t, n, C_state, C_token, projected)[:, None, :], axis=2)
+            out = tl.sum(inner * _states(C, first, i, n, C_state, C_token, projected)[:, None, :], axis=2)
             out += skip[None, :] * value
             if GATE:
-                gate = _tokens(z, t, d, z_channel, z_token, mask)
+                gate = _tokens(z, first, i, z_token, mask)
                 out *= gate * _sigmoid(gate)
-            tl.store(y + d[None, :] * length + t[:, None], out, mask=mask)
+            tl.store(y[None, :] + t[:, None], out, mask=mask)
     if not SAVE:
         tl.store(last + d[:, None] * states + n[None, :], h, mask=there)
 
 
-@tuned([({}, 4), ({}, 8)], key=["channels", "states"])
+@tuned([({}, 4)], key=["channels", "states"])
 @triton.jit
 def selective_scan_backward_kernel(
     u, delta, A, B, C, D, z, bias, dy, dlast, starts, du, ddelta, dz, dA, dB, dC, dD, length, channels, states, groups,
@@ -124,13 +128,15 @@ def selective_scan_backward_kernel(
 ):  # fmt: skip
     row = tl.program_id(1).to(tl.int64)
     group, d, exists = _tile(channels, groups, BLOCK_D)
-    u += row * u_row
-    delta += row * delta_row
-    z += row * z_row
-    dy += row * dy_row
-    du += row * channels * length
-    ddelta += row * channels * length
-    dz += row * channels * length
+    wide = d.to(tl.int64)
+    u += row * u_row + wide * u_channel
+    delta += row * delta_row + wide * delta_channel
+    z += row * z_row + wide * z_channel
+    dy += row * dy_row + wide * dy_channel
+    on_channels = row * channels * length + wide * length
+    du += on_channels
+    ddelta += on_channels
+    dz += on_channels
     B += row * B_row + group * B_group
     C += row * C_row + group * C_group
     part = (row * tl.num_programs(0) + tl.program_id(0)) * length * states
@@ -154,21 +160,22 @@ def selective_scan_backward_kernel(
     dskip = tl.zeros((BLOCK_D,), tl.float32)
     block = tl.cdiv(length, BLOCK_T) - 1
     while block >= 0:
-        t = (block * BLOCK_T + i).to(tl.int64)
+        first = block * BLOCK_T
+        t = first + i
         mask = (t < length)[:, None] & exists[None, :]
         projected = (t < length)[:, None] & (n < states)[None, :]
-        raw = _tokens(delta, t, d, delta_channel, delta_token, mask) + shift[None, :]
+        raw = _tokens(delta, first, i, delta_token, mask) + shift[None, :]
         dt = tl.where(mask, step_size(raw, 0.0, SOFTPLUS), 0.0)
-        value = _tokens(u, t, d, u_channel, u_token, mask)
-        Bt = _states(B, t, n, B_state, B_token, projected)
-        Ct = _states(C, t, n, C_state, C_token, projected)
+        value = _tokens(u, first, i, u_token, mask)
+        Bt = _states(B, first, i, n, B_state, B_token, projected)
+        Ct = _states(C, first, i, n, C_state, C_token, projected)
 
         # the states before each token: a scan over the tokens before, the first of which is the saved state itself
         inside = mask & (i > 0)[:, None]
-        before = _tokens(delta, t - 1, d, delta_channel, delta_token, inside)
+        before = _tokens(delta, first, i - 1, delta_token, inside)
         before = tl.where(inside, step_size(before, shift[None, :], SOFTPLUS), 0.0)
-        entering = before * _tokens(u, t - 1, d, u_channel, u_token, inside)
-        B_before = _states(B, t - 1, n, B_state, B_token, projected & (i > 0)[:, None])
+        entering = before * _tokens(u, first, i - 1, u_token, inside)
+        B_before = _states(B, first, i - 1, n, B_state, B_token, projected & (i > 0)[:, None])
         at = (row * tl.cdiv(length, BLOCK_T) + block) * channels * states
         h = tl.load(starts + at + d[:, None] * states + n[None, :], mask=there, other=0.0)
         decay = vanishing_exp2(before[:, :, None] * rate2[None, :, :])
@@ -177,19 +184,18 @@ def selective_scan_backward_kernel(
         reached *= vanishing_exp2(dt[:, :, None] * rate2[None, :, :])  # what of it each token keeps
         state = reached + (dt * value)[:, :, None] * Bt[:, None, :]
 
-        dout = _tokens(dy, t, d, dy_channel, dy_token, mask)
-        at = d[None, :] * length + t[:, None]
+        dout = _tokens(dy, first, i, dy_token, mask)
         if GATE:
-            gate = _tokens(z, t, d, z_channel, z_token, mask)
+            gate = _tokens(z, first, i, z_token, mask)
             open = _sigmoid(gate)
             out = tl.sum(state * Ct[:, None, :], axis=2) + skip[None, :] * value
-            tl.store(dz + at, dout * out * open * (1.0 + gate * (1.0 - open)), mask=mask)
+            tl.store(dz[None, :] + t[:, None], dout * out * open * (1.0 + gate * (1.0 - open)), mask=mask)
             dout *= gate * open
         dskip += tl.sum(dout * value, axis=0)
 
         # the gradient of each state: what its output asks for, and what the next token keeps of the next state's
         following = mask & (t + 1 < length)[:, None]
-        after = _tokens(delta, t + 1, d, delta_channel, delta_token, following)
+        after = _tokens(delta, first, i + 1, delta_token, following)
         after = tl.where(following, step_size(after, shift[None, :], SOFTPLUS), 0.0)
         decay = vanishing_exp2(after[:, :, None] * rate2[None, :, :])
         kept, g = tl.associative_scan((decay, dout[:, :, None] * Ct[:, None, :]), 0, _advance, reverse=True)
@@ -205,8 +211,8 @@ def selective_scan_backward_kernel(
         dstep = value * response + tl.sum(g * rate[None, :, :], axis=2)
         if SOFTPLUS:
             dstep *= _sigmoid(raw)
-        tl.store(du + at, dt * response + skip[None, :] * dout, mask=mask)
-        tl.store(ddelta + at, dstep, mask=mask)
+        tl.store(du[None, :] + t[:, None], dt * response + skip[None, :] * dout, mask=mask)
+        tl.store(ddelta[None, :] + t[:, None], dstep, mask=mask)
         block -= 1
     tl.store(dA + on_states, drate, mask=there)
     tl.store(dD + row * channels + d, dskip, mask=exists)

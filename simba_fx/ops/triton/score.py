@@ -73,20 +73,21 @@ def selective_score_kernel(
     tiles = tl.cdiv(width, BLOCK_D)
     group = tl.program_id(0) // tiles
     in_group = tl.program_id(0) % tiles * BLOCK_D + tl.arange(0, BLOCK_D)
-    d = (group * width + in_group).to(tl.int64)
+    d = group * width + in_group
     exists = in_group < width
 
     score += row * length
     query = _query(real, row, length, tail, REAL)
     if tl.program_id(0) == 0:
         _zero_after(score, query, length, BLOCK_T)
-    u += row * u_row
-    delta += row * delta_row
+    u += row * u_row + d.to(tl.int64) * u_channel
+    delta += row * delta_row + d.to(tl.int64) * delta_channel
     B += row * B_row + group * B_group
     C += row * C_row + group * C_group + tl.maximum(query, 0).to(tl.int64) * C_token
     shift = tl.zeros((BLOCK_D,), tl.float32)
     if BIAS:
         shift = tl.load(bias + d, mask=exists, other=0.0).to(tl.float32)
+    i = tl.arange(0, BLOCK_T)
     n = tl.arange(0, BLOCK_N)
     there = (n[:, None] < states) & exists[None, :]
     rates = LOG2E * tl.load(A + n[:, None] * A_state + d[None, :] * A_channel, mask=there, other=0.0).to(tl.float32)
@@ -95,21 +96,24 @@ def selective_score_kernel(
     end = query + 1
     alive = states
     while (end > 0) & (alive > 0):
-        t = (end - BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
+        first = end - BLOCK_T
+        t = first + i
         mask = (t >= 0)[:, None] & exists[None, :]
-        at = t[:, None] * delta_token + d[None, :] * delta_channel
-        dt = step_size(tl.load(delta + at, mask=mask, other=0.0).to(tl.float32), shift[None, :], SOFTPLUS)
+        at = (delta + first.to(tl.int64) * delta_token)[None, :] + i[:, None] * delta_token
+        dt = step_size(tl.load(at, mask=mask, other=0.0).to(tl.float32), shift[None, :], SOFTPLUS)
         behind = mask & (t < query)[:, None]
-        after = tl.load(delta + at + delta_token, mask=behind, other=0.0).to(tl.float32)
+        after = tl.load(at + delta_token, mask=behind, other=0.0).to(tl.float32)
         after = tl.where(behind, step_size(after, shift[None, :], SOFTPLUS), 0.0)
-        gain = dt * tl.load(u + t[:, None] * u_token + d[None, :] * u_channel, mask=mask, other=0.0).to(tl.float32)
+        at = (u + first.to(tl.int64) * u_token)[None, :] + i[:, None] * u_token
+        gain = dt * tl.load(at, mask=mask, other=0.0).to(tl.float32)
         R = tl.cumsum(after, axis=0, reverse=True) + remaining[None, :]
         remaining += tl.sum(after, axis=0)
         response = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
-        for i in range(alive):
-            rate = LOG2E * tl.load(A + i * A_state + d * A_channel, mask=exists, other=0.0).to(tl.float32)
-            weight = tl.load(B + i * B_state + t * B_token, mask=t >= 0, other=0.0).to(tl.float32)
-            weight *= tl.load(C + i * C_state).to(tl.float32)
+        projection = B + first.to(tl.int64) * B_token
+        for state in range(alive):
+            rate = LOG2E * tl.load(A + state * A_state + d * A_channel, mask=exists, other=0.0).to(tl.float32)
+            weight = tl.load(projection + state * B_state + i * B_token, mask=t >= 0, other=0.0).to(tl.float32)
+            weight *= tl.load(C + state * C_state).to(tl.float32)
             response += vanishing_exp2(R * rate[None, :]) * weight[:, None]
         share = gain * response
         if ABSOLUTE:
@@ -174,6 +178,7 @@ def ssd_score_kernel(
     shift = 0.0
     if BIAS:
         shift = tl.load(bias + head).to(tl.float32)
+    i = tl.arange(0, BLOCK_T)
     n = tl.arange(0, BLOCK_N)
     p = tl.arange(0, BLOCK_P)
     at_query = tl.load(C + n * C_state, mask=n < states, other=0.0).to(tl.float32)
@@ -182,23 +187,29 @@ def ssd_score_kernel(
     end = query + 1
     alive = True
     while (end > 0) & alive:
-        t = (end - BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
+        first = end - BLOCK_T
+        t = first + i
         inside = t >= 0
-        projection = tl.load(B + t[:, None] * B_token + n[None, :] * B_state,
+        far = first.to(tl.int64)
+        projection = tl.load(B + far * B_token + i[:, None] * B_token + n[None, :] * B_state,
                              mask=inside[:, None] & (n < states)[None, :], other=0.0).to(tl.float32)  # fmt: skip
         weight = tl.sum(projection * at_query[None, :], axis=1)
-        step = step_size(tl.load(dt + t * dt_token, mask=inside, other=0.0).to(tl.float32), shift, SOFTPLUS)
+        step = step_size(
+            tl.load(dt + far * dt_token + i * dt_token, mask=inside, other=0.0).to(tl.float32), shift, SOFTPLUS
+        )
         weight *= tl.minimum(tl.maximum(step, dt_min), dt_max)
         if DECAY:
             behind = inside & (t < query)
-            after = tl.load(dt + (t + 1) * dt_token, mask=behind, other=0.0).to(tl.float32)
+            after = tl.load(dt + far * dt_token + (i + 1) * dt_token, mask=behind, other=0.0).to(tl.float32)
             after = tl.minimum(tl.maximum(step_size(after, shift, SOFTPLUS), dt_min), dt_max)
             after = tl.where(behind, after, 0.0)
             weight *= vanishing_exp2((tl.cumsum(after, axis=0, reverse=True) + remaining) * rate)
             remaining += tl.sum(after, axis=0)
             alive = remaining * rate >= GONE
         mask = inside[:, None] & (p < width)[None, :]
-        value = tl.load(x + t[:, None] * x_token + p[None, :] * x_channel, mask=mask, other=0.0).to(tl.float32)
+        value = tl.load(x + far * x_token + i[:, None] * x_token + p[None, :] * x_channel, mask=mask, other=0.0).to(
+            tl.float32
+        )
         share = weight[:, None] * value
         if ABSOLUTE:
             share = tl.abs(share)
