@@ -30,8 +30,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--capabilities", action="store_true", help="print a table of what each model can do")
 
 
+LONG = ("test_dynamo_backend.py", "test_mamba_ssm.py", "test_quantised.py", "test_triton.py", "test_distributed.py",
+        "test_examples.py", "test_export.py", "test_finetuning.py", "test_bench.py")  # fmt: skip
+"""Files that take minutes, some for a single test: they start first, so that no worker is left waiting for one."""
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """With the option, only tests that stand for a cell run. The cell travels with the test's report."""
+    items.sort(key=lambda item: item.path.name not in LONG)
     if not config.getoption("--capabilities"):
         return
     items[:] = [item for item in items if item.get_closest_marker("capability")]

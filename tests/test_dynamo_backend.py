@@ -31,7 +31,7 @@ from simba_fx.graphs import SCANS, SELECTS
 sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
 own_model: Any = importlib.import_module("own_model")
 
-FAMILIES = ("mamba", "falcon-mamba", "mamba2-two-groups")
+FAMILIES = ("mamba", "mamba2-two-groups")
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
 

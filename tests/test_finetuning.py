@@ -204,7 +204,7 @@ def test_everything_kept_under_autocast_is_the_dense_model(entry: Entry) -> None
     assert not torch.equal(found[real], outside[real])
 
 
-@every_family
+@every_kind
 def test_our_operators_lose_no_more_under_autocast_than_the_model_itself(entry: Entry) -> None:
     pruned = sparse(entry.name, keep_all(n_blocks(dense(entry.name))))
     call = {"input_ids": tokens(1, 2, 40)}
