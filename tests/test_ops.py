@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -196,6 +197,46 @@ def test_causal_conv1d_and_its_gradients(
 def test_an_unknown_activation_is_named() -> None:
     with pytest.raises(ValueError, match="'none' or 'silu', got 'gelu'"):
         ops.causal_conv1d(torch.ones(1, 1, 1), torch.ones(1, 1), None, "gelu")
+
+
+@contextmanager
+def other_defaults() -> Iterator[None]:
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_torchs_defaults_change_nothing(backend: str) -> None:
+    """As while a large model is built: another default dtype, another default device."""
+    selective = selective_operands(length=33, channels=20)
+    ssd = ssd_operands(length=70)
+    leaves = [t.detach().requires_grad_() for t in selective.values()]
+    heads = [t.detach().requires_grad_() for t in ssd.values()]
+    scored = [selective[name] for name in ("u", "delta", "A", "B", "C", "delta_bias")]
+    scored_heads = [ssd[name] for name in ("x", "dt", "A", "B", "C", "dt_bias")]
+    ones = torch.ones(2, 20, 33), torch.ones(2, 70, 4, 3)
+    weight = torch.ones(20, 4).requires_grad_()
+
+    def everything() -> list[Tensor]:
+        y, last = ops.selective_scan(*leaves, True)
+        heads_y, heads_last = ops.ssd_scan(*heads, True)
+        conv = ops.causal_conv1d(leaves[0], weight)
+        score = ops.selective_token_score(*scored, True, None, 1, "simba")
+        heads_score = ops.ssd_token_score(*scored_heads, True, 0.0, 9.0, None, 1, "simba")
+        kept = ops.select_tokens(score, torch.arange(33, device="cpu").expand(2, 33), 33, 1, 1, 2, 4)
+        gradients = torch.autograd.grad((y, conv), [*leaves, weight], (ones[0], ones[0]))
+        return [y, last, heads_y, heads_last, conv, score, heads_score, *kept, *gradients,
+                *torch.autograd.grad(heads_y, heads, ones[1])]  # fmt: skip
+
+    expected = everything()
+    with other_defaults():
+        found = everything()
+    for one, other in zip(found, expected):
+        assert one.dtype == other.dtype
+        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

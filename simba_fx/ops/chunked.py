@@ -150,10 +150,10 @@ def selective_scan_backward(
     for at in spans[:-1]:
         starts.append(_SelectiveWindow(at, *operands).states(starts[-1])[:, -1].clone())
 
-    du, ddelta, dz = (torch.zeros(rows, length, channels, device=u.device) for _ in range(3))
-    dB, dC = (torch.zeros(rows, length, groups, states, device=u.device) for _ in range(2))
-    dA = torch.zeros(groups, channels // groups, states, device=u.device)
-    dD = torch.zeros(channels, device=u.device)
+    du, ddelta, dz = (torch.zeros(rows, length, channels, dtype=torch.float32, device=u.device) for _ in range(3))
+    dB, dC = (torch.zeros(rows, length, groups, states, dtype=torch.float32, device=u.device) for _ in range(2))
+    dA = torch.zeros(groups, channels // groups, states, dtype=torch.float32, device=u.device)
+    dD = torch.zeros(channels, dtype=torch.float32, device=u.device)
     carry = dlast.float().reshape(starts[0].shape)
     for at, start in zip(reversed(spans), reversed(starts)):
         w = _SelectiveWindow(at, *operands)
@@ -216,7 +216,7 @@ def causal_conv1d_backward(dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tenso
     padded = F.pad(x.transpose(1, 2).float(), (0, 0, width - 1, 0))
     ahead = F.pad(dy, (0, 0, 0, width - 1))
     dx = torch.zeros_like(dy)
-    dweight = torch.empty(weight.shape, device=x.device)
+    dweight = torch.empty(weight.shape, dtype=torch.float32, device=x.device)
     for k, tap in enumerate(weight.float().unbind(1)):
         dx += ahead[:, width - 1 - k : width - 1 - k + length] * tap
         dweight[:, k] = (dy * padded[:, k : k + length]).sum((0, 1))
@@ -247,8 +247,8 @@ def selective_score(
     """
     rows, channels, length = u.shape
     groups, states = B.shape[1], A.shape[1]
-    score = torch.empty(rows, length, device=u.device)
-    remaining = torch.zeros(rows, channels, device=u.device)
+    score = torch.empty(rows, length, dtype=torch.float32, device=u.device)
+    remaining = torch.zeros(rows, channels, dtype=torch.float32, device=u.device)
     decay = split_groups(A.float(), 0, groups)
     for at in reversed(windows(length, window_width(rows * channels * states))):
         dt = step_size(delta[:, :, at].transpose(1, 2), delta_bias, delta_softplus)

@@ -69,7 +69,7 @@ def ssd_scan(
     rows, length, heads, width = x.shape
     groups = B.shape[2]
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    h = torch.zeros(rows, groups, heads // groups, width, B.shape[3], device=x.device)
+    h = torch.zeros(rows, groups, heads // groups, width, B.shape[3], dtype=torch.float32, device=x.device)
     for at in _chunks(length, chunk_size, x.device):
         chunk = _Chunk(at, x, dt, A, B, C)
         out = chunk.read(h).flatten(2, 3)
@@ -138,14 +138,14 @@ def ssd_scan_backward(
     rows, length, heads, width = x.shape
     groups = B.shape[2]
     spans = _chunks(length, chunk_size, x.device)
-    starts = [torch.zeros(rows, groups, heads // groups, width, B.shape[3], device=x.device)]
+    starts = [torch.zeros(rows, groups, heads // groups, width, B.shape[3], dtype=torch.float32, device=x.device)]
     for at in spans[:-1]:
         starts.append(_Chunk(at, x, dt, A, B, C).advance(starts[-1]))
 
-    dx, dz = (torch.zeros(x.shape, device=x.device) for _ in range(2))
-    ddt = torch.zeros(rows, length, heads, device=x.device)
-    dB, dC = (torch.zeros(t.shape, device=x.device) for t in (B, C))
-    dA, dD = torch.zeros(heads, device=x.device), torch.zeros(heads, width, device=x.device)
+    dx, dz = (torch.zeros(x.shape, dtype=torch.float32, device=x.device) for _ in range(2))
+    ddt = torch.zeros(rows, length, heads, dtype=torch.float32, device=x.device)
+    dB, dC = (torch.zeros(t.shape, dtype=torch.float32, device=x.device) for t in (B, C))
+    dA, dD = (torch.zeros(shape, dtype=torch.float32, device=x.device) for shape in ((heads,), (heads, width)))
     dh = split_groups(dlast.float(), 1, groups)
     for at, before in zip(reversed(spans), reversed(starts)):
         c = _Chunk(at, x, dt, A, B, C)

@@ -20,6 +20,7 @@ import subprocess
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +32,8 @@ _FLAG_SETS = (("-march=native", "-fopenmp"), ("-fopenmp",), ("-march=native",), 
 
 _BLOCKS = 8
 """Parts that the channels of a (row, group) are shared out over. Fixed, so that sums do not depend on the threads."""
+_FLOAT: Any = {"dtype": torch.float32, "device": "cpu"}
+"""What the kernels write, whatever torch's defaults are."""
 
 
 @dataclass(frozen=True)
@@ -266,8 +269,8 @@ def selective_scan(
     rows, channels, length = u.shape
     call = _Call()
     scan = _selective(call, u, delta, A, B, C, D, z, delta_bias, delta_softplus)
-    y = torch.empty(rows, length, channels)
-    last = torch.empty(rows, channels, A.shape[1])
+    y = torch.empty(rows, length, channels, **_FLOAT)
+    last = torch.empty(rows, channels, A.shape[1], **_FLOAT)
     _library().simba_selective_scan(
         ctypes.byref(scan),
         _pointer(y),
@@ -297,10 +300,10 @@ def selective_scan_backward(
     blocks = _blocks(channels, groups)
     call = _Call()
     scan = _selective(call, u, delta, A, B, C, D, z, delta_bias, delta_softplus)
-    du, ddelta = torch.empty(rows, length, channels), torch.empty(rows, length, channels)
-    dz = torch.empty(0) if z is None else torch.empty(rows, length, channels)
-    dA, dD = torch.empty(rows, channels, states), torch.empty(rows, channels)
-    dB, dC = (torch.zeros(rows, groups, blocks, length, states) for _ in range(2))
+    du, ddelta = torch.empty(rows, length, channels, **_FLOAT), torch.empty(rows, length, channels, **_FLOAT)
+    dz = torch.empty(0, **_FLOAT) if z is None else torch.empty(rows, length, channels, **_FLOAT)
+    dA, dD = torch.empty(rows, channels, states, **_FLOAT), torch.empty(rows, channels, **_FLOAT)
+    dB, dC = (torch.zeros(rows, groups, blocks, length, states, **_FLOAT) for _ in range(2))
     out = (ctypes.c_void_p * 7)(*(t.data_ptr() for t in (du, ddelta, dz, dA, dD, dB, dC)))
     _library().simba_selective_scan_backward(
         ctypes.byref(scan),
@@ -339,7 +342,7 @@ def selective_score(
     blocks = _blocks(channels, groups)
     call = _Call()
     scan = _selective(call, u, delta, A, B, None, None, None, delta_bias, delta_softplus)
-    score = torch.full((rows, groups * blocks, length), -torch.inf)
+    score = torch.full((rows, groups * blocks, length), -torch.inf, **_FLOAT)
     query = query.clamp(max=length - 1).contiguous()
     _library().simba_selective_score(
         ctypes.byref(scan),
@@ -376,7 +379,7 @@ def ssd_scan(
         B.shape[3],
         B.shape[2],
     )
-    y, last = torch.empty(rows, length, heads, width), torch.empty(rows, heads, width, B.shape[3])
+    y, last = torch.empty(rows, length, heads, width, **_FLOAT), torch.empty(rows, heads, width, B.shape[3], **_FLOAT)
     _library().simba_ssd_scan(ctypes.byref(scan), _pointer(y), _pointer(last), torch.get_num_threads())
     return y.to(x.dtype), last
 
@@ -391,7 +394,7 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) ->
     """Convolution and activation, `(B, L, D)` in x's dtype."""
     rows, channels, length = x.shape
     call = _Call()
-    y = torch.empty(rows, length, channels)
+    y = torch.empty(rows, length, channels, **_FLOAT)
     _library().simba_causal_conv1d(
         ctypes.byref(call.tokens(x)),
         ctypes.c_void_p(call.dense(weight.t())),

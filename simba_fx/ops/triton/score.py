@@ -140,7 +140,7 @@ def selective_token_score(
     """`ops.selective_token_score` by "simba" or "simba-abs", with B and C `(B, G, N, L)`: `(B, L)` float32."""
     rows, channels, length = u.shape
     groups, states = B.shape[1], A.shape[1]
-    score = torch.full((rows, length), -torch.inf, device=u.device)
+    score = torch.full((rows, length), -torch.inf, dtype=torch.float32, device=u.device)
 
     def grid(meta: dict[str, int]) -> tuple[int, int]:
         return groups * triton.cdiv(channels // groups, meta["BLOCK_D"]), rows
@@ -235,7 +235,7 @@ def ssd_token_score(
     """`ops.ssd_token_score` by "simba", "simba-abs" or "no-decay": `(B, L)` float32."""
     rows, length, heads, width = x.shape
     groups, states = B.shape[2], B.shape[3]
-    score = torch.full((rows, length), -torch.inf, device=x.device)
+    score = torch.full((rows, length), -torch.inf, dtype=torch.float32, device=x.device)
     launch(ssd_score_kernel)[(heads, rows)](
         x, dt, A, B, C, A if dt_bias is None else dt_bias, A if real is None else real.contiguous(), score,
         dt_min, dt_max, tail, length, heads, width, states, groups,
