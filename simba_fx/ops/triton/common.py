@@ -1,4 +1,8 @@
-"""What the Triton kernels share: arithmetic that is exact to float32, and their launch."""
+"""What the Triton kernels share: arithmetic that is exact to float32, and their launch.
+
+Numbers that say nothing about alignment (lengths, counts, shares of a schedule) are `do_not_specialize`: Triton would
+compile a kernel again for each that is 1 or a multiple of 16. Strides are specialised: vector loads depend on them.
+"""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ def _tile(channels, groups, BLOCK_D: tl.constexpr):
 
 
 @tuned([({"BLOCK_D": 8}, 4), ({"BLOCK_D": 4}, 4)], key=["channels", "states"])
-@triton.jit
+@triton.jit(do_not_specialize=["length"])
 def selective_scan_kernel(
     u, delta, A, B, C, D, z, bias, y, last, starts, length, channels, states, groups,
     u_row, u_channel, u_token, delta_row, delta_channel, delta_token, z_row, z_channel, z_token,
@@ -118,7 +118,7 @@ def selective_scan_kernel(
 
 
 @tuned([({}, 4)], key=["channels", "states"])
-@triton.jit
+@triton.jit(do_not_specialize=["length"])
 def selective_scan_backward_kernel(
     u, delta, A, B, C, D, z, bias, dy, dlast, starts, du, ddelta, dz, dA, dB, dC, dD, length, channels, states, groups,
     u_row, u_channel, u_token, delta_row, delta_channel, delta_token, z_row, z_channel, z_token, dy_row,

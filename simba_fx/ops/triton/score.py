@@ -60,7 +60,7 @@ def _zero_after(score, query, length, BLOCK_T: tl.constexpr):
 
 @tuned([({"BLOCK_T": 64, "BLOCK_D": 16}, 8), ({"BLOCK_T": 32, "BLOCK_D": 16}, 4), ({"BLOCK_T": 32, "BLOCK_D": 32}, 8),
         ({"BLOCK_T": 64, "BLOCK_D": 8}, 4)], key=["channels", "states"])  # fmt: skip
-@triton.jit
+@triton.jit(do_not_specialize=["tail", "length"])
 def selective_score_kernel(
     u, delta, A, B, C, bias, real, score, tail, length, channels, states, groups,
     u_row, u_channel, u_token, delta_row, delta_channel, delta_token, A_channel, A_state,
@@ -155,7 +155,7 @@ def selective_token_score(
 
 
 @tuned([({"BLOCK_T": 32}, 8), ({"BLOCK_T": 16}, 8), ({"BLOCK_T": 32}, 16)], key=["heads", "width", "states"])
-@triton.jit
+@triton.jit(do_not_specialize=["tail", "length"])
 def ssd_score_kernel(
     x, dt, A, B, C, bias, real, score, dt_min, dt_max, tail, length, heads, width, states, groups,
     x_row, x_token, x_head, x_channel, dt_row, dt_token, dt_head, A_head,

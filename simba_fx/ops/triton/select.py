@@ -41,7 +41,7 @@ def _real(real, slot, slots, REAL: tl.constexpr):
 
 
 @tuned([({"BLOCK": 1024}, 4), ({"BLOCK": 2048}, 8), ({"BLOCK": 4096}, 16)], key=["REAL"])
-@triton.jit
+@triton.jit(do_not_specialize=["slots", "k", "length", "tail", "share_p", "share_q", "floor", "position_row"])
 def select_kernel(
     score, positions, real, lengths, kept, dropped, kept_positions, dropped_positions, kept_real,
     slots, k, length, tail, share_p, share_q, floor, position_row, position_slot,
