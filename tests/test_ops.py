@@ -545,6 +545,28 @@ def test_flops_are_counted() -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("criterion", "selective", "ssd"),
+    [
+        ("simba-abs", 3 * 16, 2 * (3 * 6 + 12)),
+        ("no-decay", 2 * (4 + 4), 2 * (3 * 6 + 12)),
+        ("delta-norm", 2 * 4, 2 * 3),
+        ("clip", 6 * 16 + 2 * 4, 5 * 72 + 2 * 12),
+    ],
+)
+def test_flops_of_a_score_are_those_of_its_criterion(criterion: str, selective: int, ssd: int) -> None:
+    """Per token: 4 channels of 4 states; and 3 heads of 4 channels, each its own group of 6 states."""
+    operands = selective_operands(rows=1, channels=4, states=4, length=10)
+    heads = ssd_operands(rows=1, length=10, heads=3, width=4, groups=3, states=6)
+    scan = [operands[name] for name in ("u", "delta", "A", "B", "C", "delta_bias")]
+    ssd_scan = [heads[name] for name in ("x", "dt", "A", "B", "C", "dt_bias")]
+    with FlopCounterMode(display=False) as counter:
+        ops.selective_token_score(*scan, True, None, 1, criterion)
+        ops.ssd_token_score(*ssd_scan, True, 0.0, 9.0, None, 1, criterion)
+    counted = {str(op).removeprefix("simba_fx."): n for op, n in counter.get_flop_counts()["Global"].items()}
+    assert (counted["selective_token_score"], counted["ssd_token_score"]) == (10 * selective, 10 * ssd)
+
+
 # --- Selection -------------------------------------------------------------------------------------------------------
 
 SHARES = st.tuples(st.integers(1, 12), st.integers(1, 12)).map(lambda pq: Fraction(min(pq), max(pq)))

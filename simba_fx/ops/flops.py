@@ -63,14 +63,28 @@ def _causal_conv1d_backward(dy: Any, x: Any, weight: Any, *args: Any, out_shape:
 
 
 @register_flop_formula(_OPS.selective_token_score)
-def _selective_token_score(u: Any, delta: Any, A: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
-    """Per token, channel and state: A*R, the weight and its sum: 3."""
+def _selective_token_score(u: Any, delta: Any, A: Any, B: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    """Per token, channel and state: A*R, the weight and its sum: 3 ("simba"). "no-decay": `C_q . B_t` per group, and
+    one product and comparison per channel; "delta-norm": a square and its sum; "clip": the scan and a mean."""
+    criterion = args[-1]
+    if criterion == "clip":
+        return _selective_scan(u, delta, A) + 2 * _tokens_times_state(u, 1)
+    if criterion == "delta-norm":
+        return 2 * _tokens_times_state(u, 1)
+    if criterion == "no-decay":
+        return 2 * _tokens_times_state(B, 1) + 2 * _tokens_times_state(u, 1)
     return 3 * _tokens_times_state(u, A[1])
 
 
 @register_flop_formula(_OPS.ssd_token_score)
 def _ssd_token_score(x: Any, dt: Any, A: Any, B: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
-    """Per token: `C_q . B_t` in each group, and one product and comparison per channel."""
+    """Per token: `C_q . B_t` in each group, and one product and comparison per channel. "delta-norm": a square per head
+    and its sum; "clip": the scan and a mean."""
+    criterion = args[-1]
+    if criterion == "clip":
+        return _ssd_scan(x, dt, A, B) + 2 * _tokens_times_state(x, 1)
+    if criterion == "delta-norm":
+        return 2 * _tokens_times_state(dt, 1)
     return 2 * _tokens_times_state(B, 1) + 2 * _tokens_times_state(x, 1)
 
 
