@@ -153,6 +153,20 @@ def test_the_number_of_graphs_does_not_depend_on_depth(family: str) -> None:
 
 
 @every_masking
+@pytest.mark.parametrize("first", [5, 16])
+def test_one_row_compiles_once_from_a_short_text_on(first: int, masked: bool) -> None:
+    """A text of which everything is kept comes first; the strides of a single row mean nothing, and are guarded on."""
+    sparse = simba_fx.transform(dense("mamba", blocks=12), "linear")
+    compiled, _ = compiled_for_counting(sparse, "blocks")
+    with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
+        for length in (first, 128, 300, 20, 9):
+            call = {"input_ids": tokens(1, 1, length)}
+            if masked:
+                call["attention_mask"] = (torch.arange(length) >= 2).long().unsqueeze(0)
+            compiled(**call)
+
+
+@every_masking
 def test_whole_is_one_graph_without_a_break(masked: bool) -> None:
     sparse = simba_fx.transform(dense("mamba"), "linear", compile="whole")
     with torch.no_grad():

@@ -40,6 +40,11 @@ def _ranking(score: Tensor) -> Tensor:
     return score.shape[1] - 1 - score.flip(1).argsort(dim=1, descending=True, stable=True)
 
 
+def _plain(slots: Tensor) -> Tensor:
+    """`(B, k)` contiguous, with the strides that say so: those of a single row may be anything, and are guarded on."""
+    return slots.contiguous().flatten().view(slots.shape)
+
+
 @torch.library.custom_op("simba_fx::select_tokens", mutates_args=())
 def select_tokens(
     score: Tensor, positions: Tensor, length: int, tail: int, share_p: int, share_q: int, floor: int
@@ -62,7 +67,7 @@ def select_tokens(
         return chosen[0], chosen[1], chosen[2], chosen[3]
     protected = torch.arange(slots, device=score.device) >= slots - tail
     order = _ranking(score.masked_fill(protected, torch.inf))
-    kept, dropped = order[:, :k].sort(1).values, order[:, k:].sort(1).values
+    kept, dropped = _plain(order[:, :k].sort(1).values), order[:, k:].sort(1).values
     kept_positions, dropped_positions = positions.gather(1, kept), positions.gather(1, dropped)
     spare = kept.new_zeros(score.shape[0], SPARE)
     return kept, torch.cat((dropped, spare), 1), kept_positions, torch.cat((dropped_positions, spare + length), 1)
@@ -130,9 +135,8 @@ def select_real_tokens(
     ghost = (rank == present - 1) & (present + k - count > slots)
     stays = stays_real | filler | ghost
     outer = torch.where(real[:, -1:], -1, slots)
-    kept = (
-        torch.where(stays, torch.where(ghost, outer, slot), slots + 1).argsort(dim=1, stable=True)[:, :k].contiguous()
-    )
+    outwards = torch.where(stays, torch.where(ghost, outer, slot), slots + 1).argsort(dim=1, stable=True)
+    kept = _plain(outwards[:, :k])
     gone = torch.where(stays, slots, slot).argsort(dim=1, stable=True)[:, : slots - k]
     has_ghost = ghost.any(1, keepdim=True)
     spare = gone.new_zeros(score.shape[0], SPARE - 1)
