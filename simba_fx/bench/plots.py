@@ -115,7 +115,7 @@ def _shares(axes: Any, rows: list[dict[str, Any]]) -> None:
         below = [base + height for base, height in zip(below, heights)]
     for i, row in enumerate(rows):
         text = "" if row["kind"] == "dense" else f"\n{row['speedup']:.2f}× of {row['promise']:.2f}×"
-        axes.text(i, times[i] + 0.01 * max(times), f"{times[i]:,.0f} ms{text}" if times[i] >= 100 else f"{times[i]:.3g} ms{text}", ha="center", va="bottom", fontsize=8)
+        axes.text(i, times[i] + 0.01 * max(times), f"{_ms(times[i])} ms{text}", ha="center", va="bottom", fontsize=8)
     axes.set_xticks(x, [row["name"] for row in rows], fontsize=8)
     axes.set_xlim(-0.6, len(rows) - 0.4)
     axes.set_ylim(0, 1.17 * max(times))
@@ -130,3 +130,7 @@ def _tidy(axes: Any) -> None:
         axes.spines[side].set_visible(False)
     axes.grid(axis="y", color="#E4E4E4", linewidth=0.8)
     axes.set_axisbelow(True)
+
+
+def _ms(time: float) -> str:
+    return f"{time:,.0f}" if time >= 100 else f"{time:.3g}"

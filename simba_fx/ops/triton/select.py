@@ -1,8 +1,8 @@
 """Selection as one Triton kernel per call: a program finds a row's k best slots and lists who stays and who goes.
 
 The k-th best score is found digit by digit, eight bits at a time, in the histogram of what has matched so far (radix
-select); then one walk over the row writes both lists in order. Ties go to the later slot. A row is read five times
-(padded rows six), from the L2 cache. Letters: `simba_fx.ops`; m slots of a region, k of them stay.
+select); then one walk over the row writes both lists in order. Ties go to the later slot. A row is read five times, a
+mask twice more, from the L2 cache. Letters: `simba_fx.ops`; m slots of a region, k of them stay.
 """
 
 from __future__ import annotations
