@@ -90,11 +90,13 @@ def test_peers_cost_what_the_first_schedule_costs(run: tuple[dict[str, Any], Pat
         target = row["flops"]["total"] + row["flops"]["scorer"]
         block = rows_of(found, "dense")[length]["flops"]["total"] / 6
         one_token = rows_of(found, "dense")[length]["flops"]["total"] / length
-        for name, within in (("delta-norm", 0), ("utrc", 0.02 * target), ("left-truncation", one_token / 2),
-                             ("layer-drop", block / 2)):  # fmt: skip
+        for name, within in (("utrc", 0.02 * target), ("left-truncation", one_token / 2), ("layer-drop", block / 2)):
             flops = rows_of(found, name)[length]["flops"]
             assert rows_of(found, name)[length]["target_flops"] == target
             assert abs(flops["total"] + flops["scorer"] - target) <= within, name
+        delta_norm = rows_of(found, "delta-norm")[length]["flops"]  # the same blocks, scored for less
+        assert delta_norm["total"] == row["flops"]["total"]
+        assert 0 < delta_norm["scorer"] < row["flops"]["scorer"]
 
 
 def test_shares_add_up_and_only_pruning_scores(run: tuple[dict[str, Any], Path]) -> None:
