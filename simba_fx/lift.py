@@ -190,7 +190,7 @@ def suggestions(model: nn.Module) -> list[str]:
         if prefix.startswith(("torch.", "simba_fx.", "builtins")):
             continue
         for name, value in vars(owner).items():
-            ours = getattr(value, "__module__", "").startswith("simba_fx.")
+            ours = str(getattr(value, "__module__", None)).startswith("simba_fx.")  # some things' module is None
             alike = any(word in name.lower() for word in _SCAN_WORDS)
             if inspect.isfunction(value) and not ours and alike and _row(owner, name, value) is None:
                 found.append(f"{prefix}.{name}")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 import os
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -20,14 +18,6 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 settings.register_profile("simba_fx", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("simba_fx-ci", settings.get_profile("simba_fx"), derandomize=True, print_blob=True)
 settings.load_profile("simba_fx-ci" if os.environ.get("CI") else "simba_fx")
-
-
-@pytest.hookimpl(wrapper=True, trylast=True)
-def pytest_runtest_call() -> Iterator[None]:
-    """pytest gives torch's trace log a handler. While it has one, torch renders every graph that it fails to trace, and
-    where that fails as well the error that it raises is not the one that was met."""
-    logging.getLogger("torch.__trace").handlers.clear()
-    return (yield)
 
 
 # --- the table of capabilities ------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import threading
 from collections.abc import Callable
@@ -269,6 +270,14 @@ def test_a_module_runs_in_another_thread_while_one_is_captured() -> None:
 def test_suggestions_name_what_looks_like_one_and_is_not_registered() -> None:
     assert lift.suggestions(model(unregistered_scan)) == [f"{__name__}.looping_scan", f"{__name__}.unregistered_scan"]
     assert lift.suggestions(Plain(Block())) == []
+
+
+def test_suggestions_look_past_what_has_no_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As some wrappers of C functions: else the error that asks for suggestions would be lost."""
+    nowhere = functools.partial(print)
+    nowhere.__module__ = None  # type: ignore[assignment]
+    monkeypatch.setattr(sys.modules[__name__], "a_scan_from_nowhere", nowhere, raising=False)
+    assert f"{__name__}.unregistered_scan" in lift.suggestions(model(unregistered_scan))
 
 
 def named(*names: str) -> str:
