@@ -53,6 +53,11 @@ def triton_kernels() -> Any:
         return None
 
 
+def has_triton(*_: Any) -> bool:
+    """Whether Triton can be imported, whatever the arguments of the operator that asks (`inline.inline_on_gpu`)."""
+    return triton_kernels() is not None
+
+
 def triton_for(operand: Tensor) -> Any:
     """The Triton kernels for operands on such a device, or None."""
     return triton_kernels() if on_gpu(operand) else None

@@ -381,11 +381,7 @@ causal_conv1d.register_autograd(_differentiate_causal_conv1d, setup_context=_sav
 
 
 def _has_no_package(*args: Any) -> bool:
-    return cuda.selective_scan_fn() is None and backends.triton_kernels() is not None
-
-
-def _has_triton(*args: Any) -> bool:
-    return backends.triton_kernels() is not None
+    return cuda.selective_scan_fn() is None and backends.has_triton()
 
 
 def _has_no_ssd_package(*args: Any) -> bool:
@@ -401,7 +397,7 @@ def _always(*args: Any) -> bool:
 
 
 inline_on_gpu(selective_scan, _has_no_package)
-inline_on_gpu(selective_scan_backward, _has_triton)
+inline_on_gpu(selective_scan_backward, backends.has_triton)
 inline_on_gpu(ssd_scan, _has_no_ssd_package)
 inline_on_gpu(causal_conv1d, _has_no_conv_package)
 inline_on_gpu(causal_conv1d_backward, _always)

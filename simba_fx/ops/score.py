@@ -226,7 +226,7 @@ ssd_token_score.register_autograd(_no_gradients, setup_context=_never_differenti
 
 def _is_one_kernel(*args: Any) -> bool:
     """Whether a score with these arguments, of which the criterion is the last, is a Triton kernel."""
-    return backends.triton_kernels() is not None and args[-1] in ("simba", "simba-abs")
+    return backends.has_triton() and args[-1] in ("simba", "simba-abs")
 
 
 inline_on_gpu(selective_token_score, _is_one_kernel)

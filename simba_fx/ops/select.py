@@ -167,12 +167,8 @@ def _(
     return kept, dropped, kept_at, dropped_at, real.new_empty(rows, k)
 
 
-def _is_one_kernel(*args: Any) -> bool:
-    return backends.triton_kernels() is not None
-
-
-inline_on_gpu(select_tokens, _is_one_kernel)
-inline_on_gpu(select_real_tokens, _is_one_kernel)
+inline_on_gpu(select_tokens, backends.has_triton)
+inline_on_gpu(select_real_tokens, backends.has_triton)
 
 
 @torch.library.custom_op("simba_fx::position_score", mutates_args=())
