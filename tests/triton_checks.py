@@ -28,7 +28,7 @@ SSD = ("x", "dt", "A", "B", "C", "dt_bias")
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert INTERPRETED
-    assert cuda.selective_scan_fn() is None
+    assert cuda.ssd_scan_fn() is None
     monkeypatch.setattr(backends, "on_gpu", lambda operand: True)
 
 
@@ -153,7 +153,7 @@ def test_the_selective_scan_in_low_precision(dtype: torch.dtype, gpu: None) -> N
     operands = selective_operands(length=20, channels=6, states=2, dtype=dtype)
     y, last = ops.selective_scan(*operands.values(), True)
     right, right_last = reference.selective_scan_ref(*operands.values(), True)
-    assert (y.dtype, last.dtype, y.is_contiguous()) == (dtype, torch.float32, True)
+    assert (y.dtype, last.dtype, y.mT.is_contiguous()) == (dtype, torch.float32, True)
     assert_close("y", y, right, dtype)
     assert_close("last state", last, right_last)
 

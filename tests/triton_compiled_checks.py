@@ -22,15 +22,15 @@ from triton_targets import usage
 
 from simba_fx import ops
 from simba_fx.ops import backends
-from simba_fx.ops.triton import scan, score, select
+from simba_fx.ops.triton import conv, scan, score, select
 
 pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")  # Triton 3.9 announces a default of 3.10
 OPS = torch.ops.simba_fx
 
 CAPABILITIES = (80, 90, 100)
-POINTERS = dict.fromkeys(("A", "bias", "D", "score", "last", "starts", "dlast", "du", "ddelta", "dz", "dA", "dB", "dC",
-                          "dD"), "*fp32")  # fmt: skip
-OPERANDS = ("u", "delta", "z", "B", "C", "x", "dt", "y", "dy")
+POINTERS = dict.fromkeys(("A", "bias", "D", "score", "last", "boundaries", "steps", "sums", "behind", "weights",
+                          "starts", "dlast", "du", "ddelta", "dz", "dA", "dB", "dC", "dD"), "*fp32")  # fmt: skip
+OPERANDS = ("u", "delta", "z", "B", "C", "x", "dt", "y", "dy", "weight")
 LAYOUTS = {
     "time contiguous": ("u_token", "delta_token", "z_token", "dy_token", "B_token", "C_token"),
     "channels contiguous": ("u_channel", "delta_channel", "z_channel", "dy_channel", "B_state", "C_state"),
@@ -38,7 +38,7 @@ LAYOUTS = {
 
 
 def arguments(kernel: Any) -> set[str]:
-    return set(kernel.fn.arg_names)
+    return set(kernel.arg_names)
 
 
 def typed(kernel: Any, dtype: str, **more: str) -> dict[str, str]:
@@ -51,7 +51,7 @@ def ones(kernel: Any, names: tuple[str, ...]) -> dict[str, int]:
 
 
 def check(kernel: Any, types: dict[str, str], constants: dict[str, Any], capability: int) -> None:
-    for config in kernel.configs:
+    for config in getattr(kernel, "configs", [triton.Config({})]):
         used = usage(kernel, config, types, constants, capability)
         assert (used.stack, used.local) == (0, 0), f"{config}: {used}"
         assert used.shared <= 48 * 1024, f"{config}: {used}"
@@ -62,19 +62,38 @@ def check(kernel: Any, types: dict[str, str], constants: dict[str, Any], capabil
 def test_the_selective_score(layout: str, capability: int) -> None:
     """mamba-130m … 2.8b: N = 16."""
     kernel = score.selective_score_kernel
-    switches = {"BLOCK_N": 16, "SOFTPLUS": True, "BIAS": True, "REAL": True, "ABSOLUTE": False, "groups": 1}
-    check(kernel, typed(kernel, "bf16", real="*i1"), switches | ones(kernel, LAYOUTS[layout]), capability)
+    switches = {"states": 16, "SOFTPLUS": True, "BIAS": True, "REAL": True, "ABSOLUTE": False, "groups": 1}
+    unit = ones(kernel, (*LAYOUTS[layout], "A_state"))
+    check(kernel, typed(kernel, "bf16", real="*i1"), switches | unit, capability)
+
+
+LIMITS = {"dt_min": "fp64", "dt_max": "fp64"}
+"""What a graph that Inductor compiled hands over for a Python number."""
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_the_steps_behind_a_chunk(capability: int) -> None:
+    kernel = score.step_sums_kernel
+    switches = {"SOFTPLUS": True, "BIAS": True, "CLAMP": True, "REAL": True, "BLOCK_T": 16, "BLOCK_D": 128}
+    check(kernel, typed(kernel, "bf16", real="*i1", **LIMITS), switches | {"dt_channel": 1}, capability)
+    check(score.suffix_kernel, typed(score.suffix_kernel, "bf16"), {"AHEAD": 8, "BLOCK_D": 128}, capability)
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_the_ssd_score(capability: int) -> None:
-    """mamba2-130m … 2.7b: P = 64, N = 128."""
+    """mamba2-130m … 2.7b: P = 64."""
     kernel = score.ssd_score_kernel
-    switches = {"BLOCK_N": 128, "BLOCK_P": 64, "SOFTPLUS": True, "BIAS": True, "REAL": True, "ABSOLUTE": False,
-                "DECAY": True}  # fmt: skip
-    unit = ones(kernel, ("groups", "x_channel", "dt_head", "B_state", "C_state", "A_head"))
-    types = typed(kernel, "bf16", real="*i1", dt_min="fp32", dt_max="fp32")
-    check(kernel, types, switches | unit, capability)
+    switches = {"BLOCK_T": score.SSD_CHUNK, "BLOCK_P": 64, "SOFTPLUS": True, "BIAS": True, "REAL": True,
+                "ABSOLUTE": False, "DECAY": True}  # fmt: skip
+    unit = ones(kernel, ("groups", "x_channel", "dt_head", "A_head"))
+    check(kernel, typed(kernel, "bf16", real="*i1", weights="*fp32", **LIMITS), switches | unit, capability)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_the_convolution(capability: int) -> None:
+    kernel = conv.causal_conv1d_kernel
+    switches = {"TAPS": 4, "BIAS": True, "SILU": True, "BLOCK_T": 32, "BLOCK_D": 128, "x_channel": 1, "weight_tap": 1}
+    check(kernel, typed(kernel, "bf16"), switches, capability)
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
@@ -90,11 +109,15 @@ def test_the_selection(padded: bool, capability: int) -> None:
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_selective_scan(layout: str, capability: int) -> None:
+@pytest.mark.parametrize("output", [False, True])
+def test_the_selective_scan(output: bool, layout: str, capability: int) -> None:
     kernel = scan.selective_scan_kernel
-    switches = {"BLOCK_N": 16, "BLOCK_T": scan.BLOCK_T, "SOFTPLUS": True, "BIAS": True, "SKIP": True, "GATE": True,
-                "SAVE": False, "groups": 1}  # fmt: skip
-    check(kernel, typed(kernel, "bf16"), switches | ones(kernel, LAYOUTS[layout]), capability)
+    switches = {"states": 16, "SOFTPLUS": True, "BIAS": True, "SKIP": True, "GATE": True, "OUTPUT": output,
+                "groups": 1}  # fmt: skip
+    unit = ones(kernel, (*LAYOUTS[layout], "A_state"))
+    check(kernel, typed(kernel, "bf16"), switches | unit, capability)
+    chain = {"states": 16, "AHEAD": 8, "BLOCK_D": 128, "A_state": 1}
+    check(scan.chain_kernel, typed(scan.chain_kernel, "bf16"), chain, capability)
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
@@ -143,16 +166,16 @@ def test_graphs_for_a_gpu_hold_kernels_instead_of_operators(dynamic: bool, monke
     real = torch.arange(40) < lengths[:, None]
     y = torch.randn(2, 16, 40)
     calls: dict[str, tuple[Any, list[Any], int]] = {
-        "scan": (lambda *a: ops.selective_scan(*a, True), selective, 1),
-        "scan backward": (lambda *a: OPS.selective_scan_backward(*a, True), [y, torch.randn(2, 16, 4), *selective], 2),
-        "score": (lambda *a: ops.selective_token_score(*a, True, None, 1, "simba"), scored, 1),
+        "scan": (lambda *a: ops.selective_scan(*a, True), selective, 3),
+        "scan backward": (lambda *a: OPS.selective_scan_backward(*a, True), [y, torch.randn(2, 16, 4), *selective], 3),
+        "score": (lambda *a: ops.selective_token_score(*a, True, None, 1, "simba"), scored, 3),
         "ssd score": (
             lambda *a: ops.ssd_token_score(*a, True, 0.0, 9.0, None, 1, "simba"),
             [ssd[name] for name in ("x", "dt", "A", "B", "C", "dt_bias")],
-            1,
+            3,
         ),
         "ssd scan": (lambda *a: ops.ssd_scan(*a, True), list(ssd.values()), 0),
-        "convolution": (lambda x, w: ops.causal_conv1d(x, w, None, "silu"), [y, torch.randn(16, 4)], 0),
+        "convolution": (lambda x, w: ops.causal_conv1d(x, w, None, "silu"), [y, torch.randn(16, 4)], 1),
         "select": (lambda s, p: ops.select_tokens(s, p, s.shape[1], 1, 1, 2, 4), [y[:, 0], positions], 1),
         "select real": (
             lambda s, p, r, n: ops.select_real_tokens(s, p, r, n, s.shape[1], 1, 1, 2, 4),

@@ -33,13 +33,13 @@ class Usage:
 
 
 def usage(kernel: Any, config: Any, types: dict[str, str], constants: dict[str, Any], capability: int) -> Usage:
-    """Compile one configuration of an autotuned kernel for `sm_<capability>`.
+    """Compile one configuration of a kernel for `sm_<capability>`.
 
     Args:
         types: by argument; one that is not named is an `i32`.
         constants: arguments known to the compiler: block sizes, switches, strides of 1.
     """
-    function = kernel.fn
+    function = kernel.fn if isinstance(kernel, triton.runtime.Autotuner) else kernel
     constants = {**constants, **config.kwargs}
     names = list(inspect.signature(function.fn).parameters)
     unknown = (types.keys() | constants.keys()) - set(names)

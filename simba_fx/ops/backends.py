@@ -1,8 +1,8 @@
 """Which code runs an operator on a device: kept apart from the operators, so that they read as their definitions.
 
-CPU: the C++ kernels where they can be built. CUDA: mamba_ssm's scans where they can be imported, Triton kernels for
-everything that those do not do. Else, and for operands that those do not take, PyTorch. Projections come grouped here:
-B and C of a selective scan are `(B, G, N, L)`.
+CPU: the C++ kernels where they can be built. CUDA: Triton kernels; for Mamba-2's scan mamba_ssm's, where that can be
+imported. Else, and for operands that those do not take, PyTorch. Projections come grouped here: B and C of a selective
+scan are `(B, G, N, L)`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def kernel_path(device_type: str) -> str:
         found = native.load()
         return f"torch ({found})" if isinstance(found, str) else found.description
     if device_type == "cuda":
-        there = {"mamba_ssm": cuda.selective_scan_fn(), "triton": triton_kernels()}
+        there = {"mamba_ssm": cuda.ssd_scan_fn(), "triton": triton_kernels()}
         names = [f"{name} {importlib.metadata.version(name)}" for name, kernels in there.items() if kernels is not None]
         return ", ".join(names) or "torch (neither mamba_ssm nor Triton can be imported)"
     return f"torch (no kernels for {device_type})"
@@ -37,11 +37,6 @@ def kernel_path(device_type: str) -> str:
 def on_gpu(operand: Tensor) -> bool:
     """Whether operands on such a device take the CUDA paths. (Tests of these say yes to the CPU.)"""
     return operand.device.type == "cuda"
-
-
-def channel_last(operand: Tensor) -> bool:
-    """Whether `(B, D, L)` results lie channel-last: what the matmul that follows reads. CUDA kernels write rows."""
-    return operand.device.type == "cpu" and not on_gpu(operand)
 
 
 @functools.cache
@@ -61,6 +56,15 @@ def has_triton(*_: Any) -> bool:
 def triton_for(operand: Tensor) -> Any:
     """The Triton kernels for operands on such a device, or None."""
     return triton_kernels() if on_gpu(operand) else None
+
+
+MOST_STATES = 64
+"""States of a channel that a thread's registers hold (`simba_fx.ops.triton.scan`)."""
+
+
+def triton_scan(operand: Tensor, states: int) -> Any:
+    """The Triton kernels for a selective scan or its score, or None."""
+    return triton_for(operand) if states <= MOST_STATES else None
 
 
 def traced() -> AbstractContextManager[Any]:
@@ -87,14 +91,12 @@ def selective_scan(
     delta_softplus: bool,
 ) -> tuple[Tensor, Tensor]:
     """y `(B, D, L)` in the operator's layout, last state `(B, D, N)`."""
-    if on_gpu(u) and cuda.selective_scan_fn() is not None:
-        return cuda.selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
-    if (kernels := triton_for(u)) is not None:
+    if (kernels := triton_scan(u, A.shape[1])) is not None:
         y, last = kernels.scan.selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
         return y, last
     run = native.selective_scan if _native_scan(u, A.shape[1]) else chunked.selective_scan
     y, last = run(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
-    return token_layout(y), last
+    return y.transpose(1, 2), last
 
 
 def selective_scan_backward(
@@ -111,7 +113,7 @@ def selective_scan_backward(
     delta_softplus: bool,
 ) -> tuple[Tensor, ...]:
     """Float32 gradients of u, delta, A, B, C, D, z, delta_bias."""
-    if (kernels := triton_for(u)) is not None:
+    if (kernels := triton_scan(u, A.shape[1])) is not None:
         gradients: tuple[Tensor, ...] = kernels.scan.selective_scan_backward(
             dy, dlast, u, delta, A, B, C, D, z, delta_bias, delta_softplus
         )
@@ -138,18 +140,23 @@ def selective_score(
 
 def ssd_scan(
     x: Tensor,
-    step: Tensor,
+    dt: Tensor,
     A: Tensor,
     B: Tensor,
     C: Tensor,
     D: Tensor | None,
     z: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    dt_min: float,
+    dt_max: float,
     chunk_size: int,
 ) -> tuple[Tensor, Tensor]:
-    """y `(B, L, H, P)`, last state `(B, H, P, N)`; `step` `(B, L, H)` float32 is final: softplus and clamp are done."""
+    """y `(B, L, H, P)`, last state `(B, H, P, N)`."""
+    if on_gpu(x) and cuda.ssd_scan_fn() is not None:
+        return cuda.ssd_scan(x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_min, dt_max, chunk_size)
+    step = chunked_ssd.ssd_step_size(dt, dt_bias, dt_softplus, dt_min, dt_max)
     if on_gpu(x):
-        if cuda.ssd_scan_fn() is not None:
-            return cuda.ssd_scan(x, step, A, B, C, D, z, chunk_size)
         return chunked_ssd.ssd_scan_at_once(x, step, A, B, C, D, z, chunk_size)
     if _native_scan(x, B.shape[3]):
         return native.ssd_scan(x, step, A, B, C, D, z)
@@ -157,17 +164,11 @@ def ssd_scan(
 
 
 def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
-    """`(B, D, L)` in the operator's layout and x's dtype."""
-    taps = weight.shape[1]
-    if on_gpu(x) and 2 <= taps <= 4 and cuda.causal_conv1d_fn() is not None:
-        return cuda.causal_conv1d(x, weight, bias, silu)
-    if x.device.type == "cpu" and not on_gpu(x) and native.supports_taps(taps):
-        return token_layout(native.causal_conv1d(x, weight, bias, silu))
+    """`(B, D, L)` channel-last, in x's dtype."""
+    if (kernels := triton_for(x)) is not None:
+        fused: Tensor = kernels.conv.causal_conv1d(x, weight, bias, silu)
+        return fused
+    if x.device.type == "cpu" and not on_gpu(x) and native.supports_taps(weight.shape[1]):
+        return native.causal_conv1d(x, weight, bias, silu).transpose(1, 2)
     y = chunked.causal_conv1d(x, weight, bias)
-    return token_layout((F.silu(y) if silu else y).to(x.dtype))
-
-
-def token_layout(y: Tensor) -> Tensor:
-    """`(B, L, D)` contiguous -> `(B, D, L)`, channel-last on CPU and contiguous elsewhere."""
-    y = y.transpose(1, 2)
-    return y if channel_last(y) else y.contiguous()
+    return (F.silu(y) if silu else y).to(x.dtype).transpose(1, 2)

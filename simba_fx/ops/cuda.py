@@ -1,8 +1,9 @@
-"""The kernels of mamba_ssm and causal_conv1d, when they can be imported: forward passes on CUDA.
+"""Mamba-2's scan by mamba_ssm's kernels, when they can be imported: forward passes on CUDA.
 
-Not run by this project's own tests, which have no GPU: kept to what the packages document (mamba-ssm 2.3.2,
-causal-conv1d 1.7). Backward passes take the PyTorch path on CUDA: the packages' own sit behind autograd functions,
-which do not record inside an operator, and mamba_ssm drops the gradient of `last_state`. Letters: see `simba_fx.ops`.
+Kept to what the package documents (mamba-ssm 2.3.2). Its selective scan and causal_conv1d are not called: on an H200
+they took two to three times as long as ours (docs/kernels.md), which also read and write the layouts that the matrix
+products beside them have. Backward passes take the PyTorch path: the package's own sit behind autograd functions, which
+do not record inside an operator, and drop the gradient of `last_state`. Letters: see `simba_fx.ops`.
 """
 
 from __future__ import annotations
@@ -24,51 +25,28 @@ def _function(module: str, name: str) -> Any:
         return None
 
 
-def selective_scan_fn() -> Any:
-    """`mamba_ssm`'s selective scan, or None."""
-    return _function("mamba_ssm.ops.selective_scan_interface", "selective_scan_fn")
-
-
 def ssd_scan_fn() -> Any:
     """`mamba_ssm`'s SSD scan, or None."""
     return _function("mamba_ssm.ops.triton.ssd_combined", "mamba_chunk_scan_combined")
 
 
-def causal_conv1d_fn() -> Any:
-    """`causal_conv1d`'s convolution, or None."""
-    return _function("causal_conv1d", "causal_conv1d_fn")
-
-
-def selective_scan(
-    u: Tensor,
-    delta: Tensor,
+def ssd_scan(
+    x: Tensor,
+    dt: Tensor,
     A: Tensor,
     B: Tensor,
     C: Tensor,
     D: Tensor | None,
     z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    dt_min: float,
+    dt_max: float,
+    chunk_size: int,
 ) -> tuple[Tensor, Tensor]:
-    """As `chunked.selective_scan`, but y is `(B, D, L)`. The kernel wants one dtype: float32 where operands differ."""
-    mixed = any(t is not None and t.dtype != u.dtype for t in (delta, B, C, z))
-    dtype = torch.float32 if mixed else u.dtype
-    u_, delta_, B_, C_, z_ = (None if t is None else t.to(dtype) for t in (u, delta, B, C, z))
-    D_, bias = (None if t is None else t.float() for t in (D, delta_bias))
-    y, last = selective_scan_fn()(u_, delta_, A.float(), B_, C_, D_, z_, bias, delta_softplus, return_last_state=True)
-    return y.to(u.dtype).contiguous(), last
-
-
-def ssd_scan(
-    x: Tensor, step: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None, chunk_size: int
-) -> tuple[Tensor, Tensor]:
-    """As `chunked_ssd.ssd_scan`."""
-    y, last = ssd_scan_fn()(x, step, A.float(), B, C, chunk_size, D=D, z=z, return_final_states=True)
-    return y.to(x.dtype).contiguous(), last.float()
-
-
-def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
-    """Convolution and activation, `(B, D, L)` in x's dtype; 2 to 4 taps."""
-    weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
-    y: Tensor = causal_conv1d_fn()(x.contiguous(), weight, bias, activation="silu" if silu else None)
-    return y
+    """As `backends.ssd_scan`; the step size is found by the kernels as well."""
+    y, last = ssd_scan_fn()(
+        x, dt, A.float(), B, C, chunk_size, D=D, z=z, dt_bias=dt_bias, dt_softplus=dt_softplus,
+        dt_limit=(dt_min, dt_max), return_final_states=True,
+    )  # fmt: skip
+    return y.to(x.dtype).contiguous(), last.float().contiguous()

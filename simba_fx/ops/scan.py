@@ -39,11 +39,10 @@ def _check_groups(sharing: int, *groups: int) -> None:
 
 
 def _token_output(like: Tensor) -> Tensor:
-    """Room for a `(B, D, L)` result: channel-last (a transposed `(B, L, D)`) on CPU, plain contiguous elsewhere."""
+    """Room for a `(B, D, L)` result, channel-last (a transposed `(B, L, D)`): what the matrix product next to it reads.
+    A leading dimension of L would also be a slow one: kept counts are rarely multiples of 8."""
     rows, channels, length = like.shape
-    if backends.channel_last(like):
-        return like.new_empty(rows, length, channels).transpose(1, 2)
-    return like.new_empty(rows, channels, length)
+    return like.new_empty(rows, length, channels).transpose(1, 2)
 
 
 def _room(like: Tensor, operand: Tensor | None) -> Tensor:
@@ -67,10 +66,7 @@ def _fit_tokens(gradient: Tensor, operand: Tensor | None) -> Tensor:
     """`gradient` `(B, D, L)` in the dtype of its operand, as `_token_room` has it."""
     if operand is None:
         return gradient.new_empty(0)
-    gradient = gradient.to(operand.dtype)
-    if backends.channel_last(gradient):
-        return gradient.transpose(1, 2).contiguous().transpose(1, 2)
-    return gradient.contiguous()
+    return gradient.to(operand.dtype).transpose(1, 2).contiguous().transpose(1, 2)
 
 
 # --- Mamba-1 ---------------------------------------------------------------------------------------------------------
@@ -101,7 +97,7 @@ def selective_scan(
         D: skip `(D,)`. z: gate `(B, D, L)`. delta_bias: `(D,)`.
 
     Returns:
-        y `(B, D, L)` in u's dtype, channel-last on CPU; the last state `(B, D, N)`, float32.
+        y `(B, D, L)` in u's dtype, channel-last; the last state `(B, D, N)`, float32.
     """
     B, C = _grouped(B), _grouped(C)
     _check_groups(u.shape[1], B.shape[1], C.shape[1])
@@ -232,8 +228,7 @@ def ssd_scan(
         y `(B, L, H, P)` contiguous in x's dtype; the last state `(B, H, P, N)`, float32.
     """
     _check_groups(x.shape[2], B.shape[2], C.shape[2])
-    step = chunked_ssd.ssd_step_size(dt, dt_bias, dt_softplus, dt_min, dt_max)
-    return backends.ssd_scan(x, step, A, B, C, D, z, chunk_size)
+    return backends.ssd_scan(x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_min, dt_max, chunk_size)
 
 
 @ssd_scan.register_fake
@@ -335,7 +330,7 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None = None, activat
         activation: `"none"` or `"silu"`.
 
     Returns:
-        `(B, D, L)` in x's dtype, channel-last on CPU.
+        `(B, D, L)` in x's dtype, channel-last.
     """
     return backends.causal_conv1d(x, weight, bias, _is_silu(activation))
 
@@ -380,24 +375,25 @@ causal_conv1d.register_autograd(_differentiate_causal_conv1d, setup_context=_sav
 # --- In graphs for a GPU ---------------------------------------------------------------------------------------------
 
 
-def _has_no_package(*args: Any) -> bool:
-    return cuda.selective_scan_fn() is None and backends.has_triton()
-
-
-def _has_no_ssd_package(*args: Any) -> bool:
+def _has_no_ssd_package(*_: Any) -> bool:
     return cuda.ssd_scan_fn() is None
 
 
-def _has_no_conv_package(*args: Any) -> bool:
-    return cuda.causal_conv1d_fn() is None
-
-
-def _always(*args: Any) -> bool:
+def _always(*_: Any) -> bool:
     return True
 
 
-inline_on_gpu(selective_scan, _has_no_package)
-inline_on_gpu(selective_scan_backward, backends.has_triton)
+def _as_triton(*operands: Any) -> bool:
+    """Whether the scan with these operands, the third of which is A, is a Triton kernel."""
+    return backends.triton_scan(operands[0], operands[2].shape[1]) is not None
+
+
+def _backward_as_triton(*operands: Any) -> bool:
+    return _as_triton(*operands[2:])
+
+
+inline_on_gpu(selective_scan, _as_triton)
+inline_on_gpu(selective_scan_backward, _backward_as_triton)
 inline_on_gpu(ssd_scan, _has_no_ssd_package)
-inline_on_gpu(causal_conv1d, _has_no_conv_package)
+inline_on_gpu(causal_conv1d, _always)
 inline_on_gpu(causal_conv1d_backward, _always)

@@ -90,7 +90,7 @@ def selective_token_score(
     _check(criterion)
     B, C = _grouped(B), _grouped(C)
     _check_groups(u.shape[1], B.shape[1], C.shape[1])
-    if (kernels := backends.triton_for(u)) is not None and criterion in ("simba", "simba-abs"):
+    if (kernels := backends.triton_scan(u, A.shape[1])) is not None and criterion in ("simba", "simba-abs"):
         absolute = criterion == "simba-abs"
         fused: Tensor = kernels.score.selective_token_score(
             u, delta, A, B, C, delta_bias, delta_softplus, real, tail, absolute
@@ -171,18 +171,19 @@ def ssd_token_score(
         CriterionError: for an unknown criterion.
     """
     _check(criterion)
-    if (kernels := backends.triton_for(x)) is not None and criterion in ("simba", "simba-abs", "no-decay"):
-        fused: Tensor = kernels.score.ssd_token_score(
-            x, dt, A, B, C, dt_bias, dt_softplus, dt_min, dt_max, real, tail, criterion
-        )
-        return fused
     rows, length, _, _ = x.shape
     groups = B.shape[2]
     query = query_position(real, tail, rows=rows, length=length, device=x.device)
+    if (kernels := backends.triton_for(x)) is not None and criterion in ("simba", "simba-abs", "no-decay"):
+        response = (_at_query(C, query, 1).float() * B.float()).sum(3)
+        fused: Tensor = kernels.score.ssd_token_score(
+            x, dt, A, dt_bias, dt_softplus, dt_min, dt_max, response, real, tail, criterion
+        )
+        return fused
     until = _until(query, length)
     step = chunked_ssd.ssd_step_size(dt, dt_bias, dt_softplus, dt_min, dt_max)
     if criterion == "clip":
-        y, _ = backends.ssd_scan(x, step, A, B, C, None, None, 256)
+        y, _ = backends.ssd_scan(x, dt, A, B, C, None, None, dt_bias, dt_softplus, dt_min, dt_max, 256)
         score = y.float().clamp_(min=0).mean((2, 3))
     elif criterion == "delta-norm":
         score = step.norm(dim=2)
@@ -224,10 +225,14 @@ def _(
 ssd_token_score.register_autograd(_no_gradients, setup_context=_never_differentiable)
 
 
-def _is_one_kernel(*args: Any) -> bool:
-    """Whether a score with these arguments, of which the criterion is the last, is a Triton kernel."""
-    return backends.has_triton() and args[-1] in ("simba", "simba-abs")
+def _selective_as_triton(*args: Any) -> bool:
+    """Whether a score with these arguments, of which the criterion is the last, is made of Triton kernels."""
+    return args[-1] in ("simba", "simba-abs") and backends.triton_scan(args[0], args[2].shape[1]) is not None
 
 
-inline_on_gpu(selective_token_score, _is_one_kernel)
-inline_on_gpu(ssd_token_score, _is_one_kernel)
+def _ssd_as_triton(*args: Any) -> bool:
+    return args[-1] in ("simba", "simba-abs", "no-decay") and backends.has_triton()
+
+
+inline_on_gpu(selective_token_score, _selective_as_triton)
+inline_on_gpu(ssd_token_score, _ssd_as_triton)

@@ -1,9 +1,10 @@
-"""Scores as Triton kernels: one launch each, time walked backwards from every row's query. Letters: `simba_fx.ops`.
+"""Scores as Triton kernels. Letters: `simba_fx.ops`.
 
-A program takes a tile of channels (Mamba-1) or one head (Mamba-2) of one row and carries `R_t` of its channels. What
-it finds largest is merged by an atomic maximum, whose result does not depend on the order. The exponentials are most of
-the work, so a program leaves out the states that have decayed to nothing in all of its channels, and the tokens
-before which all have.
+Time is cut into chunks, walked backwards from every row's query. Two small launches find the steps that lie between a
+chunk's end and the query; then all chunks of all channels are scored at once. Mamba-1: a thread owns whole channels
+and reads `B_t` once for all of them, and what a program's channels hold largest is merged by an atomic maximum, whose
+result does not depend on the order; a chunk in which every state has decayed to nothing is left out. Mamba-2: a
+program sees all heads of its tokens, so that nothing is merged.
 """
 
 from __future__ import annotations
@@ -22,6 +23,12 @@ from simba_fx.ops.triton.common import (
     tuned,
     vanishing_exp2,
 )
+from simba_fx.ops.triton.scan import tile
+
+CHUNK = 64
+"""Tokens of a chunk of the selective score."""
+SSD_CHUNK = 16
+"""Tokens of a chunk of the SSD score."""
 
 
 @triton.jit
@@ -33,96 +40,149 @@ def _query(real, row, length, tail, REAL: tl.constexpr):
         return length - tail
 
 
-@triton.jit
-def _merge(score, t, best, inside):
-    """`score[t] = max(score[t], best)`. (The maximum compares bits: a zero must have no sign.)"""
-    tl.atomic_max(score + t, tl.where(best == 0.0, 0.0, best), mask=inside, sem="relaxed")
-
-
-@triton.jit
-def _nothing_before(score, end, BLOCK_T: tl.constexpr):
-    """Tokens before `end` contribute 0 here."""
-    while end > 0:
-        t = end - BLOCK_T + tl.arange(0, BLOCK_T)
-        _merge(score, t, tl.zeros((BLOCK_T,), tl.float32), t >= 0)
-        end -= BLOCK_T
-
-
-@triton.jit
-def _zero_after(score, query, length, BLOCK_T: tl.constexpr):
-    """Tokens after the query have no score."""
-    start = tl.maximum(query + 1, 0)
-    while start < length:
-        t = start + tl.arange(0, BLOCK_T)
-        tl.store(score + t, tl.zeros((BLOCK_T,), tl.float32), mask=t < length)
-        start += BLOCK_T
-
-
-@tuned([({"BLOCK_T": 64, "BLOCK_D": 16}, 8), ({"BLOCK_T": 32, "BLOCK_D": 16}, 4), ({"BLOCK_T": 32, "BLOCK_D": 32}, 8),
-        ({"BLOCK_T": 64, "BLOCK_D": 8}, 4)], key=["channels", "states"])  # fmt: skip
-@triton.jit(do_not_specialize=["tail", "length"])
-def selective_score_kernel(
-    u, delta, A, B, C, bias, real, score, tail, length, channels, states, groups,
-    u_row, u_channel, u_token, delta_row, delta_channel, delta_token, A_channel, A_state,
-    B_row, B_group, B_state, B_token, C_row, C_group, C_state, C_token,
-    BLOCK_N: tl.constexpr, SOFTPLUS: tl.constexpr, BIAS: tl.constexpr, REAL: tl.constexpr, ABSOLUTE: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+@triton.jit(do_not_specialize=["dt_min", "dt_max", "tail", "length", "chunk"])
+def step_sums_kernel(
+    dt, bias, real, sums, score, dt_min, dt_max, tail, length, chunk, channels, dt_row, dt_token, dt_channel,
+    SOFTPLUS: tl.constexpr, BIAS: tl.constexpr, CLAMP: tl.constexpr, REAL: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(1).to(tl.int64)
-    width = channels // groups
-    tiles = tl.cdiv(width, BLOCK_D)
-    group = tl.program_id(0) // tiles
-    in_group = tl.program_id(0) % tiles * BLOCK_D + tl.arange(0, BLOCK_D)
-    d = group * width + in_group
-    exists = in_group < width
-
-    score += row * length
+    """`sums` `(B, chunks, D)`: the steps of each chunk up to the query. `score` starts at -inf up to there, then 0."""
+    row = tl.program_id(2).to(tl.int64)
+    d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    exists = d < channels
+    first = tl.program_id(1) * chunk
+    i = tl.arange(0, BLOCK_T)
     query = _query(real, row, length, tail, REAL)
     if tl.program_id(0) == 0:
-        _zero_after(score, query, length, BLOCK_T)
-    u += row * u_row + d.to(tl.int64) * u_channel
-    delta += row * delta_row + d.to(tl.int64) * delta_channel
-    B += row * B_row + group * B_group
-    C += row * C_row + group * C_group + tl.maximum(query, 0).to(tl.int64) * C_token
+        for start in range(0, chunk, BLOCK_T):
+            t = first + start + i
+            tl.store(score + row * length + t, tl.where(t <= query, float("-inf"), 0.0),
+                     mask=(t < first + chunk) & (t < length))  # fmt: skip
     shift = tl.zeros((BLOCK_D,), tl.float32)
     if BIAS:
         shift = tl.load(bias + d, mask=exists, other=0.0).to(tl.float32)
-    i = tl.arange(0, BLOCK_T)
-    n = tl.arange(0, BLOCK_N)
-    there = (n[:, None] < states) & exists[None, :]
-    rates = LOG2E * tl.load(A + n[:, None] * A_state + d[None, :] * A_channel, mask=there, other=0.0).to(tl.float32)
+    low, high = tl.cast(dt_min, tl.float32), tl.cast(dt_max, tl.float32)  # a compiled graph hands over float64
+    dt += row * dt_row + d.to(tl.int64) * dt_channel
+    total = tl.zeros((BLOCK_D,), tl.float32)
+    for start in range(0, chunk, BLOCK_T):
+        t = first + start + i
+        counts = (t <= query) & (t < first + chunk)
+        at = dt[None, :] + t.to(tl.int64)[:, None] * dt_token
+        step = tl.load(at, mask=counts[:, None] & exists[None, :], other=0.0).to(tl.float32)
+        step = step_size(step, shift[None, :], SOFTPLUS)
+        if CLAMP:
+            step = tl.minimum(tl.maximum(step, low), high)
+        total += tl.sum(tl.where(counts[:, None], step, 0.0), axis=0)
+    tl.store(sums + (row * tl.num_programs(1) + tl.program_id(1)) * channels + d, total, mask=exists)
 
-    remaining = tl.zeros((BLOCK_D,), tl.float32)  # R of the first token behind the tile
-    end = query + 1
-    alive = states
-    while (end > 0) & (alive > 0):
-        first = end - BLOCK_T
-        t = first + i
-        mask = (t >= 0)[:, None] & exists[None, :]
-        at = (delta + first.to(tl.int64) * delta_token)[None, :] + i[:, None] * delta_token
-        dt = step_size(tl.load(at, mask=mask, other=0.0).to(tl.float32), shift[None, :], SOFTPLUS)
-        behind = mask & (t < query)[:, None]
-        after = tl.load(at + delta_token, mask=behind, other=0.0).to(tl.float32)
-        after = tl.where(behind, step_size(after, shift[None, :], SOFTPLUS), 0.0)
-        at = (u + first.to(tl.int64) * u_token)[None, :] + i[:, None] * u_token
-        gain = dt * tl.load(at, mask=mask, other=0.0).to(tl.float32)
-        R = tl.cumsum(after, axis=0, reverse=True) + remaining[None, :]
-        remaining += tl.sum(after, axis=0)
-        response = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
-        projection = B + first.to(tl.int64) * B_token
-        for state in range(alive):
-            rate = LOG2E * tl.load(A + state * A_state + d * A_channel, mask=exists, other=0.0).to(tl.float32)
-            weight = tl.load(projection + state * B_state + i * B_token, mask=t >= 0, other=0.0).to(tl.float32)
-            weight *= tl.load(C + state * C_state).to(tl.float32)
-            response += vanishing_exp2(R * rate[None, :]) * weight[:, None]
-        share = gain * response
-        if ABSOLUTE:
-            share = tl.abs(share)
-        _merge(score, t, tl.max(tl.where(mask, share, float("-inf")), axis=1), t >= 0)
-        end -= BLOCK_T
-        holds = there & (remaining[None, :] * rates >= GONE)
-        alive = tl.max(tl.max(tl.where(holds, n[:, None] + 1, 0), axis=1), axis=0)
-    _nothing_before(score, end, BLOCK_T)
+
+@triton.jit(do_not_specialize=["chunks"])
+def suffix_kernel(sums, chunks, channels, AHEAD: tl.constexpr, BLOCK_D: tl.constexpr):
+    """`sums` `(B, chunks, D)` in place: what lies behind each chunk."""
+    row = tl.program_id(1).to(tl.int64)
+    d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    exists = d < channels
+    sums += row * chunks * channels + d
+    index = tl.zeros((BLOCK_D,), tl.int64)
+    behind = tl.zeros((BLOCK_D,), tl.float32)
+    for start in range(0, chunks, AHEAD):
+        found = ()
+        for i in tl.static_range(AHEAD):  # what is read does not depend on what is written: read it first
+            at = index + (chunks - 1 - start - i)
+            found = found + (tl.load(sums + at * channels, mask=exists & (at >= 0), other=0.0),)
+        for i in tl.static_range(AHEAD):
+            at = index + (chunks - 1 - start - i)
+            tl.store(sums + at * channels, behind, mask=exists & (at >= 0))
+            behind += found[i]
+
+
+def _steps_behind(
+    dt: Tensor,
+    bias: Tensor | None,
+    softplus: bool,
+    limits: tuple[float, float] | None,
+    real: Tensor | None,
+    tail: int,
+    chunk: int,
+) -> tuple[Tensor, Tensor]:
+    """Of a raw step `(B, L, D)`: the steps between each chunk's end and the query `(B, chunks, D)`, and a score `(B, L)`
+    that is -inf up to the query and 0 behind it."""
+    rows, length, channels = dt.shape
+    chunks = triton.cdiv(length, chunk)
+    sums = dt.new_empty(rows, chunks, channels, dtype=torch.float32)
+    score = dt.new_empty(rows, length, dtype=torch.float32)
+    low, high = limits or (0.0, 0.0)
+    launch(step_sums_kernel)[triton.cdiv(channels, 128), chunks, rows](
+        dt, dt if bias is None else bias, dt if real is None else real, sums, score, low, high, tail, length, chunk,
+        channels, *dt.stride(), SOFTPLUS=softplus, BIAS=bias is not None, CLAMP=limits is not None,
+        REAL=real is not None, BLOCK_T=16, BLOCK_D=128,
+    )  # fmt: skip
+    launch(suffix_kernel)[triton.cdiv(channels, 128), rows](sums, chunks, channels, AHEAD=8, BLOCK_D=128)
+    return sums, score
+
+
+@tuned([({"BLOCK_D": 128}, 1), ({"BLOCK_D": 64}, 1)], key=["channels", "states"])
+@triton.jit(do_not_specialize=["tail", "length", "chunk"])
+def selective_score_kernel(
+    u, delta, A, B, C, bias, real, behind, score, tail, length, chunk, channels, groups,
+    u_row, u_channel, u_token, delta_row, delta_channel, delta_token, A_channel, A_state,
+    B_row, B_group, B_state, B_token, C_row, C_group, C_state, C_token,
+    states: tl.constexpr, SOFTPLUS: tl.constexpr, BIAS: tl.constexpr, REAL: tl.constexpr, ABSOLUTE: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(2).to(tl.int64)
+    group, d, exists = tile(channels, groups, BLOCK_D)
+    wide = d.to(tl.int64)
+    query = _query(real, row, length, tail, REAL)
+    first = tl.program_id(1) * chunk
+    last = tl.minimum(tl.minimum(first + chunk, length) - 1, query)
+    u += row * u_row + wide * u_channel
+    delta += row * delta_row + wide * delta_channel
+    B += row * B_row + group * B_group
+    C += row * C_row + group * C_group + tl.maximum(query, 0).to(tl.int64) * C_token
+    score += row * length
+    shift = tl.zeros((BLOCK_D,), tl.float32)
+    if BIAS:
+        shift = tl.load(bias + d, mask=exists, other=0.0).to(tl.float32)
+    at = row * tl.num_programs(1) + tl.program_id(1)
+    remaining = tl.load(behind + at * channels + d, mask=exists, other=0.0)  # R of the token that is next
+    rates = ()
+    outputs = ()
+    slowest = tl.full((BLOCK_D,), float("-inf"), tl.float32)
+    for n in tl.static_range(states):
+        rate = tl.load(A + d * A_channel + n * A_state, mask=exists, other=0.0).to(tl.float32) * LOG2E
+        rates = rates + (rate,)
+        outputs = outputs + (tl.load(C + n * C_state).to(tl.float32),)
+        slowest = tl.maximum(slowest, rate)
+    alive = tl.max(tl.where(exists & (slowest * remaining >= GONE), 1, 0), axis=0)
+    if (alive > 0) & (last >= first):
+        # a token's channels are read while the token behind it is worked on
+        from_last = tl.cast(last, tl.int64)
+        next_raw = tl.load(delta + from_last * delta_token, mask=exists, other=0.0)
+        next_value = tl.load(u + from_last * u_token, mask=exists, other=0.0)
+        for i in range(0, last - first + 1):
+            t = from_last - i
+            raw = next_raw.to(tl.float32)
+            value = next_value.to(tl.float32)
+            ahead = tl.maximum(t - 1, first)
+            next_raw = tl.load(delta + ahead * delta_token, mask=exists, other=0.0)
+            next_value = tl.load(u + ahead * u_token, mask=exists, other=0.0)
+            dt = step_size(raw, shift, SOFTPLUS)
+            response = tl.zeros((BLOCK_D,), tl.float32)
+            for n in tl.static_range(states):
+                weight = tl.load(B + t * B_token + n * B_state).to(tl.float32) * outputs[n]
+                response += vanishing_exp2(rates[n] * remaining) * weight
+            remaining += dt
+            share = dt * value * response
+            if ABSOLUTE:
+                share = tl.abs(share)
+            best = tl.max(tl.where(exists, share, float("-inf")), axis=0)
+            # the maximum compares bits: a zero must have no sign
+            tl.atomic_max(score + t, tl.where(best == 0.0, 0.0, best), sem="relaxed")
+    else:
+        for start in range(first, last + 1, 64):
+            slot = start + tl.arange(0, 64)
+            tl.atomic_max(score + slot, tl.zeros((64,), tl.float32), mask=slot <= last, sem="relaxed")
 
 
 def selective_token_score(
@@ -139,109 +199,106 @@ def selective_token_score(
 ) -> Tensor:
     """`ops.selective_token_score` by "simba" or "simba-abs", with B and C `(B, G, N, L)`: `(B, L)` float32."""
     rows, channels, length = u.shape
-    groups, states = B.shape[1], A.shape[1]
-    score = torch.full((rows, length), -torch.inf, dtype=torch.float32, device=u.device)
+    groups = B.shape[1]
+    real = None if real is None else real.contiguous()
+    behind, score = _steps_behind(delta.transpose(1, 2), delta_bias, delta_softplus, None, real, tail, CHUNK)
 
-    def grid(meta: dict[str, int]) -> tuple[int, int]:
-        return groups * triton.cdiv(channels // groups, meta["BLOCK_D"]), rows
+    def grid(meta: dict[str, int]) -> tuple[int, int, int]:
+        return groups * triton.cdiv(channels // groups, meta["BLOCK_D"]), triton.cdiv(length, CHUNK), rows
 
     launch(selective_score_kernel)[grid](
-        u, delta, A, B, C, A if delta_bias is None else delta_bias, A if real is None else real.contiguous(), score,
-        tail, length, channels, states, groups, *u.stride(), *delta.stride(), *A.stride(), *B.stride(), *C.stride(),
-        BLOCK_N=triton.next_power_of_2(states), SOFTPLUS=delta_softplus, BIAS=delta_bias is not None,
-        REAL=real is not None, ABSOLUTE=absolute,
+        u, delta, A, B, C, A if delta_bias is None else delta_bias, A if real is None else real, behind, score,
+        tail, length, CHUNK, channels, groups, *u.stride(), *delta.stride(), *A.stride(), *B.stride(), *C.stride(),
+        states=A.shape[1], SOFTPLUS=delta_softplus, BIAS=delta_bias is not None, REAL=real is not None,
+        ABSOLUTE=absolute,
     )  # fmt: skip
     return score
 
 
-@tuned([({"BLOCK_T": 32}, 8), ({"BLOCK_T": 16}, 8), ({"BLOCK_T": 32}, 16)], key=["heads", "width", "states"])
-@triton.jit(do_not_specialize=["tail", "length"])
+@tuned([({"BLOCK_H": 4}, 4), ({"BLOCK_H": 8}, 8), ({"BLOCK_H": 2}, 2)], key=["heads", "width"])
+@triton.jit(do_not_specialize=["dt_min", "dt_max", "tail", "length"])
 def ssd_score_kernel(
-    x, dt, A, B, C, bias, real, score, dt_min, dt_max, tail, length, heads, width, states, groups,
+    x, dt, A, bias, weights, real, behind, score, dt_min, dt_max, tail, length, heads, width, groups,
     x_row, x_token, x_head, x_channel, dt_row, dt_token, dt_head, A_head,
-    B_row, B_token, B_group, B_state, C_row, C_token, C_group, C_state,
-    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, SOFTPLUS: tl.constexpr, BIAS: tl.constexpr, REAL: tl.constexpr,
-    ABSOLUTE: tl.constexpr, DECAY: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_P: tl.constexpr, SOFTPLUS: tl.constexpr, BIAS: tl.constexpr, REAL: tl.constexpr,
+    ABSOLUTE: tl.constexpr, DECAY: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
+    """A program scores a chunk of BLOCK_T tokens; `weights` `(B, L, G)` float32 hold `C_q . B_t`."""
     row = tl.program_id(1).to(tl.int64)
-    head = tl.program_id(0)
-    group = head // (heads // groups)
-    score += row * length
+    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     query = _query(real, row, length, tail, REAL)
-    if head == 0:
-        _zero_after(score, query, length, BLOCK_T)
-    x += row * x_row + head * x_head
-    dt += row * dt_row + head * dt_head
-    B += row * B_row + group * B_group
-    C += row * C_row + group * C_group + tl.maximum(query, 0).to(tl.int64) * C_token
-    rate = LOG2E * tl.load(A + head * A_head).to(tl.float32)
-    shift = 0.0
-    if BIAS:
-        shift = tl.load(bias + head).to(tl.float32)
-    i = tl.arange(0, BLOCK_T)
-    n = tl.arange(0, BLOCK_N)
+    counts = t <= query
+    follows = t < query
+    in_chunk = tl.arange(0, BLOCK_T) < BLOCK_T - 1
+    low, high = tl.cast(dt_min, tl.float32), tl.cast(dt_max, tl.float32)  # a compiled graph hands over float64
+    far = t.to(tl.int64)
     p = tl.arange(0, BLOCK_P)
-    at_query = tl.load(C + n * C_state, mask=n < states, other=0.0).to(tl.float32)
-
-    remaining = 0.0
-    end = query + 1
-    alive = True
-    while (end > 0) & alive:
-        first = end - BLOCK_T
-        t = first + i
-        inside = t >= 0
-        far = first.to(tl.int64)
-        projection = tl.load(B + far * B_token + i[:, None] * B_token + n[None, :] * B_state,
-                             mask=inside[:, None] & (n < states)[None, :], other=0.0).to(tl.float32)  # fmt: skip
-        weight = tl.sum(projection * at_query[None, :], axis=1)
-        step = step_size(
-            tl.load(dt + far * dt_token + i * dt_token, mask=inside, other=0.0).to(tl.float32), shift, SOFTPLUS
-        )
-        weight *= tl.minimum(tl.maximum(step, dt_min), dt_max)
+    x += row * x_row
+    dt += row * dt_row
+    weights += (row * length + far) * groups
+    behind += (row * tl.num_programs(0) + tl.program_id(0)) * heads
+    best = tl.full((BLOCK_T,), float("-inf"), tl.float32)
+    for head in range(0, heads, BLOCK_H):
+        h = head + tl.arange(0, BLOCK_H)
+        exists = h < heads
+        both = counts[:, None] & exists[None, :]
+        shift = tl.zeros((BLOCK_H,), tl.float32)
+        if BIAS:
+            shift = tl.load(bias + h, mask=exists, other=0.0).to(tl.float32)
+        at = dt + far[:, None] * dt_token + h[None, :] * dt_head
+        step = step_size(tl.load(at, mask=both, other=0.0).to(tl.float32), shift[None, :], SOFTPLUS)
+        step = tl.minimum(tl.maximum(step, low), high)
+        weight = step * tl.load(weights[:, None] + (h // (heads // groups))[None, :], mask=both, other=0.0)
         if DECAY:
-            behind = inside & (t < query)
-            after = tl.load(dt + far * dt_token + (i + 1) * dt_token, mask=behind, other=0.0).to(tl.float32)
-            after = tl.minimum(tl.maximum(step_size(after, shift, SOFTPLUS), dt_min), dt_max)
-            after = tl.where(behind, after, 0.0)
-            weight *= vanishing_exp2((tl.cumsum(after, axis=0, reverse=True) + remaining) * rate)
-            remaining += tl.sum(after, axis=0)
-            alive = remaining * rate >= GONE
-        mask = inside[:, None] & (p < width)[None, :]
-        value = tl.load(x + far * x_token + i[:, None] * x_token + p[None, :] * x_channel, mask=mask, other=0.0).to(
-            tl.float32
-        )
-        share = weight[:, None] * value
+            rate = tl.load(A + h * A_head, mask=exists, other=0.0).to(tl.float32) * LOG2E
+            inside = (follows & in_chunk)[:, None] & exists[None, :]
+            after = step_size(tl.load(at + dt_token, mask=inside, other=0.0).to(tl.float32), shift[None, :], SOFTPLUS)
+            after = tl.where(inside, tl.minimum(tl.maximum(after, low), high), 0.0)
+            R = tl.cumsum(after, axis=0, reverse=True) + tl.load(behind + h, mask=exists, other=0.0)[None, :]
+            weight *= vanishing_exp2(R * rate[None, :])
+        mask = both[:, :, None] & (p < width)[None, None, :]
+        at = x + (far[:, None] * x_token + h.to(tl.int64)[None, :] * x_head)[:, :, None] + p[None, None, :] * x_channel
+        value = tl.load(at, mask=mask, other=0.0).to(tl.float32)
         if ABSOLUTE:
-            share = tl.abs(share)
-        _merge(score, t, tl.max(tl.where(mask, share, float("-inf")), axis=1), inside)
-        end -= BLOCK_T
-    _nothing_before(score, end, BLOCK_T)
+            share = tl.abs(weight) * tl.max(tl.abs(value), axis=2)
+        else:
+            in_width = (p < width)[None, None, :]  # what is masked otherwise counts as 0: no infinity is multiplied
+            high_value = tl.max(tl.where(in_width, value, float("-inf")), axis=2)
+            low_value = tl.min(tl.where(in_width, value, float("inf")), axis=2)
+            share = weight * tl.where(weight >= 0.0, high_value, low_value)
+        best = tl.maximum(best, tl.max(tl.where(both, share, float("-inf")), axis=1))
+    tl.store(score + row * length + t, tl.where(counts, best, 0.0), mask=t < length)
 
 
 def ssd_token_score(
     x: Tensor,
     dt: Tensor,
     A: Tensor,
-    B: Tensor,
-    C: Tensor,
     dt_bias: Tensor | None,
     dt_softplus: bool,
     dt_min: float,
     dt_max: float,
+    weights: Tensor,
     real: Tensor | None,
     tail: int,
     criterion: str,
 ) -> Tensor:
-    """`ops.ssd_token_score` by "simba", "simba-abs" or "no-decay": `(B, L)` float32."""
+    """`ops.ssd_token_score` by "simba", "simba-abs" or "no-decay": `(B, L)` float32.
+
+    `weights` `(B, L, G)` float32: the dot product of each token's `B_t` with C at the row's query.
+    """
     rows, length, heads, width = x.shape
-    groups, states = B.shape[2], B.shape[3]
-    score = torch.full((rows, length), -torch.inf, dtype=torch.float32, device=x.device)
-    launch(ssd_score_kernel)[(heads, rows)](
-        x, dt, A, B, C, A if dt_bias is None else dt_bias, A if real is None else real.contiguous(), score,
-        dt_min, dt_max, tail, length, heads, width, states, groups,
-        *x.stride(), *dt.stride(), *A.stride(), *B.stride(), *C.stride(),
-        BLOCK_P=triton.next_power_of_2(width), BLOCK_N=triton.next_power_of_2(states), SOFTPLUS=dt_softplus,
-        BIAS=dt_bias is not None, REAL=real is not None, ABSOLUTE=criterion == "simba-abs",
-        DECAY=criterion != "no-decay",
+    real = None if real is None else real.contiguous()
+    decay = criterion != "no-decay"
+    if decay:
+        limits = (dt_min, dt_max)
+        behind, score = _steps_behind(dt, dt_bias, dt_softplus, limits, real, tail, SSD_CHUNK)
+    else:
+        behind = score = x.new_empty(rows, length, dtype=torch.float32)
+    launch(ssd_score_kernel)[triton.cdiv(length, SSD_CHUNK), rows](
+        x, dt, A, A if dt_bias is None else dt_bias, weights.contiguous(), A if real is None else real, behind, score,
+        dt_min, dt_max, tail, length, heads, width, weights.shape[2], *x.stride(), *dt.stride(), *A.stride(),
+        BLOCK_T=SSD_CHUNK, BLOCK_P=triton.next_power_of_2(width), SOFTPLUS=dt_softplus, BIAS=dt_bias is not None,
+        REAL=real is not None, ABSOLUTE=criterion == "simba-abs", DECAY=decay,
     )  # fmt: skip
     return score
