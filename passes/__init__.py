@@ -3,6 +3,8 @@
 What each does, and what it needs before it:
 
     erase-sites       the markers of lifted calls go                       (kernels="auto"; else restore-kernels)
+    channel-last      step sizes lie as the scan reads them              (kernels="auto" as well)
+    drop-casts        no number is widened only to be narrowed again     (kernels="auto" as well)
     track-tokens      where each token stood in the input, which are real
     protect-tokens    where the tokens stand that a caller named           only with `query` or `protect`
     score-tokens      one score per cut, at the block's end                needs the scans' operands
@@ -23,6 +25,8 @@ if __name__ != "simba_fx.passes":
 
 from typing import Any
 
+from simba_fx.passes.channel_last import ChannelLast
+from simba_fx.passes.drop_casts import DropCasts
 from simba_fx.passes.erase_sites import EraseSites
 from simba_fx.passes.gather_survivors import GatherSurvivors
 from simba_fx.passes.outline_blocks import OutlineBlocks
@@ -35,6 +39,8 @@ from simba_fx.passes.track_tokens import TrackTokens
 from simba_fx.plan import Cut
 
 __all__ = [
+    "ChannelLast",
+    "DropCasts",
     "EraseSites",
     "GatherSurvivors",
     "OutlineBlocks",
@@ -54,7 +60,7 @@ def pipeline(cuts: tuple[Cut, ...], *, criterion: str = "simba", floor: int = 4,
     """The passes of one transform up to outlining, first to last."""
     own_kernels = kernels == "model"
     return (
-        *(() if own_kernels else (EraseSites(),)),
+        *(() if own_kernels else (EraseSites(), ChannelLast(), DropCasts())),
         TrackTokens(),
         *((ProtectTokens(query, protect),) if query is not None or protect else ()),
         ScoreTokens(cuts, criterion, floor, seed),

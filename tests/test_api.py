@@ -442,6 +442,8 @@ def test_explain_tells_what_each_pass_did_and_what_was_left_alone(make: Callable
     names = [heading.split("(")[0].removeprefix("== ") for heading in headings]
     assert names == [
         "EraseSites",
+        "ChannelLast",
+        "DropCasts",
         "TrackTokens",
         "ScoreTokens",
         "SelectTokens",
@@ -451,7 +453,7 @@ def test_explain_tells_what_each_pass_did_and_what_was_left_alone(make: Callable
     ]
     changed = dict(zip(names, (int(heading.split(": ")[-1].split()[0]) for heading in headings)))
     assert changed["ScoreTokens"] == changed["SelectTokens"] == changed["GatherSurvivors"] == 2
-    assert all(changed.values())
+    assert [name for name, sites in changed.items() if not sites] in (["DropCasts"], ["ChannelLast", "DropCasts"])
     inserted = [line for line in lines if line.startswith("+") and "selective_token_score(" in line]
     assert [line.split("# ")[1] for line in inserted] == ["score-tokens, block 0", "score-tokens, block 2"]
     parent = "layers" if "layers" in text.split("==")[-1] else "blocks"

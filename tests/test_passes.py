@@ -690,6 +690,8 @@ def test_a_pass_prints_as_its_configuration() -> None:
     lines = [repr(one.step) for one in (*runs(case, "full"), runs(case, "model's kernels")[-2])]
     assert lines == [
         "EraseSites()",
+        "ChannelLast()",
+        "DropCasts()",
         "TrackTokens()",
         "ScoreTokens(cuts=(0→3/4, 1→1/2), criterion='simba', floor=4, seed=0)",
         "SelectTokens(cuts=(0→3/4, 1→1/2), floor=4)",

@@ -12,7 +12,6 @@ import functools
 import importlib
 from typing import Any
 
-import torch
 from torch import Tensor
 
 

@@ -1,4 +1,7 @@
-"""The depthwise causal convolution as a Triton kernel: bound by memory, channel-last at full width. Letters: `simba_fx.ops`."""
+"""The depthwise causal convolution as a Triton kernel: bound by memory, channel-last at full width.
+
+Letters: see `simba_fx.ops`.
+"""
 
 from __future__ import annotations
 

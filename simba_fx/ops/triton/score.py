@@ -105,8 +105,8 @@ def _steps_behind(
     tail: int,
     chunk: int,
 ) -> tuple[Tensor, Tensor]:
-    """Of a raw step `(B, L, D)`: the steps between each chunk's end and the query `(B, chunks, D)`, and a score `(B, L)`
-    that is -inf up to the query and 0 behind it."""
+    """Of a raw step `(B, L, D)`: the steps between each chunk's end and the query `(B, chunks, D)`; and a score
+    `(B, L)` that is -inf up to the query and 0 behind it."""
     rows, length, channels = dt.shape
     chunks = triton.cdiv(length, chunk)
     sums = dt.new_empty(rows, chunks, channels, dtype=torch.float32)

@@ -7,8 +7,6 @@ mask twice more, from the L2 cache. Letters: `simba_fx.ops`; m slots of a region
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -180,10 +178,9 @@ def select(
     results: list[Tensor] = [torch.empty(rows, size, dtype=torch.int64, device=score.device) for size in sizes]
     if real is not None:
         results.append(torch.empty(rows, k, dtype=torch.bool, device=score.device))
-    nothing: Any = score
     launch(select_kernel)[(rows,)](
-        score.contiguous(), positions, nothing if real is None else real.contiguous(),
-        nothing if lengths is None else lengths, *results, *([] if real is not None else [nothing]),
+        score.contiguous(), positions, None if real is None else real.contiguous(), lengths, *results,
+        *([] if real is not None else [None]),
         slots, k, length, tail, share_p, share_q, floor, *positions.stride(), REAL=real is not None,
     )  # fmt: skip
     return tuple(results)
