@@ -71,6 +71,6 @@ def is_warm(cache: Any) -> bool:
 
 
 def new_cache(config: Any) -> Any:
-    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicCache  # Dynamo of torch 2.11 cannot import from the lazy package
 
     return DynamicCache(config=config)

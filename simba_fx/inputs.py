@@ -37,9 +37,10 @@ def _is(size: int, wanted: int) -> bool:
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The dtype that `torch.autocast` gives matrix products on this device right now; None: it is off."""
-    if not torch.amp.is_autocast_available(device.type) or not torch.is_autocast_enabled(device.type):
-        return None
-    return torch.get_autocast_dtype(device.type)
+    kind = device.type
+    # Dynamo of torch 2.11 cannot trace is_autocast_available; what is compiled runs on a device that has it, or on none
+    there = kind != "meta" if torch.compiler.is_dynamo_compiling() else torch.amp.is_autocast_available(kind)
+    return torch.get_autocast_dtype(kind) if there and torch.is_autocast_enabled(kind) else None
 
 
 def check_mask(mask: Tensor | None, rows: int, length: int, tail: int, named: Sequence[int] = ()) -> Tensor | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -179,7 +180,7 @@ def _call_as_module(program: Program, runtime: PlainRuntime) -> None:
         inputs = prepare(runtime, args, kwargs)
         if blocks:
             mark(inputs, ((0, 1),) * len(inputs))
-        return finish(runtime, inputs, execute(self, run.__get__(self), *inputs))
+        return finish(runtime, inputs, execute(self, functools.partial(run, self), *inputs))
 
     outer: Any = left_to_python(forward) if blocks else forward
     own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)

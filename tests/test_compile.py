@@ -28,6 +28,7 @@ from torch._dynamo.utils import counters
 from torch._inductor.utils import fresh_cache
 
 import simba_fx
+from simba_fx.inputs import autocast_dtype
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
 own_model: Any = importlib.import_module("own_model")
@@ -184,6 +185,20 @@ def test_fullgraph_needs_no_call_before_it(masked: bool) -> None:
     with torch.no_grad():
         first_call(compiled, masked)
     assert counting.frame_count == 1
+
+
+def test_dynamo_is_not_asked_which_devices_have_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch 2.11's cannot trace the question: it stops there, as any does at what is disabled."""
+    monkeypatch.setattr(torch.amp, "is_autocast_available", torch.compiler.disable(torch.amp.is_autocast_available))
+    compiled, counting = compiled_for_counting(simba_fx.transform(dense("mamba"), compile="whole"), "whole")
+    with torch.no_grad():
+        first_call(compiled, masked=False)
+    assert counting.frame_count == 1
+    ask = torch.compile(autocast_dtype, backend="eager", fullgraph=True)
+    for kind, right in (("cpu", torch.bfloat16), ("cuda", None), ("meta", None)):
+        with torch.autocast("cpu", torch.bfloat16):
+            assert ask(torch.device(kind)) == autocast_dtype(torch.device(kind)) == right
+        assert ask(torch.device(kind)) is None
 
 
 @every_mode

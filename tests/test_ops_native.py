@@ -1,10 +1,13 @@
-"""Building and loading the C++ kernels: what is cached, what happens without a compiler, what threads may change."""
+"""Which kernels run: building and loading the C++ ones, what happens without a compiler, what threads may change; and
+what packages for a GPU are called, and whether they are there."""
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import subprocess
 import sys
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,7 +15,7 @@ import pytest
 import torch
 
 from simba_fx import ops
-from simba_fx.ops import native
+from simba_fx.ops import backends, cuda, native
 
 
 @pytest.fixture
@@ -102,7 +105,36 @@ def test_importing_builds_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("device", ["cuda", "mps"])
 def test_other_devices_say_what_they_run(device: str) -> None:
-    assert ops.kernel_path(device).startswith(("torch (", "mamba_ssm "))
+    assert ops.kernel_path(device).startswith(("torch (", "mamba_ssm ", "triton "))
+
+
+@pytest.mark.parametrize("named", ["its distribution", "itself", "nowhere"])
+def test_a_package_whose_distribution_has_another_name(named: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's may be pytorch-triton."""
+    monkeypatch.setattr(backends, "version", backends.version.__wrapped__)  # as in a new process
+    monkeypatch.setattr(cuda, "selective_scan_fn", lambda: None)
+    monkeypatch.setattr(backends, "triton_kernels", object)
+    module = types.ModuleType("triton")
+    monkeypatch.setitem(sys.modules, "triton", module)
+    distributions = {"triton": "3.1"} if named == "its distribution" else {}
+    if named != "nowhere":
+        module.__dict__["__version__"] = "3.2+git"
+
+    def version(name: str) -> str:
+        if name not in distributions:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return distributions[name]
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    right = {"its distribution": "3.1", "itself": "3.2+git", "nowhere": "of unknown version"}[named]
+    assert ops.kernel_path("cuda") == f"triton {right}"
+
+
+@pytest.mark.parametrize("error", ["ImportError", "OSError", "AttributeError", "RuntimeError", "KeyError", "TypeError"])
+def test_a_broken_package_counts_as_not_there(error: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / f"broken_by_{error}.py").write_text(f"raise {error}('built for another torch')")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert cuda._function(f"broken_by_{error}", "scan") is None
 
 
 @needs_compiler

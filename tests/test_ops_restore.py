@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from simba_fx import ops
+from simba_fx.ops import backends, restore
+
+OPS = torch.ops.simba_fx
 
 
 def _split(rows: int, length: int, parts: int, seed: int) -> list[Tensor]:
@@ -62,3 +68,52 @@ def test_opcheck(dtype: torch.dtype) -> None:
     torch.library.opcheck(torch.ops.simba_fx.restore_tokens.default, (pieces, places, 7))
     torch.library.opcheck(torch.ops.simba_fx.take_tokens_backward.default, (pieces[0].detach(), places[0], 7))
     torch.library.opcheck(torch.ops.simba_fx.restore_tokens_backward.default, (hidden.detach(), places))
+
+
+BODIES = {
+    OPS.restore_tokens.default: restore.restore_tokens._init_fn,
+    OPS.restore_tokens_backward.default: restore.restore_tokens_backward._init_fn,
+}
+
+
+class Counted(TorchDispatchMode):
+    """PyTorch's operators that are called inside, those in the bodies of ours included."""
+
+    count = 0
+
+    def __torch_dispatch__(self, called: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if called in BODIES:
+            with self:
+                return BODIES[called](*args)
+        self.count += 1
+        return called(*args, **(kwargs or {}))
+
+
+def _restored(rows: int, parts: int) -> tuple[tuple[int, int], list[Tensor]]:
+    """How many operators the two passes called; the result and the gradients. Every piece has two ghosts per row."""
+    generator = torch.Generator().manual_seed(parts)
+    places, pieces = [], []
+    for part in _split(rows, 60, parts, parts):
+        place = torch.cat([part, torch.full((rows, 2), 60)], 1)
+        place = place.gather(1, torch.stack([torch.randperm(place.shape[1], generator=generator) for _ in range(rows)]))
+        piece = torch.randn(*place.shape, 3, generator=generator).masked_fill((place == 60)[..., None], torch.nan)
+        places.append(place)
+        pieces.append(piece.requires_grad_())
+    with Counted() as forward:
+        out = ops.restore_tokens(pieces, places, 60)
+    weight = torch.randn(out.shape, generator=generator)
+    with Counted() as backward:
+        grads = torch.autograd.grad(out, pieces, weight)
+    return (forward.count, backward.count), [out, *grads]
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_on_a_gpu_no_piece_costs_a_launch_of_its_own(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The paths of CUDA on CPU tensors: bit for bit what the loops of a CPU give."""
+    right = {parts: _restored(rows, parts) for parts in (3, 40)}
+    monkeypatch.setattr(backends, "on_gpu", lambda operand: True)
+    got = {parts: _restored(rows, parts) for parts in (3, 40)}
+    assert got[3][0] == got[40][0]
+    assert all(few < many for few, many in zip(right[3][0], right[40][0]))  # of the loops, counted likewise
+    for parts in (3, 40):
+        assert all(torch.equal(ours, loops) for ours, loops in zip(got[parts][1], right[parts][1], strict=True))

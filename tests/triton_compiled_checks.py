@@ -6,6 +6,7 @@ is traced on CUDA paths, an operator is no opaque call but its kernel.
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 import pytest
@@ -13,15 +14,17 @@ import torch
 import triton
 from test_ops import selective_operands, ssd_operands
 from torch import fx
+from torch._dynamo.utils import counters
 from torch._functorch.aot_autograd import aot_function
 from torch._higher_order_ops.triton_kernel_wrap import triton_kernel_wrapper_functional
+from torch._inductor.utils import fresh_cache
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from triton.backends.compiler import GPUTarget
 from triton_targets import usage
 
 from simba_fx import ops
-from simba_fx.ops import backends
+from simba_fx.ops import backends, cuda, inline
 from simba_fx.ops.triton import conv, scan, score, select
 
 pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")  # Triton 3.9 announces a default of 3.10
@@ -188,3 +191,38 @@ def test_graphs_for_a_gpu_hold_kernels_instead_of_operators(dynamic: bool, monke
         assert [node.target for node in found] == [triton_kernel_wrapper_functional] * kernels, name
     clip = traced(lambda *a: ops.selective_token_score(*a, True, None, 1, "clip"), *scored)
     assert [node.target for node in clip] == [OPS.selective_token_score.default]  # not a kernel: stays one call
+
+
+def found_in_the_cache() -> bool:
+    """Whether AOTAutograd's cache holds the graph of a scan when a process compiles it anew."""
+    torch._dynamo.reset()
+    counters.clear()
+    torch.compile(lambda *operands: ops.selective_scan(*operands, True))(*selective_operands().values())
+    hits, misses = (counters["aot_autograd"][f"autograd_cache_{name}"] for name in ("hit", "miss"))
+    assert hits + misses == 1
+    return bool(hits)
+
+
+def test_no_cached_graph_outlives_what_it_was_traced_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A package that appears, or another version of one, or of this one: the graph is traced anew, once."""
+    versions = {"mamba_ssm": "2.3.2", "simba_fx": "0.1.0"}
+    monkeypatch.setattr(backends, "version", versions.__getitem__)
+    assert inline._digest() != hashlib.sha256().hexdigest()  # it has found sources
+
+    def changes(name: str) -> None:
+        assert not found_in_the_cache(), name
+        assert found_in_the_cache(), name
+
+    with fresh_cache():
+        changes("the first time")
+        assert cuda.ssd_scan_fn() is None
+        with monkeypatch.context() as patch:
+            patch.setattr(cuda, "ssd_scan_fn", lambda: object)
+            changes("mamba_ssm appears")
+            patch.setitem(versions, "mamba_ssm", "9")
+            changes("another mamba_ssm")
+        assert found_in_the_cache()
+        monkeypatch.setitem(versions, "simba_fx", "9")
+        changes("another simba_fx")
+        monkeypatch.setattr(inline, "_digest", lambda: "another")
+        changes("other sources")

@@ -29,9 +29,18 @@ def kernel_path(device_type: str) -> str:
         return f"torch ({found})" if isinstance(found, str) else found.description
     if device_type == "cuda":
         there = {"mamba_ssm": cuda.ssd_scan_fn(), "triton": triton_kernels()}
-        names = [f"{name} {importlib.metadata.version(name)}" for name, kernels in there.items() if kernels is not None]
+        names = [f"{name} {version(name)}" for name, kernels in there.items() if kernels is not None]
         return ", ".join(names) or "torch (neither mamba_ssm nor Triton can be imported)"
     return f"torch (no kernels for {device_type})"
+
+
+@functools.cache
+def version(package: str) -> str:
+    """The version of a package that can be imported: its own word where its distribution has another name."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return str(getattr(importlib.import_module(package), "__version__", "of unknown version"))
 
 
 def on_gpu(operand: Tensor) -> bool:

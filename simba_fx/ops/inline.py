@@ -7,7 +7,10 @@ as it does those of `triton_op`.
 
 from __future__ import annotations
 
+import functools
+import hashlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +18,7 @@ from torch import Tensor
 from torch._library.custom_ops import CustomOpDef
 from torch._subclasses.functional_tensor import FunctionalTensorMode
 
-from simba_fx.ops import backends
+from simba_fx.ops import backends, cuda
 
 
 def inline_on_gpu(operator: CustomOpDef, traceable: Callable[..., bool]) -> None:
@@ -46,12 +49,47 @@ def _exporting() -> bool:
 
 
 def _name_kernels(name: str, full_name: str) -> None:
-    """Kernels are part of what AOTAutograd's cache looks a graph up by, so that no cache outlives a changed kernel."""
+    """What a call becomes is part of what AOTAutograd's cache looks a graph up by, so that no cache outlives it.
+
+    That is the kernels' sources and `circumstances`. Torch asks for them where it can import Triton, without which it
+    compiles nothing for a GPU; on a CPU without Triton its cache does not see that this package has changed.
+    """
 
     class Kernels:
         def __iter__(self) -> Iterator[Any]:
+            yield _Note(circumstances())
             found = backends.triton_kernels()
-            return iter(() if found is None else found.KERNELS.get(name, ()))
+            yield from () if found is None else found.KERNELS.get(name, ())
 
     known: Any = torch._library.triton.triton_ops_to_kernels
     known[full_name] = Kernels()
+
+
+class _Note:
+    """Text in the place of a kernel: as much of `triton.JITFunction` as torch reads to hash a source."""
+
+    __name__ = "simba_fx_circumstances"
+
+    def __init__(self, text: str) -> None:
+        self.src = text
+
+    @staticmethod
+    def fn() -> None: ...
+
+
+def circumstances() -> str:
+    """What decides how a call is traced, besides its arguments: whether mamba_ssm's scan is there, and our own code.
+
+    Asking imports mamba_ssm where it is installed.
+    """
+    there = None if cuda.ssd_scan_fn() is None else backends.version("mamba_ssm")
+    return f"simba_fx {backends.version('simba_fx')} {_digest()}, mamba_ssm {there}"
+
+
+@functools.cache
+def _digest() -> str:
+    """SHA-256 of the sources in this folder."""
+    folder, digest = Path(__file__).parent, hashlib.sha256()
+    for source in sorted(folder.rglob("*.py")):
+        digest.update(f"{source.relative_to(folder)}\n".encode() + source.read_bytes())
+    return digest.hexdigest()
