@@ -78,8 +78,9 @@ trap 'say stopped; merge; exit 143' TERM INT
 wants() { case " $ONLY " in *" $1 "*) return 0 ;; esac; return 1; }
 # allot MOST RESERVE: seconds for what comes next, of those that are left when RESERVE are kept for the rest
 allot() {
-  local seconds=$((BUDGET - SECONDS - $2))
-  [ "$seconds" -gt "$1" ] && seconds=$1
+  local most=$1 seconds=$((BUDGET - SECONDS - $2))
+  [ "$DRY" = 1 ] && most=$((6 * most)) # a CPU compiles and interprets slowly
+  [ "$seconds" -gt "$most" ] && seconds=$most
   echo "$seconds"
 }
 # part NAME SIGNAL SECONDS COMMAND...: in a process of its own, ended by SIGNAL; its output goes to logs/NAME.txt

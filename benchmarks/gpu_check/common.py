@@ -88,6 +88,10 @@ def synchronize() -> None:
 
 def time_us(run: Callable[[], object], most: float = 0.6, repeats: int = 15) -> float:
     """Median microseconds of a call between two events, after warming up; about `most` seconds in all."""
+    if DRY:
+        begun = time.perf_counter()
+        run()
+        return (time.perf_counter() - begun) * 1e6
     run()
     synchronize()
     begun = time.perf_counter()
@@ -96,11 +100,6 @@ def time_us(run: Callable[[], object], most: float = 0.6, repeats: int = 15) -> 
     once = time.perf_counter() - begun
     found = []
     for _ in range(max(3, min(repeats, int(most / max(once, 1e-6))))):
-        if DRY:
-            begun = time.perf_counter()
-            run()
-            found.append((time.perf_counter() - begun) * 1e6)
-            continue
         first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         first.record()
         run()

@@ -23,7 +23,6 @@ from torch import Tensor
 from simba_fx.ops import backends, chunked_ssd
 
 OPS = torch.ops.simba_fx
-K = backends.triton_kernels()
 COPY_RATE = float(os.environ.get("COPY_RATE", "4.3"))
 EXP_RATE = float(os.environ.get("EXP_RATE", "4.2"))
 LENGTHS = (48,) if DRY else (2048, 16384, 65536)
@@ -80,44 +79,41 @@ class Selective:
     D, N, R = (16, 16, 8) if DRY else (5120, 16, 160)
 
     def __init__(self, length: int) -> None:
-        self.u = random(1, self.D, length)
-        self.delta = random(1, self.D, length) * 0.1
+        self.u = random(1, length, self.D).transpose(1, 2)
+        self.delta = random(1, length, self.D).transpose(1, 2) * 0.1
         projected = random(1, length, self.R + 2 * self.N)[..., self.R :].transpose(1, 2)
         self.B, self.C = projected.split(self.N, dim=1)
-        self.xz = random(1, length, 2 * self.D).transpose(1, 2)
-        self.x, self.z = self.xz.split(self.D, dim=1)
+        self.x, self.z = random(1, length, 2 * self.D).transpose(1, 2).split(self.D, dim=1)
         self.A = -torch.arange(1, self.N + 1, device=DEVICE).float().expand(self.D, self.N).contiguous()
         self.skip, self.bias = torch.ones(self.D, device=DEVICE), step_bias(self.D)
         self.weight, self.conv_bias = random(self.D, 4), random(self.D)
         self.moved, self.exponentials = length * self.D, length * self.D * self.N
 
     def ours(self, length: int, tag: str) -> None:
-        grouped = self.B[:, None], self.C[:, None]
-
-        def score(A: Tensor) -> Callable[[], object]:
-            operands = self.u, self.delta, A, *grouped, self.bias
-            return partial(K.score.selective_token_score, *operands, True, None, 1, False)
-
-        line(f"score, mamba init{tag}", length, score(self.A), self.moved * 4, self.exponentials)
-        line(f"score, nothing decays{tag}", length, score(self.A * 1e-5), self.moved * 4, self.exponentials)
-        if length <= 16384:
-            operands = self.u, self.delta, self.A, *grouped, self.skip, self.z, self.bias
-            scan = partial(K.scan.selective_scan, *operands, True)
-            line(f"scan{tag}", length, scan, self.moved * 8, self.exponentials)
+        for name, A in (("mamba init", self.A), ("nothing decays", self.A * 1e-5)):
+            operands = self.u, self.delta, A, self.B, self.C, self.bias, True, None, 1, "simba"
+            score = partial(OPS.selective_token_score, *operands)
+            line(f"score, {name}{tag}", length, score, self.moved * 4, self.exponentials)
+        scan = partial(OPS.selective_scan, *self.scanned(), self.z, self.bias, True)
+        line(f"scan{tag}", length, scan, self.moved * 8, self.exponentials)
         conv = partial(OPS.causal_conv1d, self.x, self.weight, self.conv_bias, "silu")
         line(f"conv{tag}", length, conv, self.moved * 4)
         line(f"transposing copy{tag}", length, self.z.contiguous, self.moved * 4)
 
     def theirs(self, length: int, tag: str, scan: Any, conv: Any) -> None:
-        for layout, z in (("time-contiguous", self.z.contiguous()), ("channel-last", self.z)):
-            operands = self.u, self.delta, self.A, self.B, self.C, self.skip, z, self.bias, True
-            if scan is not None:
-                run = partial(scan, *operands)
+        """Their scan with time-contiguous operands, which it is quickest with, and the gate in either layout."""
+        if scan is not None:
+            operands = tuple(t.contiguous() for t in self.scanned())
+            for layout, z in (("time-contiguous", self.z.contiguous()), ("channel-last", self.z)):
+                run = partial(scan, *operands, z, self.bias, True)
                 line(f"scan, mamba_ssm, gate {layout}{tag}", length, run, self.moved * 8, self.exponentials)
-        for layout, x in (("time-contiguous", self.u), ("channel-last", self.x)):
-            if conv is not None:
+        if conv is not None:
+            for layout, x in (("time-contiguous", self.x.contiguous()), ("channel-last", self.x)):
                 run = partial(conv, x, self.weight, self.conv_bias, activation="silu")
                 line(f"conv, causal_conv1d, {layout}{tag}", length, run, self.moved * 4)
+
+    def scanned(self) -> tuple[Tensor, ...]:
+        return self.u, self.delta, self.A, self.B, self.C, self.skip
 
 
 class Ssd:
@@ -139,13 +135,11 @@ class Ssd:
         self.moved, self.projected, self.exponentials = length * inner, length * self.N, length * self.H
 
     def ours(self, length: int, layout: str, tag: str) -> None:
-        def score(A: Tensor) -> Callable[[], object]:
-            operands = self.x, self.dt, A, self.B, self.C, self.bias
-            return partial(K.score.ssd_token_score, *operands, True, 0.0, NO_LIMIT, None, 1, "simba")
-
         moved = 2 * (self.moved + self.projected)
-        line(f"ssd score, mamba2 init, {layout}{tag}", length, score(self.A), moved, self.exponentials)
-        line(f"ssd score, nothing decays, {layout}{tag}", length, score(self.A * 1e-6), moved, self.exponentials)
+        for name, A in (("mamba2 init", self.A), ("nothing decays", self.A * 1e-6)):
+            operands = self.x, self.dt, A, self.B, self.C, self.bias, True, 0.0, NO_LIMIT, None, 1, "simba"
+            score = partial(OPS.ssd_token_score, *operands)
+            line(f"ssd score, {name}, {layout}{tag}", length, score, moved, self.exponentials)
         if not tag and length <= 16384:
             step = F.softplus(self.dt.float() + self.bias)
             scan = partial(chunked_ssd.ssd_scan_at_once, self.x, step, self.A, self.B, self.C, self.skip, None, 256)
@@ -194,9 +188,9 @@ def in_python(length: int = 2048) -> None:
         attempt(f"host: {name}", partial(microseconds, run))
 
 
-def autotuned() -> None:
+def autotuned(kernels: ModuleType) -> None:
     """What each of our kernels that are autotuned runs with."""
-    for module in [value for value in vars(K).values() if isinstance(value, ModuleType)]:
+    for module in [value for value in vars(kernels).values() if isinstance(value, ModuleType)]:
         for name, kernel in vars(module).items():
             if type(kernel).__name__ == "Autotuner" and (found := kernel.cache):
                 record(f"autotuned: {name}", best={str(key)[:60]: str(config) for key, config in found.items()})
@@ -208,7 +202,6 @@ def selective() -> None:
     for length in LENGTHS:
         selection(length)
     in_python(64 if DRY else 2048)
-    autotuned()
     scan = other("mamba_ssm.ops.selective_scan_interface", "selective_scan_fn")
     conv = other("causal_conv1d", "causal_conv1d_fn")
     for length, tag in each_length():
@@ -219,7 +212,6 @@ def ssd() -> None:
     places = [(length, tag, layout) for length, tag in each_length() for layout in Ssd.LAYOUTS]
     for length, tag, layout in places:
         Ssd(length, layout).ours(length, layout, tag)
-    autotuned()
     if (scan := other("mamba_ssm.ops.triton.ssd_combined", "mamba_chunk_scan_combined")) is None:
         return
     for length, tag, layout in places:
@@ -227,13 +219,15 @@ def ssd() -> None:
 
 
 def main() -> None:
-    if K is None:
+    if (kernels := backends.triton_kernels()) is None:
         record("kernels", ok=False, error="Triton cannot be imported")
         return
     add_mamba()
     if DRY:  # Triton's interpreter runs the kernels on tensors of a CPU
         backends.on_gpu = lambda operand: True
-    selective() if STAGE == "e1" else ssd()
+    with torch.no_grad():
+        selective() if STAGE == "e1" else ssd()
+    autotuned(kernels)
     record("end", ok=True)
 
 
