@@ -16,6 +16,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import plain_transformers  # noqa: F401  # before the modeling files
 import torch
 from torch import Tensor, nn
 from transformers import (

@@ -1,11 +1,13 @@
 """On a GPU: kernels against float64 loops, models against themselves on a CPU, and no synchronisation in a forward.
 
 Skipped where there is no GPU; nothing else needs to be set up there than `make test TORCH=torch`. Whichever kernels can
-be imported are used (mamba_ssm's scans, Triton's for the rest), and the Triton ones are tested either way.
+be imported are used (mamba_ssm's SSD scan, Triton's for the rest), and the Triton ones are tested either way. What is
+quick comes first: a run that is cut short has seen the kernels and the uncompiled models.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -20,15 +22,35 @@ from torch._dynamo.utils import counters
 
 import simba_fx
 from simba_fx import ops
-from simba_fx.ops import backends, reference
+from simba_fx.ops import backends, cuda, reference
 
 DEVICE = "cuda"
 OPS = torch.ops.simba_fx
 FAMILIES = ("mamba", "mamba2-one-group", "bamba")
+WAYS = ("blocks", "blocks with CUDA graphs", "whole", "whole with CUDA graphs")
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+# Inductor recommends TF32, which would be too coarse for these comparisons.
+pytestmark = [no_gpu, pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning")]
 every_dtype = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 every_family = pytest.mark.parametrize("family", FAMILIES)
+
+
+@pytest.fixture(autouse=True)
+def no_tf32() -> Iterator[None]:
+    """In PyTorch's products and convolutions."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.set_float32_matmul_precision(before[0])
+    torch.backends.cudnn.allow_tf32 = before[1]
+
+
+def in_tf32(kind: str) -> bool:
+    """mamba_ssm's SSD scan multiplies float32 in TF32 (10 bits), whatever PyTorch is told: the result is off by about
+    1e-3, and float32's tolerances do not hold."""
+    return DEVICE == "cuda" and kind == "ssd" and cuda.ssd_scan_fn() is not None
 
 
 @contextmanager
@@ -48,9 +70,17 @@ def right_padding(rows: int, length: int) -> Tensor:
     return torch.arange(length) < (length - 5 * torch.arange(rows))[:, None]
 
 
-@every_dtype
-@pytest.mark.parametrize("channel_last", [True, False])
-@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize(
+    ("dtype", "channel_last", "masked"),
+    [
+        (torch.float32, True, False),
+        (torch.float32, False, True),
+        (torch.bfloat16, True, True),
+        (torch.bfloat16, False, False),
+        (torch.float16, True, True),
+    ],
+    ids=str,
+)
 def test_the_selective_score(dtype: torch.dtype, channel_last: bool, masked: bool) -> None:
     operands = selective_operands(length=700, channels=70, states=16, dtype=dtype, channel_last=channel_last)
     scan = [operands[name] for name in ("u", "delta", "A", "B", "C", "delta_bias")]
@@ -62,8 +92,11 @@ def test_the_selective_score(dtype: torch.dtype, channel_last: bool, masked: boo
     assert_close("score", got.cpu(), torch.where(torch.arange(700) <= query[:, None], best, 0.0))
 
 
-@every_dtype
-@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize(
+    ("dtype", "masked"),
+    [(torch.float32, False), (torch.float32, True), (torch.bfloat16, True), (torch.float16, False)],
+    ids=str,
+)
 def test_the_ssd_score(dtype: torch.dtype, masked: bool) -> None:
     operands = ssd_operands(length=300, heads=6, width=64, groups=2, states=32, dtype=dtype)
     scan = [operands[name] for name in ("x", "dt", "A", "B", "C", "dt_bias")]
@@ -96,7 +129,8 @@ def test_the_scans_and_their_gradients(channel_last: bool) -> None:
     operands = there(selective_operands(length=70, channels=20, states=16, groups=2, channel_last=channel_last))
     check_gradients(ops.selective_scan, reference.selective_scan_ref, operands, (True,))
     heads = there(ssd_operands(length=300, width=8))
-    check_gradients(ops.ssd_scan, reference.ssd_scan_ref, heads, (True, 0.1, 1.5))
+    as_good_as = torch.bfloat16 if in_tf32("ssd") else torch.float32
+    check_gradients(ops.ssd_scan, reference.ssd_scan_ref, heads, (True, 0.1, 1.5), as_good_as)
 
 
 @every_dtype
@@ -111,17 +145,32 @@ def test_the_triton_scan_beside_whatever_the_operator_calls(dtype: torch.dtype) 
     assert_close("operator", ops.selective_scan(*operands.values(), True)[0], right, dtype)
 
 
-def prompt(model: nn.Module, shares: Any, masked: bool) -> tuple[Tensor, Tensor | None]:
-    """Ids, and a mask, for which no decision is too close to call."""
+@functools.cache
+def prompt(family: str, masked: bool) -> tuple[Tensor, Tensor | None, whole.Batch]:
+    """Ids, a mask and the reference's result. Of twenty draws the one with the clearest decisions: where the closest is
+    closer than rounding, another selection would be as right."""
+    model, shares = dense(family), linear(BY_NAME[family])
 
-    def make(seed: int) -> Any:
+    def made(seed: int) -> tuple[Tensor, Tensor | None]:
         if not masked:
-            return tokens(seed, 3, 40)
-        rows = [tokens(seed + b, 40 - 6 * b) for b in range(3)]
-        return padded(rows, [0, 6, 12], [0, 0, 0])
+            return tokens(seed, 3, 40), None
+        return padded([tokens(seed + b, 40 - 6 * b) for b in range(3)], [0, 6, 12], [0, 0, 0])
 
-    ids, mask, _ = whole.Draws().first(model, shares, make)
-    return ids, mask
+    with torch.no_grad():
+        drawn = [(ids, mask, whole.run(model, ids, shares, mask)) for ids, mask in map(made, range(20))]
+    clearest = max(drawn, key=lambda case: case[2].margin)
+    assert clearest[2].margin >= 5e-3
+    return clearest
+
+
+@functools.cache
+def on_device(family: str) -> nn.Module:
+    return BY_NAME[family].build().to(DEVICE)
+
+
+@functools.cache
+def sparse_on_device(family: str, way: Any = "blocks") -> nn.Module:
+    return simba_fx.transform(on_device(family), linear(BY_NAME[family]), compile=way)
 
 
 def inputs(ids: Tensor, mask: Tensor | None) -> dict[str, Any]:
@@ -130,30 +179,8 @@ def inputs(ids: Tensor, mask: Tensor | None) -> dict[str, Any]:
 
 
 @every_family
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("compiled", ["eager", "blocks", "whole", "blocks with CUDA graphs", "whole with CUDA graphs"])
-def test_a_sparse_model_is_what_it_is_on_a_cpu(family: str, masked: bool, compiled: str) -> None:
-    entry = BY_NAME[family]
-    model, shares = dense(family), linear(entry)
-    ids, mask = prompt(model, shares, masked)
-    right = whole.run(model, ids, shares, mask)
-    way, *graphs = compiled.split(" with ")
-    built = entry.build().to(DEVICE)
-    sparse: Any = simba_fx.transform(built, shares, **({} if way == "eager" else {"compile": way}))
-    with torch.no_grad():
-        sparse(**inputs(ids, mask))  # "whole" is traced from a graph that is there
-    run = sparse if way == "eager" else torch.compile(sparse, mode="reduce-overhead" if graphs else None)
-    for _ in range(4 if graphs else 2):  # recorded, then replayed
-        with torch.no_grad():
-            logits = run(**inputs(ids, mask)).logits.clone()
-        real = right.real
-        whole.assert_close("logits", logits.cpu()[real], right.logits[real], 1e-3)
-    torch._dynamo.reset()
-
-
-@every_family
 def test_with_everything_kept_the_bits_are_the_dense_models(family: str) -> None:
-    model = BY_NAME[family].build().to(DEVICE)
+    model = on_device(family)
     sparse = simba_fx.transform(model, [1.0] * len(list(simba_fx.program(simba_fx.transform(model)).shares)),
                                 kernels="model")  # fmt: skip
     ids = tokens(3, 2, 50).to(DEVICE)
@@ -163,10 +190,16 @@ def test_with_everything_kept_the_bits_are_the_dense_models(family: str) -> None
 
 @every_family
 @pytest.mark.parametrize("masked", [False, True])
+def test_a_sparse_model_is_what_it_is_on_a_cpu(family: str, masked: bool) -> None:
+    sparse = sparse_on_device(family)
+    check_against_the_reference(sparse, family, masked, 1, sparse)
+
+
+@every_family
+@pytest.mark.parametrize("masked", [False, True])
 def test_a_forward_does_not_wait_for_the_gpu(family: str, masked: bool) -> None:
-    model = dense(family)
-    ids, mask = prompt(model, linear(BY_NAME[family]), masked)
-    sparse = simba_fx.transform(BY_NAME[family].build().to(DEVICE))
+    sparse = sparse_on_device(family)
+    ids, mask, _ = prompt(family, masked)
     given = inputs(ids, mask)
     with torch.no_grad():
         sparse(**given)
@@ -178,10 +211,38 @@ def test_a_forward_does_not_wait_for_the_gpu(family: str, masked: bool) -> None:
 def test_one_compilation_serves_every_length(family: str) -> None:
     torch._dynamo.reset()
     counters.clear()
-    sparse = torch.compile(simba_fx.transform(BY_NAME[family].build().to(DEVICE)))
+    sparse = torch.compile(sparse_on_device(family))
+    first, *others = [tokens(1, 2, length).to(DEVICE) for length in (20, 9, 64, 333, 1000)]
     with torch.no_grad():
-        sparse(tokens(0, 3, 20).to(DEVICE), use_cache=False)
+        sparse(first, use_cache=False)
         with torch._dynamo.config.patch(error_on_recompile=True), no_synchronisation():
-            for length in (9, 64, 333, 1000):
-                sparse(tokens(1, 2, length).to(DEVICE), use_cache=False)
+            for ids in others:
+                sparse(ids, use_cache=False)
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(
+    ("way", "family", "masked"),
+    [(way, family, (i + j) % 2 == 1) for i, way in enumerate(WAYS) for j, family in enumerate(FAMILIES)],
+)
+def test_a_compiled_model_is_what_it_is_on_a_cpu(way: str, family: str, masked: bool) -> None:
+    how, *graphs = way.split(" with ")
+    sparse = sparse_on_device(family, how)
+    ids, mask, _ = prompt(family, masked)
+    with torch.no_grad():
+        sparse(**inputs(ids, mask))  # "whole" is traced from a graph that is there
+    run = torch.compile(sparse, mode="reduce-overhead" if graphs else None)
+    check_against_the_reference(run, family, masked, 4 if graphs else 2, sparse)  # recorded, then replayed
+    torch._dynamo.reset()
+
+
+def check_against_the_reference(run: Any, family: str, masked: bool, calls: int, sparse: nn.Module) -> None:
+    """Logits of `run`, and the tokens that its model, `sparse`, kept."""
+    ids, mask, right = prompt(family, masked)
+    for _ in range(calls):
+        with torch.no_grad():
+            logits = run(**inputs(ids, mask)).logits.clone()
+        kept = [[[t for t in row if t >= 0] for row in block.tolist()] for block in simba_fx.kept(sparse)]
+        assert kept == right.kept
+        tolerance = 1e-2 if in_tf32(BY_NAME[family].kind) else 1e-3
+        whole.assert_close("logits", logits.cpu()[right.real], right.logits[right.real], tolerance)

@@ -112,19 +112,23 @@ def ssd_operands(
 
 
 def check_gradients(
-    operator: Callable[..., Any], oracle: Callable[..., Any], operands: dict[str, Any], flags: tuple[Any, ...]
+    operator: Callable[..., Any],
+    oracle: Callable[..., Any],
+    operands: dict[str, Any],
+    flags: tuple[Any, ...],
+    as_good_as: torch.dtype = torch.float32,
 ) -> None:
-    """Values and every operand's gradient, with a gradient arriving at each of the outputs."""
+    """Values, to the tolerance of `as_good_as`, and every operand's gradient, with one arriving at each output."""
     leaves = {name: t.detach().requires_grad_() for name, t in operands.items() if t is not None}
     arguments = [leaves.get(name) for name in operands]
     results, expected = operator(*arguments, *flags), oracle(*arguments, *flags)
     results, expected = (r if isinstance(r, tuple) else (r,) for r in (results, expected))
     random = torch.Generator().manual_seed(7)
-    arriving = [torch.randn(r.shape, generator=random) for r in results]
+    arriving = [torch.randn(r.shape, generator=random).to(r.device) for r in results]
     got = torch.autograd.grad(results, list(leaves.values()), [g.to(r.dtype) for g, r in zip(arriving, results)])
     want = torch.autograd.grad(expected, list(leaves.values()), [g.double() for g in arriving])
     for i, (actual, right) in enumerate(zip(results, expected)):
-        assert_close(f"output {i}", actual, right)
+        assert_close(f"output {i}", actual, right, as_good_as)
     for name, actual, right in zip(leaves, got, want):
         assert actual.dtype == leaves[name].dtype
         assert_close(f"gradient of {name}", actual, right)
