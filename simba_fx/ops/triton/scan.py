@@ -61,7 +61,8 @@ def tile(channels, groups, BLOCK_D: tl.constexpr):
     return group, group * width + in_group, in_group < width
 
 
-@tuned([({"BLOCK_D": 128}, 2), ({"BLOCK_D": 128}, 1), ({"BLOCK_D": 64}, 2)], key=["channels", "states", "OUTPUT"])
+@tuned([({"BLOCK_D": 128}, 2), ({"BLOCK_D": 64}, 1), ({"BLOCK_D": 128}, 1), ({"BLOCK_D": 64}, 2)],
+       key=["channels", "states", "OUTPUT"])  # fmt: skip
 @triton.jit(do_not_specialize=["length", "chunk"])
 def selective_scan_kernel(
     u, delta, A, B, C, D, z, bias, y, boundaries, steps, length, chunk, channels, groups,
