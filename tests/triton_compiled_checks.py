@@ -49,12 +49,21 @@ def typed(kernel: Any, dtype: str, **more: str) -> dict[str, str]:
     return {name: kind for name, kind in named.items() if name in arguments(kernel)}
 
 
+WARPS = {
+    scan.selective_scan_kernel: 1,
+    score.selective_score_kernel: 1,
+    score.suffix_kernel: 1,
+    select.select_kernel: 8,
+}
+"""Of those that are launched with another number than Triton's default."""
+
+
 def ones(kernel: Any, names: tuple[str, ...]) -> dict[str, int]:
     return {name: 1 for name in names if name in arguments(kernel)}
 
 
 def check(kernel: Any, types: dict[str, str], constants: dict[str, Any], capability: int) -> None:
-    for config in getattr(kernel, "configs", [triton.Config({})]):
+    for config in getattr(kernel, "configs", [triton.Config({}, num_warps=WARPS.get(kernel, 4))]):
         used = usage(kernel, config, types, constants, capability)
         assert (used.stack, used.local) == (0, 0), f"{config}: {used}"
         assert used.shared <= 48 * 1024, f"{config}: {used}"
@@ -65,7 +74,8 @@ def check(kernel: Any, types: dict[str, str], constants: dict[str, Any], capabil
 def test_the_selective_score(layout: str, capability: int) -> None:
     """mamba-130m … 2.8b: N = 16."""
     kernel = score.selective_score_kernel
-    switches = {"states": 16, "SOFTPLUS": True, "BIAS": True, "REAL": True, "ABSOLUTE": False, "groups": 1}
+    switches = {"states": 16, "SOFTPLUS": True, "BIAS": True, "REAL": True, "ABSOLUTE": False, "groups": 1,
+                "FEW": score.FEW, "BLOCK_D": scan.TILE}  # fmt: skip
     unit = ones(kernel, (*LAYOUTS[layout], "A_state"))
     check(kernel, typed(kernel, "bf16", real="*i1"), switches | unit, capability)
 
@@ -77,9 +87,9 @@ LIMITS = {"dt_min": "fp64", "dt_max": "fp64"}
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_the_steps_behind_a_chunk(capability: int) -> None:
     kernel = score.step_sums_kernel
-    switches = {"SOFTPLUS": True, "BIAS": True, "CLAMP": True, "REAL": True, "BLOCK_T": 16, "BLOCK_D": 128}
+    switches = {"SOFTPLUS": True, "BIAS": True, "CLAMP": True, "REAL": True, "CHUNK": score.CHUNK, "BLOCK_D": 64}
     check(kernel, typed(kernel, "bf16", real="*i1", **LIMITS), switches | {"dt_channel": 1}, capability)
-    check(score.suffix_kernel, typed(score.suffix_kernel, "bf16"), {"AHEAD": 8, "BLOCK_D": 128}, capability)
+    check(score.suffix_kernel, typed(score.suffix_kernel, "bf16"), {"AHEAD": 16, "BLOCK_D": 32}, capability)
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
@@ -107,7 +117,7 @@ def test_the_selection(padded: bool, capability: int) -> None:
     types = {"score": "*fp32", **lists, "real": "*i1", "kept_real": "*i1"}
     if not padded:
         types |= dict.fromkeys(("real", "lengths", "kept_real"), "*fp32")
-    check(kernel, types, {"REAL": padded, "position_slot": 1}, capability)
+    check(kernel, types, {"REAL": padded, "position_slot": 1, "BLOCK": 2048}, capability)
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
@@ -116,7 +126,7 @@ def test_the_selection(padded: bool, capability: int) -> None:
 def test_the_selective_scan(output: bool, layout: str, capability: int) -> None:
     kernel = scan.selective_scan_kernel
     switches = {"states": 16, "SOFTPLUS": True, "BIAS": True, "SKIP": True, "GATE": True, "OUTPUT": output,
-                "groups": 1}  # fmt: skip
+                "groups": 1, "BLOCK_D": scan.TILE}  # fmt: skip
     unit = ones(kernel, (*LAYOUTS[layout], "A_state"))
     check(kernel, typed(kernel, "bf16"), switches | unit, capability)
     chain = {"states": 16, "AHEAD": 8, "BLOCK_D": 128, "A_state": 1}

@@ -22,12 +22,12 @@ PARTS = ("GEMM", "scan", "convolution", "score", "select", "gather, restore", "f
 """In the order of the picture, from the bottom up."""
 
 _PATTERNS = (  # the first that is found; names of operators and of kernels
-    ("score", r"token_score|position_score|protect_tokens|[_:]score"),
+    ("score", r"token_score|position_score|protect_tokens|[_:]score|step_sums|suffix_kernel"),
     ("select", r"simba_fx::select_|select_tokens|select_real_tokens|radix|bitonic|topk|select_kernel"),
     ("gather, restore", r"take_tokens|restore_tokens|take_square|row_positions|aten::index\b|aten::index_put|gather"
                         r"|scatter|index_elementwise|index_kernel"),
     ("convolution", r"causal_conv1d|aten::_?conv"),
-    ("scan", r"selective_scan|ssd_scan|chunk_scan|chunk_state|chunk_cumsum|state_passing|bmm_chunk|ssd_"),
+    ("scan", r"selective_scan|ssd_scan|chunk_scan|chunk_state|chunk_cumsum|state_passing|bmm_chunk|ssd_|chain_kernel"),
     ("GEMM", r"aten::(addmm|mm|bmm|baddbmm|_grouped_mm)\b|mkl_linear|linear_pointwise|gemm|cutlass|xmma|nvjet|cublas"
              r"|_scaled_dot_product|flash_fwd|fmha|extern_kernels"),
 )  # fmt: skip

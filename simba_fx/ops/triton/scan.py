@@ -21,10 +21,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from simba_fx.ops.triton.common import LOG2E, launch, sigmoid, step_size, tuned, vanishing_exp2
+from simba_fx.ops.triton.common import LOG2E, launch, sigmoid, step_size, vanishing_exp2
 
 CHUNK = 64
 """Tokens of a chunk of the forward pass."""
+TILE = 64
+"""Channels of a program of the forward pass, which is one warp: two to a thread, as an H200 likes best."""
 BLOCK_T = 16
 """Tokens of a block of the backward pass: it starts from a saved state in each."""
 BLOCK_D = 8
@@ -61,8 +63,6 @@ def tile(channels, groups, BLOCK_D: tl.constexpr):
     return group, group * width + in_group, in_group < width
 
 
-@tuned([({"BLOCK_D": 128}, 2), ({"BLOCK_D": 64}, 1), ({"BLOCK_D": 128}, 1), ({"BLOCK_D": 64}, 2)],
-       key=["channels", "states", "OUTPUT"])  # fmt: skip
 @triton.jit(do_not_specialize=["length", "chunk"])
 def selective_scan_kernel(
     u, delta, A, B, C, D, z, bias, y, boundaries, steps, length, chunk, channels, groups,
@@ -168,7 +168,6 @@ def chain_kernel(boundaries, steps, A, last, chunks, channels, A_channel, A_stat
     tl.store(last + (row * channels + d) * states + n, h, mask=exists)
 
 
-@tuned([({}, 4)], key=["channels", "states"])
 @triton.jit(do_not_specialize=["length"])
 def selective_scan_backward_kernel(
     u, delta, A, B, C, D, z, bias, dy, dlast, starts, du, ddelta, dz, dA, dB, dC, dD, length, channels, states, groups,
@@ -284,14 +283,10 @@ def _boundaries(
     steps = u.new_empty(rows, chunks, channels, dtype=torch.float32)
     last = u.new_empty(rows, channels, states, dtype=torch.float32)
     bias = u if delta_bias is None else delta_bias
-
-    def grid(meta: dict[str, int]) -> tuple[int, int, int]:
-        return groups * triton.cdiv(channels // groups, meta["BLOCK_D"]), chunks, rows
-
-    launch(selective_scan_kernel)[grid](
+    launch(selective_scan_kernel)[groups * triton.cdiv(channels // groups, TILE), chunks, rows](
         u, delta, A, B, B, u, u, bias, u, boundaries, steps, length, chunk, channels, groups,
         *u.stride(), *delta.stride(), *u.stride(), *A.stride(), *B.stride(), *B.stride(),
-        states=states, OUTPUT=False, **_options(None, None, delta_bias, delta_softplus),
+        states=states, OUTPUT=False, **_options(None, None, delta_bias, delta_softplus), BLOCK_D=TILE, num_warps=1,
     )  # fmt: skip
     launch(chain_kernel)[triton.cdiv(channels, 128), states, rows](
         boundaries, steps, A, last, chunks, channels, *A.stride(), states=states, AHEAD=8, BLOCK_D=128
@@ -316,14 +311,11 @@ def selective_scan(
     y = u.new_empty(rows, length, channels)
     boundaries, last = _boundaries(u, delta, A, B, delta_bias, delta_softplus, CHUNK)
     D_, z_, bias = (u if t is None else t for t in (D, z, delta_bias))
-
-    def grid(meta: dict[str, int]) -> tuple[int, int, int]:
-        return groups * triton.cdiv(channels // groups, meta["BLOCK_D"]), triton.cdiv(length, CHUNK), rows
-
-    launch(selective_scan_kernel)[grid](
+    tiles = groups * triton.cdiv(channels // groups, TILE)
+    launch(selective_scan_kernel)[tiles, triton.cdiv(length, CHUNK), rows](
         u, delta, A, B, C, D_, z_, bias, y, boundaries, boundaries, length, CHUNK, channels, groups,
         *u.stride(), *delta.stride(), *z_.stride(), *A.stride(), *B.stride(), *C.stride(),
-        states=A.shape[1], OUTPUT=True, **_options(D, z, delta_bias, delta_softplus),
+        states=A.shape[1], OUTPUT=True, **_options(D, z, delta_bias, delta_softplus), BLOCK_D=TILE, num_warps=1,
     )  # fmt: skip
     return y.transpose(1, 2), last
 

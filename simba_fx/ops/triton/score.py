@@ -2,8 +2,8 @@
 
 Time is cut into chunks, walked backwards from every row's query. Two small launches find the steps that lie between a
 chunk's end and the query; then all chunks of all channels are scored at once. Mamba-1: a thread owns whole channels
-and reads `B_t` once for all of them, and what a program's channels hold largest is merged by an atomic maximum, whose
-result does not depend on the order; a chunk in which every state has decayed to nothing is left out. Mamba-2: a
+and reads `B_t` once for all of them; states that have decayed to nothing in all channels of a program are left out;
+what its channels hold largest is merged by an atomic maximum, whose result does not depend on the order. Mamba-2: a
 program sees all heads of its tokens, so that nothing is merged.
 """
 
@@ -23,10 +23,12 @@ from simba_fx.ops.triton.common import (
     tuned,
     vanishing_exp2,
 )
-from simba_fx.ops.triton.scan import tile
+from simba_fx.ops.triton.scan import TILE, tile
 
 CHUNK = 64
 """Tokens of a chunk of the selective score."""
+FEW = 4
+"""States that are left out together where all have decayed to nothing."""
 SSD_CHUNK = 16
 """Tokens of a chunk of the SSD score."""
 
@@ -40,39 +42,32 @@ def _query(real, row, length, tail, REAL: tl.constexpr):
         return length - tail
 
 
-@triton.jit(do_not_specialize=["dt_min", "dt_max", "tail", "length", "chunk"])
+@triton.jit(do_not_specialize=["dt_min", "dt_max", "tail", "length"])
 def step_sums_kernel(
-    dt, bias, real, sums, score, dt_min, dt_max, tail, length, chunk, channels, dt_row, dt_token, dt_channel,
-    SOFTPLUS: tl.constexpr, BIAS: tl.constexpr, CLAMP: tl.constexpr, REAL: tl.constexpr, BLOCK_T: tl.constexpr,
+    dt, bias, real, sums, score, dt_min, dt_max, tail, length, channels, dt_row, dt_token, dt_channel,
+    SOFTPLUS: tl.constexpr, BIAS: tl.constexpr, CLAMP: tl.constexpr, REAL: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """`sums` `(B, chunks, D)`: the steps of each chunk up to the query. `score` starts at -inf up to there, then 0."""
     row = tl.program_id(2).to(tl.int64)
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
     exists = d < channels
-    first = tl.program_id(1) * chunk
-    i = tl.arange(0, BLOCK_T)
+    t = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
     query = _query(real, row, length, tail, REAL)
+    counts = t <= query
     if tl.program_id(0) == 0:
-        for start in range(0, chunk, BLOCK_T):
-            t = first + start + i
-            tl.store(score + row * length + t, tl.where(t <= query, float("-inf"), 0.0),
-                     mask=(t < first + chunk) & (t < length))  # fmt: skip
+        tl.store(score + row * length + t, tl.where(counts, float("-inf"), 0.0), mask=t < length)
     shift = tl.zeros((BLOCK_D,), tl.float32)
     if BIAS:
         shift = tl.load(bias + d, mask=exists, other=0.0).to(tl.float32)
-    low, high = tl.cast(dt_min, tl.float32), tl.cast(dt_max, tl.float32)  # a compiled graph hands over float64
     dt += row * dt_row + d.to(tl.int64) * dt_channel
-    total = tl.zeros((BLOCK_D,), tl.float32)
-    for start in range(0, chunk, BLOCK_T):
-        t = first + start + i
-        counts = (t <= query) & (t < first + chunk)
-        at = dt[None, :] + t.to(tl.int64)[:, None] * dt_token
-        step = tl.load(at, mask=counts[:, None] & exists[None, :], other=0.0).to(tl.float32)
-        step = step_size(step, shift[None, :], SOFTPLUS)
-        if CLAMP:
-            step = tl.minimum(tl.maximum(step, low), high)
-        total += tl.sum(tl.where(counts[:, None], step, 0.0), axis=0)
+    at = dt[None, :] + t.to(tl.int64)[:, None] * dt_token
+    step = tl.load(at, mask=counts[:, None] & exists[None, :], other=0.0).to(tl.float32)
+    step = step_size(step, shift[None, :], SOFTPLUS)
+    if CLAMP:
+        low, high = tl.cast(dt_min, tl.float32), tl.cast(dt_max, tl.float32)  # a compiled graph hands over float64
+        step = tl.minimum(tl.maximum(step, low), high)
+    total = tl.sum(tl.where(counts[:, None], step, 0.0), axis=0)
     tl.store(sums + (row * tl.num_programs(1) + tl.program_id(1)) * channels + d, total, mask=exists)
 
 
@@ -112,23 +107,22 @@ def _steps_behind(
     sums = dt.new_empty(rows, chunks, channels, dtype=torch.float32)
     score = dt.new_empty(rows, length, dtype=torch.float32)
     low, high = limits or (0.0, 0.0)
-    launch(step_sums_kernel)[triton.cdiv(channels, 128), chunks, rows](
-        dt, dt if bias is None else bias, dt if real is None else real, sums, score, low, high, tail, length, chunk,
+    launch(step_sums_kernel)[triton.cdiv(channels, 64), chunks, rows](
+        dt, dt if bias is None else bias, dt if real is None else real, sums, score, low, high, tail, length,
         channels, *dt.stride(), SOFTPLUS=softplus, BIAS=bias is not None, CLAMP=limits is not None,
-        REAL=real is not None, BLOCK_T=16, BLOCK_D=128,
+        REAL=real is not None, CHUNK=chunk, BLOCK_D=64,
     )  # fmt: skip
-    launch(suffix_kernel)[triton.cdiv(channels, 128), rows](sums, chunks, channels, AHEAD=8, BLOCK_D=128)
+    launch(suffix_kernel)[triton.cdiv(channels, 32), rows](sums, chunks, channels, AHEAD=16, BLOCK_D=32, num_warps=1)
     return sums, score
 
 
-@tuned([({"BLOCK_D": 128}, 1), ({"BLOCK_D": 64}, 1)], key=["channels", "states"])
 @triton.jit(do_not_specialize=["tail", "length", "chunk"])
 def selective_score_kernel(
     u, delta, A, B, C, bias, real, behind, score, tail, length, chunk, channels, groups,
     u_row, u_channel, u_token, delta_row, delta_channel, delta_token, A_channel, A_state,
     B_row, B_group, B_state, B_token, C_row, C_group, C_state, C_token,
     states: tl.constexpr, SOFTPLUS: tl.constexpr, BIAS: tl.constexpr, REAL: tl.constexpr, ABSOLUTE: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    FEW: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(2).to(tl.int64)
     group, d, exists = tile(channels, groups, BLOCK_D)
@@ -148,14 +142,18 @@ def selective_score_kernel(
     remaining = tl.load(behind + at * channels + d, mask=exists, other=0.0)  # R of the token that is next
     rates = ()
     outputs = ()
-    slowest = tl.full((BLOCK_D,), float("-inf"), tl.float32)
+    alive = ()  # of each few states: whether any has not decayed behind the chunk, where all have decayed least
+    any_alive = 0
     for n in tl.static_range(states):
         rate = tl.load(A + d * A_channel + n * A_state, mask=exists, other=0.0).to(tl.float32) * LOG2E
         rates = rates + (rate,)
         outputs = outputs + (tl.load(C + n * C_state).to(tl.float32),)
-        slowest = tl.maximum(slowest, rate)
-    alive = tl.max(tl.where(exists & (slowest * remaining >= GONE), 1, 0), axis=0)
-    if (alive > 0) & (last >= first):
+        holds = tl.max(tl.where(exists & (rate * remaining >= GONE), 1, 0), axis=0)
+        any_alive = tl.maximum(any_alive, holds)
+        some = holds if n % FEW == 0 else tl.maximum(some, holds)
+        if (n % FEW == FEW - 1) or (n == states - 1):
+            alive = alive + (some,)
+    if (any_alive > 0) & (last >= first):
         # a token's channels are read while the token behind it is worked on
         from_last = tl.cast(last, tl.int64)
         next_raw = tl.load(delta + from_last * delta_token, mask=exists, other=0.0)
@@ -169,9 +167,12 @@ def selective_score_kernel(
             next_value = tl.load(u + ahead * u_token, mask=exists, other=0.0)
             dt = step_size(raw, shift, SOFTPLUS)
             response = tl.zeros((BLOCK_D,), tl.float32)
-            for n in tl.static_range(states):
-                weight = tl.load(B + t * B_token + n * B_state).to(tl.float32) * outputs[n]
-                response += vanishing_exp2(rates[n] * remaining) * weight
+            for few in tl.static_range(0, states, FEW):
+                if alive[few // FEW] > 0:
+                    for n in tl.static_range(few, few + FEW):
+                        if n < states:
+                            weight = tl.load(B + t * B_token + n * B_state).to(tl.float32) * outputs[n]
+                            response += vanishing_exp2(rates[n] * remaining) * weight
             remaining += dt
             share = dt * value * response
             if ABSOLUTE:
@@ -202,15 +203,12 @@ def selective_token_score(
     groups = B.shape[1]
     real = None if real is None else real.contiguous()
     behind, score = _steps_behind(delta.transpose(1, 2), delta_bias, delta_softplus, None, real, tail, CHUNK)
-
-    def grid(meta: dict[str, int]) -> tuple[int, int, int]:
-        return groups * triton.cdiv(channels // groups, meta["BLOCK_D"]), triton.cdiv(length, CHUNK), rows
-
-    launch(selective_score_kernel)[grid](
+    tiles = groups * triton.cdiv(channels // groups, TILE)
+    launch(selective_score_kernel)[tiles, triton.cdiv(length, CHUNK), rows](
         u, delta, A, B, C, A if delta_bias is None else delta_bias, A if real is None else real, behind, score,
         tail, length, CHUNK, channels, groups, *u.stride(), *delta.stride(), *A.stride(), *B.stride(), *C.stride(),
         states=A.shape[1], SOFTPLUS=delta_softplus, BIAS=delta_bias is not None, REAL=real is not None,
-        ABSOLUTE=absolute,
+        ABSOLUTE=absolute, FEW=FEW, BLOCK_D=TILE, num_warps=1,
     )  # fmt: skip
     return score
 

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from simba_fx.ops.triton.common import launch, tuned
+from simba_fx.ops.triton.common import launch
 
 SPARE = tl.constexpr(2)
 """Columns of a list of dropped tokens beyond the tokens themselves (`ops.select`)."""
@@ -38,7 +38,6 @@ def _real(real, slot, slots, REAL: tl.constexpr):
         return inside
 
 
-@tuned([({"BLOCK": 1024}, 4), ({"BLOCK": 2048}, 8), ({"BLOCK": 4096}, 16)], key=["REAL"])
 @triton.jit(do_not_specialize=["slots", "k", "length", "tail", "share_p", "share_q", "floor", "position_row"])
 def select_kernel(
     score, positions, real, lengths, kept, dropped, kept_positions, dropped_positions, kept_real,
@@ -182,5 +181,6 @@ def select(
         score.contiguous(), positions, None if real is None else real.contiguous(), lengths, *results,
         *([] if real is not None else [None]),
         slots, k, length, tail, share_p, share_q, floor, *positions.stride(), REAL=real is not None,
+        BLOCK=2048, num_warps=8,
     )  # fmt: skip
     return tuple(results)
