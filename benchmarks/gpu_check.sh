@@ -18,8 +18,8 @@
 #   b  tests/test_cuda.py without (b1) and with (b2) mamba_ssm, and beside it, in as many processes,
 #      end_to_end.py    (cd-*) tiny models on the GPU against themselves on the CPU, and no wait for the GPU in a forward
 #   e  kernel_times.py  kernels of Mamba-1 (e1) and Mamba-2 (e2) against their floors
-#   f  run_bench.py     `simba-fx bench`, compiled (f1, f2) and with CUDA graphs (f3, f4), and in the same turns the
-#                       transformers model itself, compiled
+#   f  run_bench.py     `simba-fx bench`, compiled (f1, f2) and with CUDA graphs (f3, f4); in the same turns the model
+#                       itself, compiled, as transformers runs it with mamba_ssm
 #   g  profiles.py      which kernel takes what, how many there are, and what a call costs in Python
 #   h  run_bench.py     as one graph with CUDA graphs, 2048 tokens
 #   s  memory_errors.py the Triton kernels under compute-sanitizer
@@ -176,7 +176,7 @@ bench() {
   if [ "$DRY" = 1 ]; then
     case $model in mamba2*) model=mamba2-tiny ;; *) model=mamba-tiny ;; esac
     mode=${mode//cuda-graphs/compiled} mode=${mode//whole-compiled/whole}
-    length=48 kind=(--layers 6 --dtype float32 --repeats 3 --device cpu)
+    length=16 kind=(--layers 6 --dtype float32 --repeats 3 --device cpu)
   fi
   part "$name" INT "$seconds" "$PY" "$PARTS/run_bench.py" bench --model "$model" --modes "$mode" --lengths "$length" \
     --schedules linear "Linear(0.1, every=4)" --warmup 3 "${kind[@]}" --out "$WORK/bench/$name" "$@"
@@ -184,7 +184,8 @@ bench() {
   merge
   return $status
 }
-# with_original NAME SECONDS RESERVE ...: transformers' own model in the same turns; without it where that did not end
+# with_original NAME SECONDS RESERVE ...: transformers' own model in the same turns, and without it where that did not
+# end. It is asked for where it has mamba_ssm's kernels: else its scan is a loop over tokens, which a compiler unrolls.
 with_original() {
   local name=$1 most=$2 reserve=$3 seconds
   shift 3
@@ -193,10 +194,14 @@ with_original() {
     say "$name: left out, no time"
     return
   fi
+  if [ -z "$GPU_DIR" ] && [ "$DRY" != 1 ]; then
+    bench "$name" "$seconds" "$@"
+    return
+  fi
   bench "$name" "$seconds" "$@" --original || grep -q '"time"' "$WORK/bench/$name/results.json" 2>/dev/null ||
     bench "$name-alone" "$(allot "$most" "$reserve")" "$@"
 }
-[ "$DRY" = 1 ] && LENGTHS=48 GRAPH_LENGTHS=48
+[ "$DRY" = 1 ] && LENGTHS=16 GRAPH_LENGTHS=16
 if wants f; then
   wants g && reserve=115 || reserve=5
   for length in ${LENGTHS:-8192 32768 2048}; do
