@@ -143,7 +143,8 @@ def selective_score_kernel(
     rates = ()
     outputs = ()
     alive = ()  # of each few states: whether any has not decayed behind the chunk, where all have decayed least
-    any_alive = some = 0
+    any_alive = 0
+    some = 0
     for n in tl.static_range(states):
         rate = tl.load(A + d * A_channel + n * A_state, mask=exists, other=0.0).to(tl.float32) * LOG2E
         rates = rates + (rate,)
