@@ -14,12 +14,14 @@ import torch
 import triton
 from test_ops import selective_operands, ssd_operands
 from torch import fx
+from torch._dynamo.source import ConstantSource
 from torch._dynamo.utils import counters
 from torch._functorch.aot_autograd import aot_function
+from torch._guards import TracingContext, tracing
 from torch._higher_order_ops.triton_kernel_wrap import triton_kernel_wrapper_functional
 from torch._inductor.utils import fresh_cache
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from triton.backends.compiler import GPUTarget
 from triton_targets import usage
 
@@ -152,29 +154,70 @@ class Driver:
         return 0
 
 
-def traced(function: Any, *arguments: Any, dynamic: bool = False) -> list[fx.Node]:
-    """The calls in the graph that a backend of `torch.compile` would get for CUDA tensors like these."""
+def traced_graph(function: Any, *arguments: Any, dynamic: int = -1) -> fx.Graph:
+    """The graph that a backend of `torch.compile` would get for CUDA tensors like these.
+
+    `dynamic`: dimensions of this size stand for every size.
+    """
     graphs: list[fx.Graph] = []
 
     def keep(module: fx.GraphModule, _: Any) -> Any:
         graphs.append(module.graph)
         return module
 
-    with FakeTensorMode(shape_env=ShapeEnv() if dynamic else None):
-        fakes = [torch.empty_strided(a.shape, a.stride(), dtype=a.dtype) for a in arguments]
-        aot_function(function, fw_compiler=keep, dynamic=dynamic)(*fakes)
-    return list(graphs[0].find_nodes(op="call_function", target=triton_kernel_wrapper_functional)) + [
-        node for node in graphs[0].nodes if str(node.target).startswith("simba_fx")
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    kinds = {True: DimDynamic.DYNAMIC, False: DimDynamic.STATIC}
+    fakes = [
+        mode.from_tensor(
+            argument,
+            source=ConstantSource(f"argument {i}"),
+            symbolic_context=StatelessSymbolicContext([kinds[size == dynamic] for size in argument.shape]),
+        )
+        for i, argument in enumerate(arguments)
+    ]
+    with mode, tracing(TracingContext(mode)):
+        aot_function(function, fw_compiler=keep)(*fakes)
+    return graphs[0]
+
+
+def traced(function: Any, *arguments: Any, dynamic: int = -1) -> list[fx.Node]:
+    """The calls in that graph of kernels and of our operators."""
+    graph = traced_graph(function, *arguments, dynamic=dynamic)
+    return list(graph.find_nodes(op="call_function", target=triton_kernel_wrapper_functional)) + [
+        node for node in graph.nodes if str(node.target).startswith("simba_fx")
     ]
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_graphs_for_a_gpu_hold_kernels_instead_of_operators(dynamic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("length", [20, 300])
+def test_no_buffer_has_a_size_that_some_lengths_make_one(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch guards on whether a size is 1: what was compiled for a short prompt would be compiled again for a long one
+    (seen on an H200, with a dimension for the chunks of time)."""
+    monkeypatch.setattr(backends, "on_gpu", lambda operand: True)
+    triton.runtime.driver.set_active(Driver())
+    selective = list(selective_operands(length=length, channels=24).values())
+    ssd = [operand for name, operand in ssd_operands(length=length).items() if name not in "Dz"]
+    calls: list[tuple[Any, list[Any]]] = [
+        (lambda *a: ops.selective_scan(*a, True), selective),
+        (lambda *a: ops.selective_token_score(*a, True, None, 1, "simba"), [*selective[:5], selective[7]]),
+        (lambda *a: ops.ssd_token_score(*a, True, 0.0, 9.0, None, 1, "simba"), ssd),
+    ]
+    for function, arguments in calls:
+        made = traced_graph(function, *arguments, dynamic=length).find_nodes(
+            op="call_function", target=torch.ops.aten.new_empty.default
+        )
+        symbolic = [size for node in made for size in node.meta["val"].shape if isinstance(size, torch.SymInt)]
+        assert len(symbolic) >= 2
+        for size in symbolic:
+            assert size.node.shape_env.bound_sympy(size.node.expr).lower >= 2, size
+
+
+@pytest.mark.parametrize("dynamic", [-1, 40])
+def test_graphs_for_a_gpu_hold_kernels_instead_of_operators(dynamic: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "on_gpu", lambda operand: True)
     triton.runtime.driver.set_active(Driver())
     selective = list(selective_operands(length=40, channels=16).values())
     scored = [*selective[:5], selective[7]]
-    ssd = ssd_operands(length=300)
+    ssd = ssd_operands(length=40)
     positions, lengths = torch.arange(40).expand(2, 40), torch.tensor([40, 30])
     real = torch.arange(40) < lengths[:, None]
     y = torch.randn(2, 16, 40)

@@ -275,12 +275,15 @@ def _options(D: Any, z: Any, bias: Any, softplus: bool) -> dict[str, Any]:
 def _boundaries(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, delta_bias: Tensor | None, delta_softplus: bool, chunk: int
 ) -> tuple[Tensor, Tensor]:
-    """The state that each chunk of so many tokens starts from, `(B, chunks, N, D)`, and the last state `(B, D, N)`."""
+    """The state that each chunk of so many tokens starts from, `(B, chunks * N * D)`, and the last state `(B, D, N)`.
+
+    Chunks are no dimension of their own: a size that some lengths make 1 would be guarded on, and compiled twice.
+    """
     rows, channels, length = u.shape
     groups, states = B.shape[1], A.shape[1]
     chunks = triton.cdiv(length, chunk)
-    boundaries = u.new_empty(rows, chunks, states, channels, dtype=torch.float32)
-    steps = u.new_empty(rows, chunks, channels, dtype=torch.float32)
+    boundaries = u.new_empty(rows, chunks * states * channels, dtype=torch.float32)
+    steps = u.new_empty(rows, chunks * channels, dtype=torch.float32)
     last = u.new_empty(rows, channels, states, dtype=torch.float32)
     bias = u if delta_bias is None else delta_bias
     launch(selective_scan_kernel)[groups * triton.cdiv(channels // groups, TILE), chunks, rows](

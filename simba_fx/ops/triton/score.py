@@ -100,11 +100,11 @@ def _steps_behind(
     tail: int,
     chunk: int,
 ) -> tuple[Tensor, Tensor]:
-    """Of a raw step `(B, L, D)`: the steps between each chunk's end and the query `(B, chunks, D)`; and a score
+    """Of a raw step `(B, L, D)`: the steps between each chunk's end and the query `(B, chunks * D)`; and a score
     `(B, L)` that is -inf up to the query and 0 behind it."""
     rows, length, channels = dt.shape
     chunks = triton.cdiv(length, chunk)
-    sums = dt.new_empty(rows, chunks, channels, dtype=torch.float32)
+    sums = dt.new_empty(rows, chunks * channels, dtype=torch.float32)
     score = dt.new_empty(rows, length, dtype=torch.float32)
     low, high = limits or (0.0, 0.0)
     launch(step_sums_kernel)[triton.cdiv(channels, 64), chunks, rows](
