@@ -6,7 +6,8 @@ bit to the sorting path of a CPU.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from torch.library import opcheck
 
 from simba_fx import ops
 from simba_fx.ops import backends, cuda, reference
-from simba_fx.ops.triton.common import INTERPRETED
+from simba_fx.ops.triton.common import INTERPRETED, launch
 
 OPS = torch.ops.simba_fx
 SELECTIVE = ("u", "delta", "A", "B", "C", "delta_bias")
@@ -183,3 +184,51 @@ def test_the_operators_are_well_formed(gpu: None) -> None:
     lengths = torch.tensor([12, 7])
     real = torch.arange(12) < lengths[:, None]
     opcheck(OPS.select_real_tokens, (score, positions, real, lengths, 12, 1, 1, 2, 4))
+
+
+def test_a_kernel_runs_on_the_gpu_of_its_operands(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not on the current one, which is where Triton launches."""
+    current: list[torch.device] = []
+
+    @contextmanager
+    def use(device: torch.device) -> Iterator[None]:
+        current.append(device)
+        yield
+        current.pop()
+
+    class Kernel:
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[[int], None]:
+            return lambda argument: launched.append((grid, argument, list(current)))
+
+    class Operand:
+        device = torch.device("cuda", 1)
+
+    launched: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "device", use)
+    launch(Kernel(), Operand())[7, 2](3)  # type: ignore[arg-type]
+    assert launched == [((7, 2), 3, [torch.device("cuda", 1)])]
+    assert not current
+
+
+def test_operands_may_be_longer_than_an_int32_counts(gpu: None) -> None:
+    """Channels, and heads, 2^30 elements apart: an int32, and twice that is none. (No memory between is touched.)"""
+    far = 2**30
+    room = torch.empty(3 * far + 4096, dtype=torch.bfloat16)
+
+    def spread(operand: Tensor, dim: int) -> Tensor:
+        strides = [8 * (size > 1) for size in operand.shape]
+        strides[dim] = far
+        view = room.as_strided(operand.shape, strides)
+        view.copy_(operand)
+        return view
+
+    ssd = ssd_operands(rows=1, length=20, heads=4, width=1, groups=1, states=2, dtype=torch.bfloat16)
+    scan = [ssd[name] for name in SSD]
+    right = ops.ssd_token_score(*scan, True, 0.01, 1.5, None, 1, "simba")
+    assert torch.equal(ops.ssd_token_score(spread(scan[0], 2), *scan[1:], True, 0.01, 1.5, None, 1, "simba"), right)
+    selective = selective_operands(rows=1, length=20, channels=4, states=2, dtype=torch.bfloat16)
+    operands = [selective[name] for name in SELECTIVE]
+    right, (y, _) = ops.selective_token_score(*operands, True, None, 1, "simba"), ops.selective_scan(*operands[:5])
+    apart = spread(operands[0], 1)
+    assert torch.equal(ops.selective_token_score(apart, *operands[1:], True, None, 1, "simba"), right)
+    assert torch.equal(ops.selective_scan(apart, *operands[1:5])[0], y)

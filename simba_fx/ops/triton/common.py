@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Kernels run in Triton's interpreter, on tensors of a CPU: slow, for tests."""
@@ -37,9 +38,23 @@ def traced() -> Any:
         _TRACED.reset(token)
 
 
-def launch(kernel: Any) -> Any:
-    """The kernel, to be given a grid and arguments."""
-    return torch.library.wrap_triton(kernel) if _TRACED.get() else kernel
+class _Launcher:
+    """`kernel[grid](...)` on the GPU that holds an operand: Triton itself launches on the current one."""
+
+    def __init__(self, kernel: Any, device: torch.device) -> None:
+        self.kernel, self.device = kernel, device
+
+    def __getitem__(self, grid: Any) -> Any:
+        def run(*args: Any, **kwargs: Any) -> None:
+            with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
+                self.kernel[grid](*args, **kwargs)
+
+        return run
+
+
+def launch(kernel: Any, operand: Tensor) -> Any:
+    """The kernel, to be given a grid and arguments, for operands on the device of this one."""
+    return torch.library.wrap_triton(kernel) if _TRACED.get() else _Launcher(kernel, operand.device)
 
 
 def tuned(configs: Iterable[tuple[dict[str, int], int]], key: Iterable[str] = ()) -> Any:

@@ -41,7 +41,7 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) ->
     """`ops.causal_conv1d`: `(B, D, L)` channel-last, in x's dtype."""
     rows, channels, length = x.shape
     y = x.new_empty(rows, length, channels)
-    launch(causal_conv1d_kernel)[triton.cdiv(channels, 128), triton.cdiv(length, 32), rows](
+    launch(causal_conv1d_kernel, x)[triton.cdiv(channels, 128), triton.cdiv(length, 32), rows](
         x, weight, x if bias is None else bias, y, length, channels, *x.stride(), *weight.stride(),
         TAPS=weight.shape[1], BIAS=bias is not None, SILU=silu, BLOCK_T=32, BLOCK_D=128,
     )  # fmt: skip

@@ -286,12 +286,12 @@ def _boundaries(
     steps = u.new_empty(rows, chunks * channels, dtype=torch.float32)
     last = u.new_empty(rows, channels, states, dtype=torch.float32)
     bias = u if delta_bias is None else delta_bias
-    launch(selective_scan_kernel)[groups * triton.cdiv(channels // groups, TILE), chunks, rows](
+    launch(selective_scan_kernel, u)[groups * triton.cdiv(channels // groups, TILE), chunks, rows](
         u, delta, A, B, B, u, u, bias, u, boundaries, steps, length, chunk, channels, groups,
         *u.stride(), *delta.stride(), *u.stride(), *A.stride(), *B.stride(), *B.stride(),
         states=states, OUTPUT=False, **_options(None, None, delta_bias, delta_softplus), BLOCK_D=TILE, num_warps=1,
     )  # fmt: skip
-    launch(chain_kernel)[triton.cdiv(channels, 128), states, rows](
+    launch(chain_kernel, u)[triton.cdiv(channels, 128), states, rows](
         boundaries, steps, A, last, chunks, channels, *A.stride(), states=states, AHEAD=8, BLOCK_D=128
     )
     return boundaries, last
@@ -315,7 +315,7 @@ def selective_scan(
     boundaries, last = _boundaries(u, delta, A, B, delta_bias, delta_softplus, CHUNK)
     D_, z_, bias = (u if t is None else t for t in (D, z, delta_bias))
     tiles = groups * triton.cdiv(channels // groups, TILE)
-    launch(selective_scan_kernel)[tiles, triton.cdiv(length, CHUNK), rows](
+    launch(selective_scan_kernel, u)[tiles, triton.cdiv(length, CHUNK), rows](
         u, delta, A, B, C, D_, z_, bias, y, boundaries, boundaries, length, CHUNK, channels, groups,
         *u.stride(), *delta.stride(), *z_.stride(), *A.stride(), *B.stride(), *C.stride(),
         states=A.shape[1], OUTPUT=True, **_options(D, z, delta_bias, delta_softplus), BLOCK_D=TILE, num_warps=1,
@@ -346,7 +346,7 @@ def selective_scan_backward(
     dA, dD = u.new_empty(rows, channels, states, dtype=torch.float32), u.new_empty(rows, channels, dtype=torch.float32)
     dB, dC = (u.new_empty(rows, groups * tiles, length, states, dtype=torch.float32) for _ in range(2))
     D_, z_, bias = (u if t is None else t for t in (D, z, delta_bias))
-    launch(selective_scan_backward_kernel)[(groups * tiles, rows)](
+    launch(selective_scan_backward_kernel, u)[(groups * tiles, rows)](
         u, delta, A, B, C, D_, z_, bias, dy, dlast.contiguous(), starts, du, ddelta, dz, dA, dB, dC, dD,
         length, channels, states, groups, *u.stride(), *delta.stride(), *z_.stride(), *dy.stride(), *A.stride(),
         *B.stride(), *C.stride(), BLOCK_N=triton.next_power_of_2(states), BLOCK_T=BLOCK_T, BLOCK_D=BLOCK_D,

@@ -107,12 +107,14 @@ def _steps_behind(
     sums = dt.new_empty(rows, chunks * channels, dtype=torch.float32)
     score = dt.new_empty(rows, length, dtype=torch.float32)
     low, high = limits or (0.0, 0.0)
-    launch(step_sums_kernel)[triton.cdiv(channels, 64), chunks, rows](
+    launch(step_sums_kernel, dt)[triton.cdiv(channels, 64), chunks, rows](
         dt, dt if bias is None else bias, dt if real is None else real, sums, score, low, high, tail, length,
         channels, *dt.stride(), SOFTPLUS=softplus, BIAS=bias is not None, CLAMP=limits is not None,
         REAL=real is not None, CHUNK=chunk, BLOCK_D=64,
     )  # fmt: skip
-    launch(suffix_kernel)[triton.cdiv(channels, 32), rows](sums, chunks, channels, AHEAD=16, BLOCK_D=32, num_warps=1)
+    launch(suffix_kernel, dt)[triton.cdiv(channels, 32), rows](
+        sums, chunks, channels, AHEAD=16, BLOCK_D=32, num_warps=1
+    )
     return sums, score
 
 
@@ -205,7 +207,7 @@ def selective_token_score(
     real = None if real is None else real.contiguous()
     behind, score = _steps_behind(delta.transpose(1, 2), delta_bias, delta_softplus, None, real, tail, CHUNK)
     tiles = groups * triton.cdiv(channels // groups, TILE)
-    launch(selective_score_kernel)[tiles, triton.cdiv(length, CHUNK), rows](
+    launch(selective_score_kernel, u)[tiles, triton.cdiv(length, CHUNK), rows](
         u, delta, A, B, C, A if delta_bias is None else delta_bias, A if real is None else real, behind, score,
         tail, length, CHUNK, channels, groups, *u.stride(), *delta.stride(), *A.stride(), *B.stride(), *C.stride(),
         states=A.shape[1], SOFTPLUS=delta_softplus, BIAS=delta_bias is not None, REAL=real is not None,
@@ -294,7 +296,7 @@ def ssd_token_score(
         behind, score = _steps_behind(dt, dt_bias, dt_softplus, limits, real, tail, SSD_CHUNK)
     else:
         behind = score = x.new_empty(rows, length, dtype=torch.float32)
-    launch(ssd_score_kernel)[triton.cdiv(length, SSD_CHUNK), rows](
+    launch(ssd_score_kernel, x)[triton.cdiv(length, SSD_CHUNK), rows](
         x, dt, A, A if dt_bias is None else dt_bias, weights.contiguous(), A if real is None else real, behind, score,
         dt_min, dt_max, tail, length, heads, width, weights.shape[2], *x.stride(), *dt.stride(), *A.stride(),
         BLOCK_T=SSD_CHUNK, BLOCK_P=triton.next_power_of_2(width), SOFTPLUS=dt_softplus, BIAS=dt_bias is not None,

@@ -177,7 +177,7 @@ def select(
     results: list[Tensor] = [torch.empty(rows, size, dtype=torch.int64, device=score.device) for size in sizes]
     if real is not None:
         results.append(torch.empty(rows, k, dtype=torch.bool, device=score.device))
-    launch(select_kernel)[(rows,)](
+    launch(select_kernel, score)[(rows,)](
         score.contiguous(), positions, None if real is None else real.contiguous(), lengths, *results,
         *([] if real is not None else [None]),
         slots, k, length, tail, share_p, share_q, floor, *positions.stride(), REAL=real is not None,
