@@ -32,9 +32,9 @@ class ChannelLast:
                     or any(user.target not in SCANS for user in node.users)):  # fmt: skip
                 continue
             insert = Insert(graph, node, region(node), self.name)
-            product = _ATEN.linear.default
-            wide = insert(product, tokens.args[0], weight, val=value(node).mT, like=node, role="kernel")
-            back = insert(_ATEN.transpose.int, wide, 1, 2, val=value(node), like=node, role="kernel")
+            val = value(node).mT.contiguous()
+            product = insert(_ATEN.linear.default, tokens.args[0], weight, val=val, like=node, role="kernel")
+            back = insert(_ATEN.transpose.int, product, 1, 2, val=val.mT, like=node, role="kernel")
             node.replace_all_uses_with(back)
             graph.erase_node(node)
             if not tokens.users:

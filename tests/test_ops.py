@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from simba_fx import ops
 from simba_fx.errors import CriterionError
-from simba_fx.ops import native, reference
+from simba_fx.ops import backends, cuda, native, reference
 from simba_fx.schedule import kept_count
 
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 6e-3, torch.float16: 8e-4}
@@ -746,3 +746,34 @@ def test_random_scores_are_uniform_and_seeded() -> None:
     assert torch.corrcoef(torch.stack((first[1:], first[:-1])))[0, 1].abs() < 0.03
     assert torch.histc(first, bins=10, min=0, max=1).sub(2000).abs().max() < 250
     assert 0 <= float(first.min()) <= float(first.max()) < 1
+
+
+@pytest.mark.parametrize("skip_per_channel", [False, True])
+def test_mamba_ssms_ssd_scan_is_called_as_it_is_documented(
+    skip_per_channel: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By name, with the raw step; whatever strides its results have, the operator's are those of the fake kernel (a
+    compiled graph dies of others)."""
+
+    def mamba_chunk_scan_combined(
+        x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk_size: int, D: Any = None, z: Any = None,
+        dt_bias: Any = None, initial_states: Any = None, seq_idx: Any = None, cu_seqlens: Any = None,
+        dt_softplus: bool = False, dt_limit: tuple[float, float] = (0.0, float("inf")),
+        return_final_states: bool = False,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        assert (initial_states, seq_idx, cu_seqlens, chunk_size, return_final_states) == (None, None, None, 8, True)
+        y, last = reference.ssd_scan_ref(x, dt, A, B, C, D, z, dt_bias, dt_softplus, *dt_limit)
+        spread = torch.empty(*y.shape, 2, dtype=x.dtype)[..., 1].copy_(y)
+        return spread, torch.empty(*last.shape, 2)[..., 0].copy_(last)
+
+    monkeypatch.setattr(backends, "on_gpu", lambda operand: True)
+    monkeypatch.setattr(cuda, "ssd_scan_fn", lambda: mamba_chunk_scan_combined)
+    operands = ssd_operands(skip_per_channel=skip_per_channel)
+    arguments = (*operands.values(), True, 0.1, 1.5, 8)
+    y, last = ops.ssd_scan(*arguments)
+    right, right_last = reference.ssd_scan_ref(*operands.values(), True, 0.1, 1.5)
+    assert_close("y", y, right)
+    assert_close("last state", last, right_last)
+    assert y.is_contiguous()
+    assert last.is_contiguous()
+    opcheck(OPS.ssd_scan, arguments)

@@ -21,10 +21,12 @@ import sympy
 import torch
 from expecttest import assert_expected_inline
 from graph_cases import CASES, Case
+from models import VOCABULARY, _mamba
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
+import simba_fx
 from simba_fx import SelectiveScan, passes, pipeline
 from simba_fx.build import CustomCriterion
 from simba_fx.graphs import (
@@ -700,6 +702,41 @@ def test_a_pass_prints_as_its_configuration() -> None:
         "OutlineBlocks()",
         "RestoreKernels()",
     ]
+
+
+# --- layouts and casts -------------------------------------------------------------------------------------------
+
+
+def test_step_sizes_come_out_of_their_product_channel_last() -> None:
+    """Unless something else reads the product, or the model's own functions run."""
+    model = _mamba(num_hidden_layers=2)
+    graph = simba_fx.program(simba_fx.transform(model, [1, 0.5])).graph
+    scans = [node for node in graph.nodes if node.target is torch.ops.simba_fx.selective_scan.default]
+    assert len(scans) == 2
+    for scan in scans:
+        delta = scan.args[1]
+        assert (delta.target, delta.args[1:]) == (torch.ops.aten.transpose.int, (1, 2))
+        assert delta.args[0].target is torch.ops.aten.linear.default
+        assert delta.meta["val"].stride(1) == 1
+    own = simba_fx.program(simba_fx.transform(model, [1, 0.5], kernels="model")).graph
+    assert len(own.find_nodes(op="call_function", target=torch.ops.aten.matmul.default)) == 2
+
+
+def test_a_cast_there_and_back_is_dropped_bit_for_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = _mamba(num_hidden_layers=2).bfloat16()
+    for layer in model.backbone.layers:
+        layer.mixer.D.data = layer.mixer.D.data.float()  # as some checkpoints have it: the scan's result is widened
+    ids = torch.randint(1, VOCABULARY, (2, 30))
+    sparse = simba_fx.transform(model, [1, 0.5])
+    casts = [node for node in simba_fx.program(sparse).graph.nodes if node.target is torch.ops.aten.to.dtype]
+    dropped = next(stage for stage in simba_fx.program(sparse).history if stage.by == "DropCasts()").changed
+    monkeypatch.setattr(passes.DropCasts, "rewrite", lambda self, graph, facts: 0)
+    plain = simba_fx.transform(model, [1, 0.5])
+    all_casts = [node for node in simba_fx.program(plain).graph.nodes if node.target is torch.ops.aten.to.dtype]
+    assert dropped >= 1
+    assert len(all_casts) == len(casts) + 2 * dropped
+    with torch.no_grad():
+        assert torch.equal(sparse(ids, use_cache=False)[0], plain(ids, use_cache=False)[0])
 
 
 # --- golden texts ------------------------------------------------------------------------------------------------
