@@ -136,7 +136,8 @@ class GatherSurvivors:
         for _ in range(val.dim() - 2):
             real = insert(torch.ops.aten.unsqueeze.default, real, -1, val=value(real)[..., None])
         target, name = torch.ops.aten.where.ScalarOther, f"mask_{insert.region}"
-        return insert(target, real, gathered, 0, val=val, role="invariant", like=gathered, name=name)
+        nothing = False if val.dtype == torch.bool else 0  # a number would make integers of truth values
+        return insert(target, real, gathered, nothing, val=val, role="invariant", like=gathered, name=name)
 
     def _shorten(self, graph: fx.Graph, facts: Facts, insert: Insert, kept: fx.Node, live: Iterable[fx.Node],
                  beyond: Any) -> None:  # fmt: skip

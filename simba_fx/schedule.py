@@ -294,10 +294,14 @@ class Budget:
         raise ScheduleError(f"{self}: expected the model's cost, found none; call solve(cost, {n_blocks}) instead.")
 
     def solve(self, cost: Cost, n_blocks: int) -> Shares:
-        """Shares of the largest final share with `cost(shares) <= flops`; `cost` must not fall as shares grow.
+        """Shares of the largest final share with `cost(shares) <= flops`; below 1 `cost` must not fall as shares grow.
 
-        Bisection, at most 16 calls of `cost`. Raises: ScheduleError if the cheapest schedule of this shape costs more.
+        Dense is looked at first: without cuts nothing is scored, so it may cost less than a share just below 1. Then
+        bisection, at most 17 calls of `cost` in all. Raises: ScheduleError if the cheapest schedule of this shape costs
+        more.
         """
+        if cost(dense := self._shares(_BUDGET_STEPS, n_blocks)) <= self.flops:
+            return dense
         met = 1 if self.shape == "constant" else -_BUDGET_STEPS
         cheapest = cost(self._shares(met, n_blocks))
         if cheapest > self.flops:
@@ -306,7 +310,7 @@ class Budget:
                 f"{self} cannot be met: even with share 0.0001 from the first cut on the forward costs {reachable:.3g}"
                 f" of dense; ask for a budget from {reachable:.3g} to 1, or prune earlier (smaller start or every)."
             )
-        missed = _BUDGET_STEPS + 1
+        missed = _BUDGET_STEPS
         while missed - met > 1:
             middle = (met + missed) // 2
             if cost(self._shares(middle, n_blocks)) <= self.flops:

@@ -10,6 +10,7 @@ import pytest
 import reference
 import strategies as domain
 import torch
+from graph_cases import WIDTH, Mixer
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from models import CACHE, FLOAT32, PER_KIND, Entry, dense, n_blocks, names, padded, schedules, sparse, tokens
@@ -204,3 +205,43 @@ def test_a_tail_longer_than_a_row_is_refused(entry: Entry) -> None:
     with pytest.raises(simba_fx.errors.InputError, match="tail"):
         call(pruned, ids, mask, tail=9)
     assert call(pruned, ids, mask, tail=8).logits.shape[:2] == (2, 20)
+
+
+class MaskedNet(nn.Module):
+    """Blocks that read their mask as it comes: truth values are negated, numbers compared."""
+
+    def __init__(self, truth: bool) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(MaskedBlock(truth) for _ in range(3))
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x, mask)
+        return x
+
+
+class MaskedBlock(nn.Module):
+    def __init__(self, truth: bool) -> None:
+        super().__init__()
+        self.truth, self.mixer = truth, Mixer()
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        pads = (~mask if self.truth else mask == 0)[..., None]
+        x = (x - x * pads).masked_fill(pads, 0.0)
+        return x + self.mixer(x)
+
+
+def test_a_mask_of_truth_values_stays_one_behind_a_cut() -> None:
+    """Case 2: it became integers there, and `~mask` then -2."""
+    torch.manual_seed(3)
+    numbers, truth = MaskedNet(False), MaskedNet(True)
+    truth.load_state_dict(numbers.state_dict())
+    x, mask = torch.randn(3, 40, WIDTH), torch.arange(40) < torch.tensor([[40], [33], [21]])
+    outputs = []
+    for net, given_mask in ((numbers, mask.long()), (truth, mask)):
+        pruned = simba_fx.transform(net, [1, 0.5, 0.3], example_inputs=(x[:, :24], given_mask[:, :24]))
+        with torch.no_grad():
+            outputs.append(pruned(x, given_mask)[mask])
+            row = pruned(x[2:, :21], given_mask[2:, :21])[0]
+        assert_close("row alone", outputs[-1][-21:], row, TOLERANCE[torch.float32])
+    assert torch.equal(*outputs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from fractions import Fraction
@@ -282,7 +283,19 @@ def test_budget_finds_the_final_share_that_costs_it(steps: int, n_blocks: int) -
         return overhead_plus_mean(candidate)
 
     assert Budget(overhead_plus_mean(shares)).solve(cost, n_blocks) == shares
-    assert len(calls) <= 16
+    assert len(calls) <= 17
+
+
+def test_budget_of_everything_is_dense_although_scoring_costs_more() -> None:
+    """Case 11: a share just below 1 scores at every cut, and costs more than dense."""
+
+    def cost(shares: tuple[Fraction, ...]) -> float:
+        cuts = sum(later < earlier for earlier, later in itertools.pairwise(shares))
+        return float(sum(shares)) / len(shares) + 0.01 * cuts
+
+    assert Budget(1).solve(cost, 12) == Dense().shares(12)
+    for flops in (0.99, 0.9, 0.7):
+        assert flops - 0.01 < cost(Budget(flops).solve(cost, 12)) <= flops
 
 
 @pytest.mark.parametrize("shape", ["linear", "cosine"])
