@@ -13,8 +13,11 @@ _ATEN = torch.ops.aten
 _CASTS = (_ATEN.to.dtype, _ATEN._to_copy.default)
 _VIEWS = (_ATEN.transpose.int, _ATEN.permute.default, _ATEN.view.default, _ATEN.reshape.default,
           _ATEN.unsqueeze.default, _ATEN.squeeze.dim, _ATEN.flatten.using_ints, _ATEN.unflatten.int)  # fmt: skip
-_WIDER = {torch.bfloat16: (torch.float32, torch.float64), torch.float16: (torch.float32, torch.float64)}
-_WIDER[torch.float32] = (torch.float64,)
+_WIDER: dict[torch.dtype, tuple[torch.dtype, ...]] = {
+    torch.bfloat16: (torch.float32, torch.float64),
+    torch.float16: (torch.float32, torch.float64),
+    torch.float32: (torch.float64,),
+}
 
 
 @dataclass(frozen=True)
