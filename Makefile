@@ -28,7 +28,7 @@ lint: $(VENV)/.dev
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py $(ARGS)
 
-bench: $(VENV)/.dev
+bench: $(VENV)/.dev $(VENV)/.triton
 	set -e; for script in benchmarks/*.py; do $(BIN)/python $$script $(ARGS); done
 
 # How fast this machine runs models dense, sparse and as their peers: see `simba-fx bench --help` for ARGS.

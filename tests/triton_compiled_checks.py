@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import triton
+import triton_targets
 from test_ops import selective_operands, ssd_operands
 from torch import fx
 from torch._dynamo.source import ConstantSource
@@ -23,50 +24,21 @@ from torch._inductor.utils import fresh_cache
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from triton.backends.compiler import GPUTarget
-from triton_targets import usage
+from triton_targets import CHANNELS, LAYOUTS, Launch, hottest_loop, mufu, usage
 
 from simba_fx import ops
 from simba_fx.ops import backends, cuda, inline
-from simba_fx.ops.triton import conv, scan, score, select
+from simba_fx.ops.triton import scan, score
 
 pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")  # Triton 3.9 announces a default of 3.10
 OPS = torch.ops.simba_fx
 
 CAPABILITIES = (80, 90, 100)
-POINTERS = dict.fromkeys(("A", "bias", "D", "score", "last", "boundaries", "steps", "sums", "behind", "weights",
-                          "starts", "dlast", "du", "ddelta", "dz", "dA", "dB", "dC", "dD"), "*fp32")  # fmt: skip
-OPERANDS = ("u", "delta", "z", "B", "C", "x", "dt", "y", "dy", "weight")
-LAYOUTS = {
-    "time contiguous": ("u_token", "delta_token", "z_token", "dy_token", "B_token", "C_token"),
-    "channels contiguous": ("u_channel", "delta_channel", "z_channel", "dy_channel", "B_state", "C_state"),
-}
 
 
-def arguments(kernel: Any) -> set[str]:
-    return set(kernel.arg_names)
-
-
-def typed(kernel: Any, dtype: str, **more: str) -> dict[str, str]:
-    named = {**POINTERS, **dict.fromkeys(OPERANDS, f"*{dtype}"), **more}
-    return {name: kind for name, kind in named.items() if name in arguments(kernel)}
-
-
-WARPS = {
-    scan.selective_scan_kernel: 1,
-    score.selective_score_kernel: 1,
-    score.suffix_kernel: 1,
-    select.select_kernel: 8,
-}
-"""Of those that are launched with another number than Triton's default."""
-
-
-def ones(kernel: Any, names: tuple[str, ...]) -> dict[str, int]:
-    return {name: 1 for name in names if name in arguments(kernel)}
-
-
-def check(kernel: Any, types: dict[str, str], constants: dict[str, Any], capability: int) -> None:
-    for config in getattr(kernel, "configs", [triton.Config({}, num_warps=WARPS.get(kernel, 4))]):
-        used = usage(kernel, config, types, constants, capability)
+def check(launch: Launch, capability: int) -> None:
+    for config in launch.configs:
+        used = usage(launch, config, capability)
         assert (used.stack, used.local) == (0, 0), f"{config}: {used}"
         assert used.shared <= 48 * 1024, f"{config}: {used}"
 
@@ -74,74 +46,57 @@ def check(kernel: Any, types: dict[str, str], constants: dict[str, Any], capabil
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_selective_score(layout: str, capability: int) -> None:
-    """mamba-130m … 2.8b: N = 16."""
-    kernel = score.selective_score_kernel
-    switches = {"states": 16, "SOFTPLUS": True, "BIAS": True, "REAL": True, "ABSOLUTE": False, "groups": 1,
-                "FEW": score.FEW, "BLOCK_D": scan.TILE}  # fmt: skip
-    unit = ones(kernel, (*LAYOUTS[layout], "A_state"))
-    check(kernel, typed(kernel, "bf16", real="*i1"), switches | unit, capability)
-
-
-LIMITS = {"dt_min": "fp64", "dt_max": "fp64"}
-"""What a graph that Inductor compiled hands over for a Python number."""
+    check(triton_targets.selective_score(LAYOUTS[layout]), capability)
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_the_steps_behind_a_chunk(capability: int) -> None:
-    kernel = score.step_sums_kernel
-    switches = {"SOFTPLUS": True, "BIAS": True, "CLAMP": True, "REAL": True, "CHUNK": score.CHUNK, "BLOCK_D": 64}
-    check(kernel, typed(kernel, "bf16", real="*i1", **LIMITS), switches | {"dt_channel": 1}, capability)
-    check(score.suffix_kernel, typed(score.suffix_kernel, "bf16"), {"AHEAD": 16, "BLOCK_D": 32}, capability)
+    check(triton_targets.step_sums(score.CHUNK, clamp=True), capability)
+    check(triton_targets.suffix(), capability)
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_the_ssd_score(capability: int) -> None:
-    """mamba2-130m … 2.7b: P = 64."""
-    kernel = score.ssd_score_kernel
-    switches = {"BLOCK_T": score.SSD_CHUNK, "BLOCK_P": 64, "SOFTPLUS": True, "BIAS": True, "REAL": True,
-                "ABSOLUTE": False, "DECAY": True}  # fmt: skip
-    unit = ones(kernel, ("groups", "x_channel", "dt_head", "A_head"))
-    check(kernel, typed(kernel, "bf16", real="*i1", weights="*fp32", **LIMITS), switches | unit, capability)
+    check(triton_targets.ssd_score(), capability)
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_the_convolution(capability: int) -> None:
-    kernel = conv.causal_conv1d_kernel
-    switches = {"TAPS": 4, "BIAS": True, "SILU": True, "BLOCK_T": 32, "BLOCK_D": 128, "x_channel": 1, "weight_tap": 1}
-    check(kernel, typed(kernel, "bf16"), switches, capability)
+    check(triton_targets.convolution(), capability)
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("padded", [False, True])
 def test_the_selection(padded: bool, capability: int) -> None:
-    kernel = select.select_kernel
-    lists = dict.fromkeys(("positions", "lengths", "kept", "dropped", "kept_positions", "dropped_positions"), "*i64")
-    types = {"score": "*fp32", **lists, "real": "*i1", "kept_real": "*i1"}
-    if not padded:
-        types |= dict.fromkeys(("real", "lengths", "kept_real"), "*fp32")
-    check(kernel, types, {"REAL": padded, "position_slot": 1, "BLOCK": 2048}, capability)
+    check(triton_targets.selection(padded), capability)
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("output", [False, True])
 def test_the_selective_scan(output: bool, layout: str, capability: int) -> None:
-    kernel = scan.selective_scan_kernel
-    switches = {"states": 16, "SOFTPLUS": True, "BIAS": True, "SKIP": True, "GATE": True, "OUTPUT": output,
-                "groups": 1, "BLOCK_D": scan.TILE}  # fmt: skip
-    unit = ones(kernel, (*LAYOUTS[layout], "A_state"))
-    check(kernel, typed(kernel, "bf16"), switches | unit, capability)
-    chain = {"states": 16, "AHEAD": 8, "BLOCK_D": 128, "A_state": 1}
-    check(scan.chain_kernel, typed(scan.chain_kernel, "bf16"), chain, capability)
+    check(triton_targets.selective_scan(LAYOUTS[layout], output), capability)
+    check(triton_targets.chain(), capability)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_a_state_costs_one_exponential_a_token(capability: int) -> None:
+    """A step takes two more instructions of their kind, a gate likewise; a loop covers one token."""
+    channels = scan.TILE // 32  # of a thread
+    for launch, others in (
+        (triton_targets.selective_scan(CHANNELS, output=False), 2),
+        (triton_targets.selective_scan(CHANNELS, output=True), 4),
+        (triton_targets.selective_score(CHANNELS), 2),
+    ):
+        (config,) = launch.configs
+        loop = hottest_loop(usage(launch, config, capability, multiples=True).sass)
+        assert mufu(loop) == channels * (16 + others)
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_backward_pass_of_the_selective_scan(layout: str, capability: int) -> None:
-    kernel = scan.selective_scan_backward_kernel
-    switches = {"BLOCK_N": 16, "BLOCK_T": scan.BLOCK_T, "BLOCK_D": scan.BLOCK_D, "SOFTPLUS": True, "BIAS": True,
-                "SKIP": True, "GATE": True, "groups": 1}  # fmt: skip
-    check(kernel, typed(kernel, "bf16"), switches | ones(kernel, LAYOUTS[layout]), capability)
+    check(triton_targets.selective_scan_backward(LAYOUTS[layout]), capability)
 
 
 class Driver:
