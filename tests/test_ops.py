@@ -777,3 +777,18 @@ def test_mamba_ssms_ssd_scan_is_called_as_it_is_documented(
     assert y.is_contiguous()
     assert last.is_contiguous()
     opcheck(OPS.ssd_scan, arguments)
+
+
+@pytest.mark.parametrize("operand", ["A", "delta", "delta_bias", "u", "B"])
+@pytest.mark.parametrize("softplus", [False, True])
+def test_nan_in_nan_out(operand: str, softplus: bool, backend: str) -> None:
+    """Also one whose lowest bits are set: an exponential that shifts bits made numbers of it (case 10)."""
+    operands = selective_operands(rows=1, channels=20, length=12, states=3)
+    odd = torch.tensor(0x7FC00001, dtype=torch.int32).view(torch.float32)
+    broken = operands[operand] = operands[operand].clone()
+    broken[(0,) * broken.dim()] = odd
+    y, last = ops.selective_scan(*operands.values(), softplus)
+    affected = slice(None) if operand == "B" else slice(1)
+    assert y[0, affected].isnan().all()
+    assert last[0, affected, 0].isnan().all()
+    assert y[0].isnan().any(1).sum() == (20 if operand == "B" else 1)

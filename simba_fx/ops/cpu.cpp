@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <limits>
 #include <vector>
 
 namespace {
@@ -36,8 +37,11 @@ typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
 inline Lanes lanes(float x) { return Lanes{} + x; }
 inline Lanes max(Lanes a, Lanes b) { return a > b ? a : b; }
 
+// Every NaN as the one whose low bits are zero: others lose themselves where exp2 shifts bits into the exponent.
+inline Lanes one_nan(Lanes x) { return x == x ? x : lanes(std::numeric_limits<float>::quiet_NaN()); }
+
 // 2^x to a rounding or two; exactly 0 below 2^-125, infinity from 2^128 on. A minimax polynomial (relative error 2e-9 on
-// [-1/2, 1/2], value 1 at 0), then the exponent.
+// [-1/2, 1/2], value 1 at 0), then the exponent. Of NaNs only `one_nan` stays one.
 inline Lanes exp2(Lanes x) {
   const Lanes magic = lanes(12582912.0f);  // 1.5 * 2^23: adding it rounds to the nearest integer
   x = x > 128.0f ? lanes(128.0f) : x;
@@ -205,14 +209,15 @@ struct SelectiveTile {
 
   SelectiveTile(const Selective& scan, Tile at)
       : s(scan), tile(at), u(s.u, at, s.length), delta(s.delta, at, s.length), z(s.z, at, s.length) {
-    for (int64_t n = 0; n < s.states; ++n) rate[n] = load(s.A + at.channel * s.states + n, s.states, at.count) * kLog2e;
+    for (int64_t n = 0; n < s.states; ++n)
+      rate[n] = one_nan(load(s.A + at.channel * s.states + n, s.states, at.count) * kLog2e);
     skip = s.D ? load(s.D + at.channel, 1, at.count) : lanes(0.0f);
     bias = s.bias ? load(s.bias + at.channel, 1, at.count) : lanes(0.0f);
     int64_t first = (at.row * s.groups + at.group) * s.length * s.states;
     B = s.B + first;
     C = s.C ? s.C + first : nullptr;
   }
-  Lanes raw(int64_t t) { return delta.read(t) + bias; }
+  Lanes raw(int64_t t) { return one_nan(delta.read(t) + bias); }
   Lanes step(Lanes raw_step) const { return s.softplus ? softplus(raw_step) : raw_step; }
   Lanes input(int64_t t) { return u.read(t); }
 };
