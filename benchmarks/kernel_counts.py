@@ -38,13 +38,13 @@ COLUMNS = (
 class Row:
     """A launch, and what an iteration of its program's hottest loop covers: where there is none, what the program does.
 
-    `channels` may name a block size that is tuned, of which each stands for `each` channels.
+    `channels` may be heads, of which each stands for `each` channels.
     """
 
     purpose: str
     launch: Any
     tokens: int | None = None
-    channels: int | str = 0
+    channels: int = 0
     of: int = CHANNELS
     each: int = 1
 
@@ -70,7 +70,7 @@ def catalogue(known: ModuleType) -> list[Row]:
         Row("Mamba-1 score: steps", known.step_sums(score.CHUNK, clamp=False, real=False), score.CHUNK, 64),
         Row("Mamba-1 score", known.selective_score(last, real=False), 1, scan.TILE),
         Row("Mamba-2 score: steps", known.step_sums(ssd, clamp=True, real=False), ssd, 64, HEADS),
-        Row("Mamba-2 score", known.ssd_score(real=False), ssd, "BLOCK_H", HEADS, WIDTH),
+        Row("Mamba-2 score", known.ssd_score(real=False), ssd, score.SSD_HEADS, HEADS, WIDTH),
         Row("scores: steps behind chunks", known.suffix()),
         Row("convolution", known.convolution(), 32, 128),
         Row("selection", known.selection(padded=False)),
@@ -78,21 +78,20 @@ def catalogue(known: ModuleType) -> list[Row]:
     ]
 
 
-def cells(known: ModuleType, row: Row, config: Any, capability: int) -> list[str]:
-    used = known.usage(row.launch, config, capability, multiples=True)
-    resources = (config.num_warps, used.registers, used.stack, used.shared)
+def cells(known: ModuleType, row: Row, capability: int) -> list[str]:
+    used = known.usage(row.launch, capability, multiples=True)
+    resources = (row.launch.warps, used.registers, used.stack, used.shared)
     head = [row.launch.kernel.fn.__name__, row.purpose, *map(str, resources)]
     if row.tokens is None:
         return head + ["–"] * (len(COLUMNS) - len(head))
     body = known.hottest_loop(used.sass)
     count = known.mufu(body)
-    channels = row.channels if isinstance(row.channels, int) else config.kwargs[row.channels]
-    warps = config.num_warps * -(-row.of // channels) / row.tokens  # that work on a token
+    warps = row.launch.warps * -(-row.of // row.channels) / row.tokens  # that work on a token
     issue, exponentials = (
         number * warps / (MULTIPROCESSORS * CYCLES * rate)
         for number, rate in ((len(body), ISSUED), (count, EXPONENTIALS))
     )
-    covered = f"{row.tokens} x {channels * row.each}"
+    covered = f"{row.tokens} x {row.channels * row.each}"
     numbers = (f"{len(body) * warps:,.0f}", f"{issue:.2f}", f"{exponentials:.2f}")
     return [*head, str(len(body)), str(count), covered, *numbers]
 
@@ -108,8 +107,7 @@ def main() -> None:
         print(f"| {' | '.join(COLUMNS)} |")
         print(f"|{'---|' * 2}{'---:|' * (len(COLUMNS) - 2)}")
         for row in catalogue(known):
-            for config in row.launch.configs:
-                print(f"| {' | '.join(cells(known, row, config, capability))} |", flush=True)
+            print(f"| {' | '.join(cells(known, row, capability))} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -51,17 +51,12 @@ class Launch:
     Args:
         types: by argument; one that is not named is an `i32`.
         constants: block sizes, switches, strides of 1.
-        warps: where there is nothing to tune.
     """
 
     kernel: Any
     types: dict[str, str]
     constants: dict[str, Any]
     warps: int = 4
-
-    @property
-    def configs(self) -> list[Any]:
-        return getattr(self.kernel, "configs", [triton.Config({}, num_warps=self.warps)])
 
 
 def _launch(kernel: Any, constants: dict[str, Any], unit: tuple[str, ...] = (), warps: int = 4, **more: str) -> Launch:
@@ -91,7 +86,7 @@ def suffix() -> Launch:
 def ssd_score(real: bool = True) -> Launch:
     """mamba2-130m … 2.7b: P = 64."""
     switches = {"BLOCK_T": score.SSD_CHUNK, "BLOCK_P": 64, "SOFTPLUS": True, "BIAS": True, "REAL": real,
-                "ABSOLUTE": False, "DECAY": True}  # fmt: skip
+                "ABSOLUTE": False, "DECAY": True, "BLOCK_H": score.SSD_HEADS}  # fmt: skip
     return _launch(score.ssd_score_kernel, switches, ("groups", "x_channel", "dt_head", "A_head"), real="*i1")
 
 
@@ -124,15 +119,14 @@ def selective_scan_backward(layout: tuple[str, ...]) -> Launch:
     return _launch(scan.selective_scan_backward_kernel, switches, layout)
 
 
-def usage(launch: Launch, config: Any, capability: int, multiples: bool = False) -> Usage:
-    """Compile one configuration of a kernel for `sm_<capability>`.
+def usage(launch: Launch, capability: int, multiples: bool = False) -> Usage:
+    """Compile a kernel for `sm_<capability>`.
 
     Args:
         multiples: sizes and strides are multiples of 16, so that loads are vectors (what is `do_not_specialize` stays
             unknown).
     """
-    function = launch.kernel.fn if isinstance(launch.kernel, triton.runtime.Autotuner) else launch.kernel
-    constants = {**launch.constants, **config.kwargs}
+    function, constants = launch.kernel, launch.constants
     unknown = (launch.types.keys() | constants.keys()) - set(function.arg_names)
     assert not unknown, f"{function.__name__} has no arguments {unknown}"
     signature = {
@@ -146,9 +140,7 @@ def usage(launch: Launch, config: Any, capability: int, multiples: bool = False)
     source = ASTSource(function, signature, constants, aligned)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Triton 3.9 announces another default of 3.10
-        built = triton.compile(
-            source, target=GPUTarget("cuda", capability, 32), options={"num_warps": config.num_warps}
-        )
+        built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": launch.warps})
     resources, sass = (_dump(built.asm["cubin"], option) for option in ("-res-usage", "-sass"))
     words = {name: int(count) for name, count in re.findall(r"(REG|STACK|LOCAL):(\d+)", resources)}
     return Usage(words["REG"], words["STACK"], words["LOCAL"], built.metadata.shared, sass)

@@ -7,7 +7,6 @@ compile a kernel again for each that is 1 or a multiple of 16. Strides are speci
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
@@ -55,16 +54,6 @@ class _Launcher:
 def launch(kernel: Any, operand: Tensor) -> Any:
     """The kernel, to be given a grid and arguments, for operands on the device of this one."""
     return torch.library.wrap_triton(kernel) if _TRACED.get() else _Launcher(kernel, operand.device)
-
-
-def tuned(configs: Iterable[tuple[dict[str, int], int]], key: Iterable[str] = ()) -> Any:
-    """`triton.autotune` over `(block sizes, warps)`, the first of them where kernels are interpreted.
-
-    `key`: arguments whose value asks for a choice of its own. Lengths are not among them: another length must cost
-    nothing. No kernel here has anything to undo between the runs that the choice takes.
-    """
-    choices = [triton.Config(sizes, num_warps=warps) for sizes, warps in configs]
-    return triton.autotune(choices[:1] if INTERPRETED else choices, key=list(key))
 
 
 @triton.jit

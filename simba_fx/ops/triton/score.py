@@ -20,7 +20,6 @@ from simba_fx.ops.triton.common import (
     last_real,
     launch,
     step_size,
-    tuned,
     vanishing_exp2,
 )
 from simba_fx.ops.triton.scan import TILE, tile
@@ -31,6 +30,8 @@ FEW = 4
 """States that are left out together where all have decayed to nothing."""
 SSD_CHUNK = 16
 """Tokens of a chunk of the SSD score."""
+SSD_HEADS = 2
+"""Heads that a program of the SSD score reads at once: of more, registers spill for some GPUs."""
 
 
 @triton.jit
@@ -216,7 +217,6 @@ def selective_token_score(
     return score
 
 
-@tuned([({"BLOCK_H": 4}, 4), ({"BLOCK_H": 8}, 8), ({"BLOCK_H": 2}, 2)], key=["heads", "width"])
 @triton.jit(do_not_specialize=["dt_min", "dt_max", "tail", "length"])
 def ssd_score_kernel(
     x, dt, A, bias, weights, real, behind, score, dt_min, dt_max, tail, length, heads, width, groups,
@@ -300,6 +300,6 @@ def ssd_token_score(
         x, dt, A, A if dt_bias is None else dt_bias, weights.contiguous(), A if real is None else real, behind, score,
         dt_min, dt_max, tail, length, heads, width, weights.shape[2], *x.stride(), *dt.stride(), *A.stride(),
         BLOCK_T=SSD_CHUNK, BLOCK_P=triton.next_power_of_2(width), SOFTPLUS=dt_softplus, BIAS=dt_bias is not None,
-        REAL=real is not None, ABSOLUTE=criterion == "simba-abs", DECAY=decay,
+        REAL=real is not None, ABSOLUTE=criterion == "simba-abs", DECAY=decay, BLOCK_H=SSD_HEADS,
     )  # fmt: skip
     return score
