@@ -232,8 +232,12 @@ def traced() -> bool:
 
 
 def exported() -> bool:
-    """Whether torch.export is tracing this call: likewise, not a capture in another thread."""
-    return torch.compiler.is_exporting() and (_capturing is None or _capturing == threading.get_ident())
+    """Whether torch.export is tracing this call: likewise, not a capture in another thread.
+
+    Torch's flag itself, which Dynamo reads and guards. Of `torch.compiler.is_exporting()` it makes a constant: torch
+    2.11's makes it True in every frame that it compiles, export or none.
+    """
+    return torch.compiler._is_exporting_flag and (_capturing is None or _capturing == threading.get_ident())
 
 
 def _in_this_thread(function: Callable[..., Any], stand_in: Callable[..., Any]) -> Callable[..., Any]:

@@ -29,6 +29,7 @@ from torch._inductor.utils import fresh_cache
 
 import simba_fx
 from simba_fx.inputs import autocast_dtype
+from simba_fx.lift import exported
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
 own_model: Any = importlib.import_module("own_model")
@@ -199,6 +200,38 @@ def test_dynamo_is_not_asked_which_devices_have_autocast(monkeypatch: pytest.Mon
         with torch.autocast("cpu", torch.bfloat16):
             assert ask(torch.device(kind)) == autocast_dtype(torch.device(kind)) == right
         assert ask(torch.device(kind)) is None
+
+
+@pytest.mark.parametrize("broken", [False, True], ids=["one graph", "a break before it is asked"])
+@pytest.mark.parametrize("kind", ["mamba", "plain"])
+def test_a_compiled_call_is_remembered_as_a_call(
+    kind: str, broken: bool, plain: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it kept is known after it and behind it in compiled code. Without `fullgraph` Dynamo compiles what remembers
+    as a frame of its own, and torch 2.11's takes `is_exporting()` for True wherever it compiles: so here, for any."""
+    monkeypatch.setattr(torch.compiler, "is_exporting", lambda: torch.compiler.is_dynamo_compiling())
+    sparse: Any = simba_fx.transform(plain if kind == "plain" else dense("mamba"), "linear", compile="whole")
+
+    def asked(ids: Tensor) -> Any:
+        sparse(ids)
+        if broken:
+            torch._dynamo.graph_break()
+        return remembered()
+
+    def remembered() -> list[Tensor]:
+        return [*simba_fx.kept(sparse), simba_fx.reached(sparse)]
+
+    compiled, compiled_asked = (torch.compile(run, backend="eager", dynamic=False) for run in (sparse, asked))
+    texts = [tokens(seed, 2, 40) for seed in (1, 2)]
+    with torch.no_grad():
+        expected = [asked(ids) for ids in texts]
+        assert not torch.equal(expected[0][-1], expected[1][-1])
+        for i in (0, 1, 0):
+            compiled(texts[i])
+            found = [remembered(), compiled_asked(texts[i]), remembered()]
+            for one in found:
+                assert all(torch.equal(a, b) for a, b in zip(one, expected[i], strict=True))
+        assert not torch.compile(exported, backend="eager", fullgraph=True)()
 
 
 @every_mode
