@@ -67,7 +67,7 @@ def triton_for(operand: Tensor) -> Any:
     return triton_kernels() if on_gpu(operand) else None
 
 
-MOST_STATES = 64
+MOST_STATES = 32
 """States of a channel that a thread's registers hold (`simba_fx.ops.triton.scan`)."""
 
 
