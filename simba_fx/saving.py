@@ -12,6 +12,7 @@ import functools
 import importlib
 import json
 import os
+import pickle
 import shutil
 import tempfile
 import uuid
@@ -29,6 +30,14 @@ from simba_fx.api import program, runtime_of, transform
 from simba_fx.build import Criterion, Options
 from simba_fx.errors import ScheduleError, SimbaError
 from simba_fx.sharding import is_sharded
+from simba_fx.stranger import (
+    IMPLEMENTATIONS,
+    check_config,
+    check_files,
+    check_implementations,
+    read_json,
+    scanning_class,
+)
 
 __all__ = ["load", "save"]
 
@@ -41,9 +50,10 @@ _SCHEDULES: dict[str, type[Any]] = {
     cls.__name__: cls
     for cls in (schedule.Linear, schedule.Cosine, schedule.Constant, schedule.Dense, schedule.Stages, schedule.Explicit)
 }
-_IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")
-"""What a transformers model runs its attention and its experts with: chosen when it is loaded, and not in its files."""
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)}
+_FLOATS = ("float32", "bfloat16", "float16", "float64")
+_LONGEST = 1000
+"""Characters of a share: more than any that a schedule comes to."""
 
 
 def save(sparse: nn.Module, directory: str | os.PathLike[str]) -> None:
@@ -108,6 +118,9 @@ def load(directory: str | os.PathLike[str], model: nn.Module | None = None, *, c
         SimbaError: no such folder; no or no usable `simba_fx.json`; a `model` where there should be none or the other
             way round, or one whose weights are others; a missing `criterion`.
         ScheduleError: shares for another number of blocks.
+
+    A folder may be a stranger's: whatever its files say, no code of it or of a hub's runs, no pickled object is built,
+    and no file outside of it is read. What `kwargs` say is yours to answer for.
     """
     folder = Path(directory)
     written = _read(folder)
@@ -198,7 +211,7 @@ def _described(model: nn.Module, runtime: Any, library: str) -> dict[str, Any]:
         written |= _dtypes(model)
     if library == "transformers":
         config: Any = model.config
-        chosen = {name: getattr(config, f"_{name}", None) for name in _IMPLEMENTATIONS}
+        chosen = {name: getattr(config, f"_{name}", None) for name in IMPLEMENTATIONS}
         written["implementations"] = {name: held for name, held in chosen.items() if isinstance(held, str)}
     written["options"] = options_to_json(runtime.options, shares)
     written["shares"] = [_number(share) for share in shares]
@@ -251,7 +264,7 @@ def _schedule_to_json(plan: Any, shares: tuple[Fraction, ...]) -> dict[str, Any]
 
 def _schedule_from_json(written: Any) -> Any:
     kind = written.get("kind") if isinstance(written, dict) else None
-    if kind not in _SCHEDULES:
+    if not isinstance(kind, str) or kind not in _SCHEDULES:
         raise SimbaError(
             f"{FILE}: expected a schedule of kind {', '.join(_SCHEDULES)}; found {kind!r}. Correct it, or transform "
             "the dense model."
@@ -283,12 +296,14 @@ def _number(value: Any) -> Any:
 
 
 def _share(written: Any) -> Any:
-    if not isinstance(written, str):
+    if isinstance(written, int | float) and not isinstance(written, bool) and abs(written) < 2**63:
         return written
     try:
-        return Fraction(written)
+        if isinstance(written, str) and len(written) < _LONGEST and "e" not in written.lower():  # 1e999999999
+            return Fraction(written)
     except (ValueError, ZeroDivisionError):
-        raise SimbaError(f'{FILE}: expected a share, a number or a fraction as "1/10"; found {written!r}.') from None
+        pass
+    raise SimbaError(f'{FILE}: expected a share, a number or a fraction as "1/10"; found {written!r}.')
 
 
 def _block(written: str) -> int:
@@ -337,11 +352,9 @@ def _read(folder: Path) -> dict[str, Any]:
             f"{folder} has no {FILE}, so it holds no sparse model; expected a folder that simba_fx.save wrote. Load "
             "the dense model with its own library and pass it to simba_fx.transform."
         )
-    try:
-        written: dict[str, Any] = json.loads((folder / FILE).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise SimbaError(f"{folder / FILE} is no JSON: {error}. Correct it, or transform the dense model.") from error
-    found = written.get("format") if isinstance(written, dict) else None
+    check_files(folder)
+    written = read_json(folder / FILE)
+    found = written.get("format")
     if found != FORMAT or isinstance(found, bool):
         raise SimbaError(
             f"{folder / FILE} has format {found!r}; this version of simba_fx reads format {FORMAT}. Use the version "
@@ -359,10 +372,22 @@ def _read(folder: Path) -> dict[str, Any]:
     }[written["library"]]
     optional = {"shares", *({"other_dtypes"} if "dtype" in keys else ())} & set(written)
     _expect_keys(written, {"format", "library", "class", "options"} | keys | optional, "file")
+    for name, (kind, told) in _KINDS.items():
+        if name in written and not isinstance(written[name], kind):
+            raise SimbaError(f"{FILE}: expected {name} to be {told}; found {written[name]!r}. {_CORRECT}")
     for name in ([written["dtype"]] if "dtype" in keys else []) + list(written.get("other_dtypes", {}).values()):
-        if name not in _DTYPES:
-            raise SimbaError(f'{FILE}: expected a dtype of torch, such as "float32"; found {name!r}.')
+        if name not in _FLOATS:
+            raise SimbaError(f"{FILE}: expected a dtype among {', '.join(_FLOATS)}; found {name!r}. {_CORRECT}")
     return written
+
+
+_CORRECT = "Correct it, or transform the dense model."
+_KINDS: dict[str, tuple[type, str]] = {
+    "class": (str, "the name of a class"),
+    "shares": (list, "a list, a share for each block"),
+    "other_dtypes": (dict, "an object, the dtypes of weights by their names"),
+    "example_inputs": (dict, "an object, an argument of the module for each name"),
+}
 
 
 def _expect_keys(written: Any, names: set[str], what: str) -> None:
@@ -394,6 +419,10 @@ def _options(written: Mapping[str, Any], criterion: Criterion | None) -> Options
     return options_from_json(held, criterion)
 
 
+_SAFE = {"trust_remote_code": False, "local_files_only": True, "use_safetensors": True}
+"""transformers' defaults, or stricter than those. Only the caller may say otherwise."""
+
+
 def _pretrained(folder: Path, written: Mapping[str, Any], kwargs: Mapping[str, Any]) -> nn.Module:
     """The dense model of a library, each weight in the dtype that it had, unless a dtype is given."""
     usual, others = _DTYPES[written["dtype"]], written.get("other_dtypes", {})
@@ -402,7 +431,10 @@ def _pretrained(folder: Path, written: Mapping[str, Any], kwargs: Mapping[str, A
     given = ({"dtype": widest} if as_saved else {}) | dict(kwargs)
     model: nn.Module
     if written["library"] == "transformers":
-        model = _class_of(folder, written).from_pretrained(folder, **(written["implementations"] | given))
+        chosen = check_implementations(written["implementations"], f"{FILE}, implementations", kwargs)
+        file = folder / "config.json"
+        cls = scanning_class(check_config(file, kwargs), written["class"], file)
+        model = cls.from_pretrained(folder, **(_SAFE | chosen | given))
     else:
         models: Any = importlib.import_module("mamba_ssm.models.mixer_seq_simple")
         model = models.MambaLMHeadModel.from_pretrained(str(folder), **given).eval()  # as transformers has it
@@ -412,31 +444,17 @@ def _pretrained(folder: Path, written: Mapping[str, Any], kwargs: Mapping[str, A
     return model
 
 
-def _class_of(folder: Path, written: Mapping[str, Any]) -> Any:
-    """Of a transformers model, as its configuration names it."""
-    import transformers
-
-    name = (json.loads((folder / "config.json").read_text(encoding="utf-8")).get("architectures") or [None])[0]
-    cls = getattr(transformers, str(name), None)
-    if not hasattr(cls, "from_pretrained"):
-        raise SimbaError(
-            f"{folder / 'config.json'} names the class {name!r}, which transformers {transformers.__version__} does "
-            f"not have; expected {written['class']}. Install a version that has it."
-        )
-    return cls
-
-
 def _example_inputs(written: Any, model: Any) -> dict[str, Any]:
     """Example arguments of a plain module, on its device."""
     device = next((held.device for held in (*model.parameters(), *model.buffers())), None)
     try:
         return {
-            name: held["value"]
+            name: _constant(name, held["value"])["value"]
             if "value" in held
             else torch.zeros(held["shape"], dtype=_DTYPES[held["dtype"]], device=device)
             for name, held in written.items()
         }
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:  # RuntimeError: sizes below 0, or too large
         raise SimbaError(
             f'{FILE}, example_inputs: expected {{"dtype": ..., "shape": [...]}} or {{"value": ...}} for each argument; '
             f"found {written}. Correct it, or transform the dense module."
@@ -451,7 +469,15 @@ def _put_weights(model: Any, file: Path) -> None:
     """
     if not file.is_file():
         raise SimbaError(f"{file} is missing; expected the weights that simba_fx.save wrote. Save the model again.")
-    saved: dict[str, Tensor] = torch.load(file, map_location="cpu", weights_only=True)
+    try:
+        saved: dict[str, Tensor] = torch.load(file, map_location="cpu", weights_only=True)
+        if not isinstance(saved, dict) or not all(isinstance(held, Tensor) for held in saved.values()):
+            raise TypeError("it holds other things than tensors by their names")
+    except (RuntimeError, TypeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        raise SimbaError(
+            f"{file} cannot be read ({type(error).__name__}); expected the weights that simba_fx.save wrote. Save the "
+            "model again."
+        ) from error
     own = model.state_dict(keep_vars=True)
     wrong = [f"{name} is missing" for name in own if name not in saved]
     wrong += [f"{name} is unknown" for name in saved if name not in own]

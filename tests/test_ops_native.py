@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import shutil
+import stat
 import subprocess
 import sys
 import types
@@ -15,7 +17,7 @@ import pytest
 import torch
 
 from simba_fx import ops
-from simba_fx.ops import backends, cuda, native
+from simba_fx.ops import backends, cache, cuda, native
 
 
 @pytest.fixture
@@ -79,12 +81,11 @@ def test_a_flag_the_compiler_lacks_is_left_out(undecided: Path, monkeypatch: pyt
 @needs_compiler
 def test_kernels_are_built_once(undecided: Path) -> None:
     assert ops.kernel_path("cpu").startswith("C++ (")
-    (built,) = undecided.glob("*.so")
-    assert list(undecided.iterdir()) == [built]
-    stamp = built.stat().st_mtime_ns
+    stamps = {file.name: file.stat().st_mtime_ns for file in undecided.iterdir()}
+    assert sorted(name.rpartition(".")[2] for name in stamps) == ["json", "so"]
     native.load.cache_clear()
     assert native.kernels() is not None
-    assert built.stat().st_mtime_ns == stamp
+    assert {file.name: file.stat().st_mtime_ns for file in undecided.iterdir()} == stamps
 
 
 @needs_compiler
@@ -93,7 +94,164 @@ def test_first_uses_may_race(tmp_path: Path) -> None:
     code = "from simba_fx import ops; assert ops.kernel_path('cpu').startswith('C++'), ops.kernel_path('cpu')"
     racers = [subprocess.Popen([sys.executable, "-c", code], env=environment) for _ in range(3)]
     assert [racer.wait() for racer in racers] == [0, 0, 0]
-    assert len(list(tmp_path.iterdir())) == 1
+    assert sorted(file.suffix for file in tmp_path.iterdir()) == [".json", ".so"]
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache that a process of its own filled."""
+    folder = tmp_path_factory.mktemp("built") / "cache"
+    run_in(folder)
+    return folder
+
+
+def run_in(folder: Path, **variables: str) -> str:
+    """`kernel_path` of a new process with that cache: where a bad file crashes it, the test goes on and fails."""
+    code = "from simba_fx import ops; import os; print(ops.kernel_path('cpu'), os.getenv('TORCHINDUCTOR_CACHE_DIR'))"
+    environment = {**os.environ, "SIMBA_FX_CACHE": str(folder), **variables}
+    environment.pop("TORCHINDUCTOR_CACHE_DIR", None)
+    done = subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True)
+    path, asked = done.stdout.strip().rsplit(" ", 1)
+    assert asked == "None", "asking set Inductor's folder"
+    return path
+
+
+@needs_compiler
+def test_the_cache_is_its_owners_alone(built: Path) -> None:
+    assert stat.S_IMODE(built.stat().st_mode) == 0o700
+    assert {stat.S_IMODE(file.stat().st_mode) for file in built.iterdir()} == {0o600}
+
+
+def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    monkeypatch.delenv("SIMBA_FX_CACHE", raising=False)
+    for caches, expected in (("", ".cache"), ("relative", ".cache"), (str(tmp_path / "caches"), "caches")):
+        monkeypatch.setenv("XDG_CACHE_HOME", caches)
+        assert cache.folder() == tmp_path / expected / "simba_fx"
+    monkeypatch.setenv("SIMBA_FX_CACHE", str(tmp_path / "mine"))
+    assert cache.folder() == tmp_path / "mine"
+
+
+def library_in(folder: Path) -> Path:
+    (library,) = folder.glob("*.so")
+    return library
+
+
+def described_in(folder: Path) -> Path:
+    (described,) = folder.glob("*.json")
+    return described
+
+
+def plant(folder: Path) -> None:
+    """Another library, whose code must not run: what loads it exits."""
+    source = folder.parent / "planted.cpp"
+    source.write_text("#include <cstdlib>\n__attribute__((constructor)) static void planted() { std::_Exit(66); }\n")
+    made = folder.parent / "planted.so"
+    subprocess.run([native._compiler(), "-shared", "-fPIC", str(source), "-o", str(made)], check=True)
+    os.replace(made, library_in(folder))
+
+
+def without_our_symbols(folder: Path) -> None:
+    """Whole, by its digest, and of no use."""
+    source, described = folder.parent / "other.cpp", described_in(folder)
+    source.write_text('extern "C" int other() { return 0; }\n')
+    made = folder.parent / "other.so"
+    subprocess.run([native._compiler(), "-shared", "-fPIC", str(source), "-o", str(made)], check=True)
+    library_in(folder).unlink()
+    key, _, compiler = described.stem.partition("-")
+    cache.keep(folder, key, compiler, "g++ 1.0", made)
+
+
+def linked(folder: Path) -> None:
+    library = library_in(folder)
+    library.rename(folder.parent / "elsewhere.so")
+    library.symlink_to(folder.parent / "elsewhere.so")
+
+
+BROKEN: dict[str, Callable[[Path], object]] = {
+    "planted": plant,
+    "without our symbols": without_our_symbols,
+    "truncated": lambda folder: os.truncate(library_in(folder), library_in(folder).stat().st_size // 2),
+    "empty": lambda folder: os.truncate(library_in(folder), 0),
+    "gone": lambda folder: library_in(folder).unlink(),
+    "a link": linked,
+    "writable by others": lambda folder: library_in(folder).chmod(0o666),
+    "a pipe": lambda folder: (library_in(folder).unlink(), os.mkfifo(described_in(folder).with_suffix(".so"))),
+    "no JSON": lambda folder: described_in(folder).write_text("{"),
+    "no digest": lambda folder: described_in(folder).write_text('{"compiler": "g++"}'),
+    "a path for a digest": lambda folder: described_in(folder).write_text('{"compiler": "g++", "sha256": "../x"}'),
+    "another kind": lambda folder: described_in(folder).write_text('{"compiler": 3, "sha256": [1]}'),
+}
+
+
+@needs_compiler
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_library_that_is_not_ours_or_not_whole_is_not_loaded(case: str, built: Path, tmp_path: Path) -> None:
+    """Without a compiler there are no kernels, and the reason is told; with one they are built anew, and stay."""
+    folder = tmp_path / "cache"
+    shutil.copytree(built, folder)
+    BROKEN[case](folder)
+    told = run_in(folder, CXX="no-such-compiler")
+    assert told.startswith("torch (no C++ compiler found: CXX=no-such-compiler is not on the path; ")
+    assert str(folder) in told
+    if case in ("planted", "without our symbols", "truncated", "empty", "a link", "no JSON"):  # seconds each
+        assert run_in(folder).startswith("C++ (")
+        assert run_in(folder, CXX="no-such-compiler").startswith("C++ (")
+
+
+@needs_compiler
+def test_kernels_serve_where_their_compiler_is_gone(built: Path) -> None:
+    path = run_in(built)
+    assert path.startswith("C++ (")
+    assert run_in(built, CXX="no-such-compiler") == path
+    assert run_in(built, PATH="/nowhere") == path
+
+
+@needs_compiler
+@pytest.mark.parametrize("case", ["others may write", "another owner", "a link", "a file", "no folder"])
+def test_a_cache_that_is_not_ones_own_is_not_used(case: str, undecided: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels are then built for the process alone, and `kernel_path` says why."""
+    place = undecided / "cache"
+    monkeypatch.setenv("SIMBA_FX_CACHE", str(place))
+    if case in ("others may write", "another owner"):
+        place.mkdir()
+        place.chmod(0o770 if case == "others may write" else 0o700)
+        owner = os.getuid()
+        monkeypatch.setattr(os, "getuid", lambda: owner + (case == "another owner"))
+    elif case == "a link":
+        (undecided / "real").mkdir(mode=0o700)
+        place.symlink_to(undecided / "real")
+    else:
+        place.write_text("")
+        if case == "no folder":
+            monkeypatch.setenv("SIMBA_FX_CACHE", str(place / "inside"))
+    told = {
+        "others may write": f"{place} may be written by others (mode 770), expected 700)",
+        "another owner": f"{place} belongs to user {os.getuid() - 1}, expected {os.getuid()})",
+        "a link": f"no cache: {place} is a link or a file, expected a folder)",
+        "a file": f"no cache: {place} is a link or a file, expected a folder)",
+        "no folder": "no cache: [Errno 17] File exists: ",
+    }[case]
+    path = ops.kernel_path("cpu")
+    assert path.startswith("C++ (")
+    assert f"; {told}" in path
+    assert scan_runs()
+    assert not list(undecided.glob("*/*"))
+
+
+@needs_compiler
+def test_a_cache_that_cannot_be_written(undecided: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        if _[0] == undecided:
+            raise OSError(28, "No space left on device")
+        return real(*_)
+
+    real = cache.keep
+    monkeypatch.setattr(cache, "keep", refuse)
+    assert ops.kernel_path("cpu").endswith("; not cached: [Errno 28] No space left on device)")
+    assert scan_runs()
+    assert list(undecided.iterdir()) == []
 
 
 def test_importing_builds_nothing(tmp_path: Path) -> None:

@@ -523,7 +523,8 @@ SPOILT: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "another dtype": (
         {"dtype": "float33"},
-        "simba_fx.json: expected a dtype of torch, such as \"float32\"; found 'float33'.",
+        "simba_fx.json: expected a dtype among float32, bfloat16, float16, float64; found 'float33'. Correct it, or "
+        "transform the dense model.",
     ),
     "an unknown option": (
         {"options__colour": "red", "options__floor": None},

@@ -1,11 +1,12 @@
 """Builds `cpu.cpp` on first use with the machine's C++ compiler and calls it through ctypes.
 
-The library is kept in a cache directory under a name that hashes everything it depends on (source, flags, compiler,
-processor), written beside and moved into place, so concurrent first uses are harmless and a stale one is never loaded.
-Where nothing can be built, `load` says why and callers take the PyTorch path.
+The library is kept in a folder of the user's own (`cache.py`) under a name that hashes everything it depends on
+(source, flags, processor, torch; compiler), so a stale one is never loaded. Where there is no compiler, or it fails,
+one that another compiler built serves as well. Where that folder cannot be used, the library is built in a temporary
+one, each process for itself. Where nothing can be built, `load` says why and callers take the PyTorch path.
 
-Environment: `SIMBA_FX_NATIVE=0` switches it off; `SIMBA_FX_CACHE` is the cache directory (default: `simba_fx` under
-torch's Inductor cache, else under `XDG_CACHE_HOME`); `CXX` names the compiler.
+Environment: `SIMBA_FX_NATIVE=0` switches it off; `SIMBA_FX_CACHE` is the cache's folder (default: `simba_fx` under
+`XDG_CACHE_HOME`, else under `~/.cache`); `CXX` names the compiler.
 """
 
 from __future__ import annotations
@@ -18,17 +19,22 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from simba_fx.ops import cache
+
 _SOURCE = Path(__file__).with_name("cpu.cpp")
 _BASE_FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-shared", "-fPIC")
 _FLAG_SETS = (("-march=native", "-fopenmp"), ("-fopenmp",), ("-march=native",), ())
 """Tried in this order: the first that compiles is used."""
+
+_FUNCTIONS = ("simba_max_states", "simba_max_taps", "simba_selective_scan", "simba_selective_scan_backward",
+              "simba_selective_score", "simba_ssd_scan", "simba_causal_conv1d")  # fmt: skip
 
 _BLOCKS = 8
 """Parts that the channels of a (row, group) are shared out over. Fixed, so that sums do not depend on the threads."""
@@ -66,44 +72,92 @@ def kernels() -> Kernels | None:
 def _build() -> Kernels:
     if os.environ.get("SIMBA_FX_NATIVE", "1") == "0":
         raise Unavailable("SIMBA_FX_NATIVE=0")
-    compiler = _compiler()
+    place: Path | None = None
+    reasons: list[str] = []
+    try:
+        place = cache.folder()
+    except cache.Refused as refused:
+        reasons.append(str(refused))
+    try:
+        return _by_compiler(_compiler(), place, reasons)
+    except Unavailable as failure:
+        found = None if place is None else _by_another_compiler(place, reasons)
+        if found is None:
+            raise Unavailable("; ".join((str(failure), *reasons[:1]))) from None
+        return found
+
+
+def _by_another_compiler(place: Path, reasons: list[str]) -> Kernels | None:
+    """Kernels that are cached, whatever built them; why others are not used goes to `reasons`."""
+    for extra in _FLAG_SETS:
+        entries, refused = cache.entries(place, _key(extra))
+        reasons += refused
+        for entry in entries:
+            try:
+                return _opened(entry, extra)
+            except OSError as error:
+                reasons.append(str(error))
+    return None
+
+
+def _by_compiler(compiler: str, place: Path | None, reasons: list[str]) -> Kernels:
+    """The cached kernels of this compiler, else new ones."""
     version = _run([compiler, "-dumpfullversion", "-dumpversion"]).strip()
-    source = _SOURCE.read_bytes()
+    words = f"{Path(compiler).name} {'.'.join(version.split('.')[:2])}"
+    identity = hashlib.sha256(f"{os.path.realpath(compiler)}\0{version}".encode()).hexdigest()[:12]
     failure = ""
     for extra in _FLAG_SETS:
-        flags = (*_BASE_FLAGS, *extra)
-        key = "\0".join((*flags, os.path.realpath(compiler), version, _processor()))
-        name = hashlib.sha256(source + key.encode()).hexdigest()[:24]
-        target = _cache() / f"simba_fx_{name}.so"
+        for entry in cache.entries(place, _key(extra), identity)[0] if place is not None else ():
+            try:
+                return _opened(entry, extra)
+            except OSError:  # built anew
+                pass
         try:
-            if not target.exists():
-                _compile(compiler, flags, target)
-            library = ctypes.CDLL(str(target))
+            if place is not None:
+                try:
+                    return _compiled(compiler, extra, place, identity, words)
+                except OSError as error:  # a full disk, a folder that is read only or whose files may not run
+                    reasons.append(f"not cached: {error}")
+            with tempfile.TemporaryDirectory(prefix="simba_fx-") as own:  # code that is loaded outlives its file
+                found = _compiled(compiler, extra, Path(own), identity, words)
         except (OSError, Unavailable) as error:
             failure = failure or str(error)
             continue
-        words = [f"{Path(compiler).name} {'.'.join(version.split('.')[:2])}"]
-        words += ["OpenMP"] if "-fopenmp" in extra else []
-        words += [torch.backends.cpu.get_cpu_capability()] if "-march=native" in extra else []
-        return Kernels(library, f"C++ ({', '.join(words)})")
+        return replace(found, description=f"{found.description[:-1]}; {reasons[-1]})")
     raise Unavailable(f"{compiler} failed: {failure}")
 
 
-def _compiler() -> str:
-    named = os.environ.get("CXX")
-    if named:
-        found = shutil.which(named)
-        if found is None:
-            raise Unavailable(f"no C++ compiler found: CXX={named} is not on the path")
-        return found
-    try:
-        from torch._inductor.cpp_builder import get_cpp_compiler
+def _key(extra: tuple[str, ...]) -> str:
+    """Of all that a library depends on but its compiler, which may be gone."""
+    parts = (*_BASE_FLAGS, *extra, torch.__version__, _processor())
+    return hashlib.sha256(_SOURCE.read_bytes() + "\0".join(parts).encode()).hexdigest()[:24]
 
-        found = shutil.which(get_cpp_compiler())
-    except Exception:  # Inductor raises its own errors, which differ between versions, when it finds none
-        found = shutil.which("c++")
+
+def _compiled(compiler: str, extra: tuple[str, ...], place: Path, identity: str, words: str) -> Kernels:
+    with tempfile.TemporaryDirectory(dir=place, prefix=".simba_fx-") as beside:
+        built = Path(beside) / "built.so"
+        _run([compiler, *_BASE_FLAGS, *extra, str(_SOURCE), "-o", str(built)])
+        return _opened(cache.keep(place, _key(extra), identity, words, built), extra)
+
+
+def _opened(entry: cache.Entry, extra: tuple[str, ...]) -> Kernels:
+    """Raises: OSError: it cannot be loaded, or is another library."""
+    library = ctypes.CDLL(str(entry.library))
+    missing = [name for name in _FUNCTIONS if not hasattr(library, name)]
+    if missing:
+        raise OSError(f"{entry.library} has no {missing[0]}")
+    words = [entry.compiler]
+    words += ["OpenMP"] if "-fopenmp" in extra else []
+    words += [torch.backends.cpu.get_cpu_capability()] if "-march=native" in extra else []
+    return Kernels(library, f"C++ ({', '.join(words)})")
+
+
+def _compiler() -> str:
+    """On the path. Inductor is not asked: its answer sets variables and makes folders."""
+    named = os.environ.get("CXX")
+    found = next(filter(None, map(shutil.which, (named,) if named else ("g++", "clang++", "c++"))), None)
     if found is None:
-        raise Unavailable("no C++ compiler found")
+        raise Unavailable("no C++ compiler found" + (f": CXX={named} is not on the path" if named else ""))
     return found
 
 
@@ -114,22 +168,6 @@ def _run(command: list[str]) -> str:
         raise Unavailable(str(error.stderr).strip()[-500:]) from None
     except (OSError, subprocess.TimeoutExpired) as error:
         raise Unavailable(str(error)) from None
-
-
-def _compile(compiler: str, flags: tuple[str, ...], target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        built = Path(folder) / target.name
-        _run([compiler, *flags, str(_SOURCE), "-o", str(built)])
-        os.replace(built, target)
-
-
-def _cache() -> Path:
-    if "SIMBA_FX_CACHE" in os.environ:
-        return Path(os.environ["SIMBA_FX_CACHE"])
-    if "TORCHINDUCTOR_CACHE_DIR" in os.environ:
-        return Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]) / "simba_fx"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "simba_fx"
 
 
 def _processor() -> str:
