@@ -85,7 +85,7 @@ def ssd_scan(
 def ssd_scan_at_once(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None, chunk_size: int
 ) -> tuple[Tensor, Tensor]:
-    """`ssd_scan` with every chunk at the same time, for a GPU: no loop, so that a graph serves every length.
+    """`ssd_scan` with every chunk at the same time, for a GPU, where a loop over chunks would be launched one by one.
 
     Chunks hand their states on by one more product, over pairs of chunks. Memory: `(B, L, H, T)` with T tokens a chunk.
     """

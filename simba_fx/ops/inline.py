@@ -18,7 +18,7 @@ from torch import Tensor
 from torch._library.custom_ops import CustomOpDef
 from torch._subclasses.functional_tensor import FunctionalTensorMode
 
-from simba_fx.ops import backends, cuda
+from simba_fx.ops import backends
 
 
 def inline_on_gpu(operator: CustomOpDef, traceable: Callable[..., bool]) -> None:
@@ -78,12 +78,9 @@ class _Note:
 
 
 def circumstances() -> str:
-    """What decides how a call is traced, besides its arguments: whether mamba_ssm's scan is there, and our own code.
-
-    Asking imports mamba_ssm where it is installed.
-    """
-    there = None if cuda.ssd_scan_fn() is None else backends.version("mamba_ssm")
-    return f"simba_fx {backends.version('simba_fx')} {_digest()}, mamba_ssm {there}"
+    """What decides how a call is traced, besides its arguments: our own code. No package decides: mamba_ssm's scan is
+    looked for when the operator runs."""
+    return f"simba_fx {backends.version('simba_fx')} {_digest()}"
 
 
 @functools.cache

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from simba_fx.ops import backends, chunked, chunked_ssd, cuda
+from simba_fx.ops import backends, chunked, chunked_ssd
 from simba_fx.ops.inline import inline_on_gpu
 
 NO_LIMIT = torch.finfo(torch.float32).max
@@ -375,12 +375,13 @@ causal_conv1d.register_autograd(_differentiate_causal_conv1d, setup_context=_sav
 # --- In graphs for a GPU ---------------------------------------------------------------------------------------------
 
 
-def _has_no_ssd_package(*_: Any) -> bool:
-    return cuda.ssd_scan_fn() is None
-
-
 def _always(*_: Any) -> bool:
     return True
+
+
+def _never(*_: Any) -> bool:
+    """PyTorch's body, whose sizes are numbers of chunks, would be guarded on, and compiled once for each kind of length."""
+    return False
 
 
 def _as_triton(*operands: Any) -> bool:
@@ -394,6 +395,6 @@ def _backward_as_triton(*operands: Any) -> bool:
 
 inline_on_gpu(selective_scan, _as_triton)
 inline_on_gpu(selective_scan_backward, _backward_as_triton)
-inline_on_gpu(ssd_scan, _has_no_ssd_package)
+inline_on_gpu(ssd_scan, _never)
 inline_on_gpu(causal_conv1d, _always)
 inline_on_gpu(causal_conv1d_backward, _always)
