@@ -380,7 +380,7 @@ def _always(*_: Any) -> bool:
 
 
 def _never(*_: Any) -> bool:
-    """PyTorch's body, whose sizes are numbers of chunks, would be guarded on, and compiled once for each kind of length."""
+    """PyTorch's body has sizes that are numbers of chunks: torch would guard on them, and compile it again."""
     return False
 
 
