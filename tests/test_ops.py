@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from simba_fx import ops
 from simba_fx.errors import CriterionError
-from simba_fx.ops import backends, cuda, native, reference
+from simba_fx.ops import backends, chunked_ssd, cuda, native, reference
 from simba_fx.schedule import kept_count
 
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 6e-3, torch.float16: 8e-4}
@@ -792,3 +792,17 @@ def test_nan_in_nan_out(operand: str, softplus: bool, backend: str) -> None:
     assert y[0, affected].isnan().all()
     assert last[0, affected, 0].isnan().all()
     assert y[0].isnan().any(1).sum() == (20 if operand == "B" else 1)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("chunk_size", [4, 256])
+def test_the_ssd_scan_with_all_chunks_at_once(dtype: torch.dtype, chunk_size: int) -> None:
+    """What a GPU without mamba_ssm runs."""
+    operands = ssd_operands(length=300, heads=4, width=16, states=16, dtype=dtype)
+    step = chunked_ssd.ssd_step_size(operands["dt"], operands["dt_bias"], True, 0.01, 1.5)
+    rest = [operands[name] for name in ("A", "B", "C", "D", "z")]
+    y, last = chunked_ssd.ssd_scan_at_once(operands["x"], step, *rest, chunk_size)
+    right, right_last = reference.ssd_scan_ref(*operands.values(), True, 0.01, 1.5)
+    assert (y.dtype, last.dtype) == (dtype, torch.float32)
+    assert_close("y", y, right, dtype)
+    assert_close("last state", last, right_last, torch.bfloat16 if dtype == torch.bfloat16 else torch.float32)

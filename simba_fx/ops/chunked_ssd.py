@@ -88,6 +88,8 @@ def ssd_scan_at_once(
     """`ssd_scan` with every chunk at the same time, for a GPU, where a loop over chunks would be launched one by one.
 
     Chunks hand their states on by one more product, over pairs of chunks. Memory: `(B, L, H, T)` with T tokens a chunk.
+    Products of bfloat16 operands are bfloat16's, summed in float32 by the hardware, as mamba_ssm has them; float16 is
+    too short for states.
     """
     rows, length, heads, width = x.shape
     groups, states = B.shape[2], B.shape[3]
@@ -96,18 +98,23 @@ def ssd_scan_at_once(
     padded = [F.pad(t, (0, 0) * (t.dim() - 2) + (0, missing)) for t in (x, dt, B, C)]
     whole = [t.view(rows, -1, size, *t.shape[2:]) for t in padded]
     value, step = (split_groups(t.float(), 3, groups) for t in whole[:2])  # (B, c, T, G, R, P), (B, c, T, G, R)
-    B_, C_ = (t.float() for t in whole[2:])
+    dtype = torch.bfloat16 if x.dtype == B.dtype == C.dtype == torch.bfloat16 else torch.float32
+
+    def product(equation: str, a: Tensor, b: Tensor) -> Tensor:
+        return torch.einsum(equation, a.to(dtype), b.to(dtype)).float()
+
+    B_, C_ = whole[2:]
     scaled = value * step.unsqueeze(-1)
     prefix = (step.double() * split_groups(A.double(), 0, groups)).cumsum(2).permute(0, 3, 4, 1, 2)  # (B, G, R, c, T)
-    mixing = _decays(prefix) * torch.einsum("bctgn,bcsgn->bgcts", C_, B_).unsqueeze(2)
-    y = torch.einsum("bgrcts,bcsgrp->bctgrp", mixing, scaled)
+    mixing = _decays(prefix) * product("bctgn,bcsgn->bgcts", C_, B_).unsqueeze(2)
+    y = product("bgrcts,bcsgrp->bctgrp", mixing, scaled)
 
     to_end = (prefix[..., -1:] - prefix).float().exp_().permute(0, 3, 4, 1, 2)
-    added = torch.einsum("bcsgrp,bcsgn->bgrcpn", scaled * to_end.unsqueeze(-1), B_)
+    added = product("bcsgrp,bcsgn->bgrcpn", scaled * to_end.unsqueeze(-1), B_)
     chunks = prefix[..., -1].cumsum(-1)  # log-decay from the start of the row to the end of each chunk
     reached = torch.einsum("bgrij,bgrjpn->bgripn", _decays(chunks), added)  # states that leave the chunks
     entering = F.pad(reached[..., :-1, :, :], (0, 0, 0, 0, 1, 0))
-    carried = torch.einsum("bctgn,bgrcpn->bctgrp", C_, entering)
+    carried = product("bctgn,bgrcpn->bctgrp", C_, entering)
     y = y + carried * prefix.float().exp().permute(0, 3, 4, 1, 2).unsqueeze(-1)
 
     y = y.flatten(3, 4).flatten(1, 2)[:, :length]
