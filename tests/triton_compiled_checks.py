@@ -37,8 +37,8 @@ CAPABILITIES = (80, 90, 100)
 
 
 def check(launch: Launch, capability: int) -> None:
-    """No spills, whether or not sizes are known to be multiples of 16, as those of real models are."""
-    for multiples in (False, True):
+    """No spills where sizes are multiples of 16, as real models' are, nor (for one GPU: time) where they are not."""
+    for multiples in (True, False) if capability == 90 else (True,):
         used = usage(launch, capability, multiples)
         assert (used.stack, used.local) == (0, 0), f"multiples {multiples}: {used}"
         assert used.shared <= 48 * 1024, f"multiples {multiples}: {used}"
