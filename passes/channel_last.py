@@ -33,8 +33,8 @@ class ChannelLast:
                 continue
             insert = Insert(graph, node, region(node), self.name)
             val = value(node).mT.contiguous()
-            product = insert(_ATEN.linear.default, tokens.args[0], weight, val=val, like=node, role="kernel")
-            back = insert(_ATEN.transpose.int, product, 1, 2, val=val.mT, like=node, role="kernel")
+            product = insert(_ATEN.linear.default, tokens.args[0], weight, val=val, like=node, role="layout")
+            back = insert(_ATEN.transpose.int, product, 1, 2, val=val.mT, like=node, role="layout")
             node.replace_all_uses_with(back)
             graph.erase_node(node)
             if not tokens.users:

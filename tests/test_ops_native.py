@@ -270,7 +270,7 @@ def test_other_devices_say_what_they_run(device: str) -> None:
 def test_a_package_whose_distribution_has_another_name(named: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton's may be pytorch-triton."""
     monkeypatch.setattr(backends, "version", backends.version.__wrapped__)  # as in a new process
-    monkeypatch.setattr(cuda, "selective_scan_fn", lambda: None)
+    monkeypatch.setattr(cuda, "ssd_scan_fn", lambda: None)
     monkeypatch.setattr(backends, "triton_kernels", object)
     module = types.ModuleType("triton")
     monkeypatch.setitem(sys.modules, "triton", module)
