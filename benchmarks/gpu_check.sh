@@ -63,7 +63,7 @@ export PYTHONPATH=$WORK/stage${DRY_PATH:+:$DRY_PATH} PYTHONUNBUFFERED=1 PYTHONDO
 export TOKENIZERS_PARALLELISM=false KINETO_LOG_LEVEL=6 HF_HUB_OFFLINE=1
 CACHE=${CACHE:-$WORK/cache}
 export TRITON_CACHE_DIR=$CACHE/triton
-# A compiled graph is cached by its operators' names, whichever kernels they called: never share these two.
+# With and without mamba_ssm apart: neither reads what the other compiled, as on two machines.
 CACHE_PLAIN=$CACHE/inductor-plain CACHE_MAMBA=$CACHE/inductor-mamba
 export TORCHINDUCTOR_CACHE_DIR=$CACHE_PLAIN
 [ "$DRY" = 1 ] && export OMP_NUM_THREADS=1

@@ -10,7 +10,7 @@ from torch import fx
 from simba_fx.graphs import Facts, value
 
 _ATEN = torch.ops.aten
-_CASTS = (_ATEN.to.dtype, _ATEN._to_copy.default)
+_CAST = _ATEN.to.dtype
 _VIEWS = (_ATEN.transpose.int, _ATEN.permute.default, _ATEN.view.default, _ATEN.reshape.default,
           _ATEN.unsqueeze.default, _ATEN.squeeze.dim, _ATEN.flatten.using_ints, _ATEN.unflatten.int)  # fmt: skip
 _WIDER: dict[torch.dtype, tuple[torch.dtype, ...]] = {
@@ -34,14 +34,14 @@ class DropCasts:
     def rewrite(self, graph: fx.Graph, facts: Facts) -> int:
         changed = 0
         for narrow in list(graph.nodes):
-            if narrow.target not in _CASTS:
+            if narrow.target is not _CAST:
                 continue
             views: list[fx.Node] = []
             wide = narrow.args[0]
             while wide.target in _VIEWS and len(wide.users) == 1:
                 views.append(wide)
                 wide = wide.args[0]
-            source = wide.args[0] if wide.target in _CASTS and len(wide.users) == 1 else None
+            source = wide.args[0] if wide.target is _CAST and len(wide.users) == 1 else None
             if source is None or not _is_round_trip(*map(_dtype, (source, wide, narrow))):
                 continue
             wide.replace_all_uses_with(source)

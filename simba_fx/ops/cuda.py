@@ -1,9 +1,10 @@
 """Mamba-2's scan by mamba_ssm's kernels, when they can be imported: forward passes on CUDA.
 
-Kept to what the package documents (mamba-ssm 2.3.2). Its selective scan and causal_conv1d are not called: on an H200
-they took two to three times as long as ours (docs/kernels.md), which also read and write the layouts that the matrix
-products beside them have. Backward passes take the PyTorch path: the package's own sit behind autograd functions, which
-do not record inside an operator, and drop the gradient of `last_state`. Letters: see `simba_fx.ops`.
+Kept to what the package documents (mamba-ssm 2.3.2). Its selective scan and causal_conv1d are not called. On an H200
+(docs/kernels.md) the scan took 1.2 to 2.5 times as long as ours on operands as models make them; the convolution was a
+little quicker than ours, which a compiled graph launches by itself. Backward passes take the PyTorch path: the
+package's own sit behind autograd functions, which do not record inside an operator, and drop the gradient of
+`last_state`. Letters: see `simba_fx.ops`.
 """
 
 from __future__ import annotations

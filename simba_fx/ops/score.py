@@ -181,11 +181,11 @@ def ssd_token_score(
         )
         return fused
     until = _until(query, length)
-    step = chunked_ssd.ssd_step_size(dt, dt_bias, dt_softplus, dt_min, dt_max)
     if criterion == "clip":
         y, _ = backends.ssd_scan(x, dt, A, B, C, None, None, dt_bias, dt_softplus, dt_min, dt_max, 256)
-        score = y.float().clamp_(min=0).mean((2, 3))
-    elif criterion == "delta-norm":
+        return torch.where(until, y.float().clamp_(min=0).mean((2, 3)), 0.0)
+    step = chunked_ssd.ssd_step_size(dt, dt_bias, dt_softplus, dt_min, dt_max)
+    if criterion == "delta-norm":
         score = step.norm(dim=2)
     else:
         at_query = _at_query(C, query, 1).float()
