@@ -27,8 +27,8 @@
 # Variables: ONLY (stages; "a b e f g h s"), BUDGET (seconds in all; 540), OUT (gpu-out), GPU_DIR (none), REPO (this
 # checkout), PY (python3), CACHE (a folder for compiled code that outlives the run; none), T_B (seconds of b; 150),
 # N_TESTS (pytest's processes; 4), K2 (which tests of b2; "not whole"), FAMILIES ("mamba mamba2-one-group bamba"),
-# LAYERS (blocks of the big models; 16), H_LAYERS (the same in h; 8), LENGTHS ("8192 32768 2048"),
-# GRAPH_LENGTHS ("8192 2048").
+# LAYERS (blocks of the big models; 16), H_LAYERS (the same in h; 8), LENGTHS ("8192 32768 2048"; "8192,2048" measures
+# both in one process), GRAPH_LENGTHS ("8192 2048").
 # DRY=1 runs the same on a CPU with tiny sizes, the kernels in Triton's interpreter; DRY_PATH is added to PYTHONPATH,
 # DRY_K selects tests. A full dry run takes half an hour: BUDGET=2400 T_B=1500 FAMILIES=mamba N_TESTS=1.
 set -u
@@ -178,7 +178,7 @@ bench() {
     mode=${mode//cuda-graphs/compiled} mode=${mode//whole-compiled/whole}
     length=16 kind=(--layers 6 --dtype float32 --repeats 3 --device cpu)
   fi
-  part "$name" INT "$seconds" "$PY" "$PARTS/run_bench.py" bench --model "$model" --modes "$mode" --lengths "$length" \
+  part "$name" INT "$seconds" "$PY" "$PARTS/run_bench.py" bench --model "$model" --modes "$mode" --lengths ${length//,/ } \
     --schedules linear "Linear(0.1, every=4)" --warmup 3 "${kind[@]}" --out "$WORK/bench/$name" "$@"
   local status=$?
   merge
