@@ -18,8 +18,8 @@
 #   b  tests/test_cuda.py without (b1) and with (b2) mamba_ssm, and beside it, in as many processes,
 #      end_to_end.py    (cd-*) tiny models on the GPU against themselves on the CPU, and no wait for the GPU in a forward
 #   e  kernel_times.py  kernels of Mamba-1 (e1) and Mamba-2 (e2) against their floors
-#   f  run_bench.py     `simba-fx bench`, compiled (f1, f2) and with CUDA graphs (f3, f4); in the same turns the model
-#                       itself, compiled, as transformers runs it with mamba_ssm
+#   f  run_bench.py     `simba-fx bench`, compiled (f1, f2), in the same turns the model itself, compiled, as
+#                       transformers runs it with mamba_ssm; and with CUDA graphs (f3, f4)
 #   g  profiles.py      which kernel takes what, how many there are, and what a call costs in Python
 #   h  run_bench.py     as one graph with CUDA graphs, 2048 tokens
 #   s  memory_errors.py the Triton kernels under compute-sanitizer
@@ -217,8 +217,8 @@ fi
 # --- f again, with CUDA graphs; h: one graph --------------------------------------------------------------------------
 if wants f; then
   for length in ${GRAPH_LENGTHS:-8192 2048}; do
-    with_original "f3-mamba-graphs-$length" 90 3 mamba-2.8b cuda-graphs "$length"
-    with_original "f4-mamba2-graphs-$length" 90 3 mamba2-2.7b cuda-graphs "$length"
+    bench "f3-mamba-graphs-$length" "$(allot 125 3)" mamba-2.8b cuda-graphs "$length"
+    bench "f4-mamba2-graphs-$length" "$(allot 125 3)" mamba2-2.7b cuda-graphs "$length"
   done
 fi
 if wants h; then
