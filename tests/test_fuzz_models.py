@@ -1,0 +1,519 @@
+"""Whole models under drawn options and drawn sequences of calls, against the eager reference (reference.py).
+
+An option set (`Setting`) is decided by its number, so that a failure names it; for each, Hypothesis draws sequences of
+calls to one and the same sparse model (captures cost seconds, calls milliseconds). What is compared: what was kept, the
+results at every real token, the cache and what decoding makes of it, gradients, and what a refused call leaves behind.
+
+The reference goes on with the tokens that the library kept (`reference.run_row(chosen=...)`), and says how far these
+are from the best-scored ones. So no draw is thrown away: near ties are counted, and must be few.
+
+The suite runs a few settings. `SIMBA_FX_FUZZ=10000` runs that many sequences (`make fuzz`); `SIMBA_FX_FUZZ_FROM=200`
+starts with another setting.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import functools
+import os
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import pytest
+import reference
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from models import FAMILIES, VOCABULARY, Entry, n_blocks, padded, randomise, tokens
+from reference import GRADIENT_TOLERANCE, TOLERANCE, assert_close, cache_name, relative_rms
+from torch import Tensor, nn
+
+import simba_fx
+from simba_fx.errors import InputError
+
+FUZZ = int(os.environ.get("SIMBA_FX_FUZZ", "0"))
+FIRST = int(os.environ.get("SIMBA_FX_FUZZ_FROM", "0"))
+PER_SETTING = 40 if FUZZ else 5
+SETTINGS = max(1, FUZZ // PER_SETTING) if FUZZ else 5
+
+SHAPES: dict[str, Sequence[dict[str, Any]]] = {
+    "mamba-residual-in-own-dtype": ({}, {"num_hidden_layers": 1}, {"num_hidden_layers": 7, "residual_in_fp32": True}, {"conv_kernel": 2}),
+    "falcon-mamba": ({}, {"num_hidden_layers": 2}),
+    "mamba2-two-groups": ({}, {"n_groups": 1, "num_hidden_layers": 4}, {"chunk_size": 4, "num_hidden_layers": 2}),
+    "jamba": ({}, {"attn_layer_offset": 0}, {"attn_layer_offset": 2, "expert_layer_offset": 0}),
+    "bamba": ({}, {"attn_layer_indices": [0, 3]}, {"attn_layer_indices": [1, 2], "mamba_chunk_size": 16}),
+    "zamba": ({}, {"attn_layer_offset": 0, "num_hidden_layers": 4}),
+    "zamba2": ({}, {"layers_block_type": ["hybrid", "mamba", "mamba", "hybrid", "mamba"], "num_hidden_layers": 5}),
+    "nemotron-h": ({}, {"layers_block_type": ["attention", "mamba", "mamba", "moe"]},
+                   {"layers_block_type": ["moe", "mamba", "attention", "mamba"]}),
+    "granite-hybrid": ({}, {"layer_types": ["attention", "mamba", "mamba", "attention"]},
+                       {"position_embedding_type": "nope"}),
+}  # fmt: skip
+"""Other sizes and orders of layers than the registry's, by family."""
+WITH_EXPERTS = ("jamba", "nemotron-h", "granite-hybrid")
+"""A rounding may send a token to another expert: in bfloat16 that happens, and proves nothing."""
+DECISION = {torch.float64: reference.CLEAR_MARGIN, torch.float32: reference.CLEAR_MARGIN, torch.bfloat16: 0.25}
+"""How far, relative to the terms of a score, a kept token may lie below a dropped one."""
+
+
+# Settings.
+
+
+def by_strength(operands: Any, query: Tensor) -> Tensor:
+    """A user's criterion: step times input, of the loudest channel."""
+    if isinstance(operands, simba_fx.SelectiveScan):
+        raw = operands.delta if operands.delta_bias is None else operands.delta + operands.delta_bias[:, None]
+        step = nn.functional.softplus(raw.float()) if operands.delta_softplus else raw.float()
+        return (step * operands.u.float().abs()).amax(1)
+    raw = operands.dt if operands.dt_bias is None else operands.dt + operands.dt_bias
+    step = nn.functional.softplus(raw.float()) if operands.dt_softplus else raw.float()
+    step = step.clamp(operands.dt_min, operands.dt_max)
+    return (step[..., None] * operands.x.float().abs()).amax((2, 3))
+
+
+def strength(scan: reference.Scan, q: int) -> reference.Array:
+    """The reference's own `by_strength`."""
+    return np.abs(scan.delta * scan.u).max(-1)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A model and the options it is transformed with."""
+
+    number: int
+    entry: Entry
+    shape: dict[str, Any]
+    dtype: torch.dtype
+    schedule: Any
+    shares: tuple[Fraction, ...] | None  # None: those that the library solved for
+    options: dict[str, Any]
+    positions: str  # "none", "query", "protect"
+    habits: tuple[str, ...]  # what its calls do beside plain prompts: each may cost a capture
+
+    @property
+    def criterion(self) -> Any:
+        chosen = self.options["criterion"]
+        return chosen if isinstance(chosen, str) else strength
+
+    @property
+    def least_tail(self) -> int:
+        return 1 if self.options.get("query") is None else 0
+
+    @property
+    def needed(self) -> int:
+        """Real tokens that each row has to have."""
+        query = self.options.get("query")
+        named = (*self.options.get("protect", ()), *(() if query is None else (query,)))
+        return max([1, *(p + 1 if p >= 0 else -p for p in named)])
+
+
+def draw_schedule(rng: random.Random, blocks: int) -> tuple[Any, tuple[Fraction, ...] | None]:
+    """A schedule as a user may write it, and the shares it stands for."""
+    final = Fraction(rng.choice((1, 2, 5, 8)), 10)
+    start = rng.randrange(blocks - 1) if blocks > 2 else 0
+    ramp = (Fraction(1),) * start + reference.linear(blocks - start, final)
+    random_shares = (Fraction(1), *sorted((Fraction(rng.randint(1, 60), 60) for _ in range(blocks - 1)), reverse=True))
+    stages = {rng.randrange(1, blocks): Fraction(3, 5), blocks - 1: Fraction(1, 4)} if blocks > 1 else {}
+    filled, share = [], Fraction(1)
+    for block in range(blocks):
+        share = stages.get(block, share)
+        filled.append(share)
+    first = rng.randint(1, blocks - 1) if blocks > 1 else 1
+    constant = (Fraction(1),) * min(first, blocks) + (final,) * (blocks - first)
+    choices: list[tuple[Any, tuple[Fraction, ...] | None]] = [
+        ("linear", reference.linear(blocks)),
+        (simba_fx.Linear(final, start=start), ramp),
+        (list(random_shares), random_shares),
+        (simba_fx.Stages(stages), tuple(filled)),
+        (simba_fx.Constant(final, first), constant),
+        (tuple(1 - Fraction(i, 10**6) for i in range(blocks)), tuple(1 - Fraction(i, 10**6) for i in range(blocks))),
+        ("dense", (Fraction(1),) * blocks),
+    ]
+    if blocks > 2:
+        choices += [(simba_fx.Linear(final, every=2), None), (simba_fx.Cosine(final), None)]
+        choices += [(simba_fx.Budget(Fraction(rng.randint(7, 9), 10), length=64), None)]
+    return rng.choice(choices)
+
+
+def setting(number: int) -> Setting:
+    """The option set with this number: families in turn, everything else drawn."""
+    rng = random.Random(number)
+    order = (0, 5, 6, 2, 3, 7, 4, 8, 1, 9)  # the suite's few settings: both scans, attention, two scans in a block
+    entry = FAMILIES[order[number % len(order)]]
+    shape = rng.choice(SHAPES.get(entry.name, ({},))) if number >= len(order) else {}
+    dtypes = [torch.float32] * 3 + [torch.float64] + [torch.bfloat16] * (entry.name not in WITH_EXPERTS)
+    names = [*reference.CRITERIA, "random", "stride", by_strength]
+    options: dict[str, Any] = {
+        "criterion": rng.choice(["simba"] * 5 + names),
+        "floor": rng.choice((0, 1, 4, 4, 9)),
+        "kernels": rng.choice(("auto", "auto", "model")),
+        "output": rng.choice(("full", "full", "full", "kept")),
+        "compile": rng.choice(("blocks", "blocks", "whole")),
+        "seed": rng.choice((0, 7, -3)),
+    }
+    positions = rng.choice(("none", "none", "none", "query", "protect"))
+    if positions == "query":
+        options["query"] = -1
+    if positions != "none":
+        options["protect"] = tuple(rng.sample((0, 1, 2, 5, -1, -2, -3), rng.randint(0, 3)))
+    habits = tuple(rng.sample(("train", "embeds", "mask dtype", "gradients", "no cache"), 2))
+    blocks = n_blocks(build(entry, shape))
+    schedule, shares = draw_schedule(rng, blocks)
+    return Setting(number, entry, shape, rng.choice(dtypes), schedule, shares, options, positions, habits)
+
+
+def build(entry: Entry, shape: dict[str, Any]) -> nn.Module:
+    model = entry.make(**shape)  # type: ignore[call-arg]  # the registry's makers take sizes
+    randomise(model, entry.seed)
+    return model.eval()
+
+
+@functools.lru_cache(maxsize=2)
+def subject(number: int) -> Subject:
+    return Subject(setting(number))
+
+
+class Subject:
+    """A setting's dense and sparse models, and what was counted on them."""
+
+    def __init__(self, chosen: Setting) -> None:
+        self.setting = chosen
+        self.dense = build(chosen.entry, chosen.shape).to(chosen.dtype)
+        self.truth = build(chosen.entry, chosen.shape).to(chosen.dtype).float()
+        self.sparse = simba_fx.transform(self.dense, chosen.schedule, **chosen.options)
+        self.shares = chosen.shares or simba_fx.program(self.sparse).shares
+        assert len(self.shares) == n_blocks(self.dense)
+        with torch.no_grad():
+            self.dtype = self.dense(input_ids=tokens(0, 1, 3)).logits.dtype
+
+
+# Calls.
+
+
+@dataclass(frozen=True)
+class Row:
+    length: int
+    left: int
+    right: int
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of the sparse model."""
+
+    what: str  # "forward", "generate", or a refusal
+    rows: tuple[Row, ...]
+    mask: torch.dtype | None
+    tail: int | None
+    seed: int
+    fill: int
+    grad: str = "no_grad"
+    use_cache: bool | None = None
+    train: bool = False
+    embeds: bool = False
+    new: int = 3
+    broken: tuple[int, int] = field(default=(0, 0))
+
+    def inputs(self) -> tuple[Tensor, Tensor | None]:
+        contents = [tokens(self.seed + b, row.length) for b, row in enumerate(self.rows)]
+        ids, mask = padded(contents, [r.left for r in self.rows], [r.right for r in self.rows], fill=self.fill)
+        return ids, None if self.mask is None else mask.to(self.mask)
+
+
+REFUSALS = ("a tail longer than a row", "a row of pads", "too short for a named position", "a mask of another shape",
+            "several tokens on a warm cache", "a hole in a row")  # fmt: skip
+HOLES = False
+"""Whether masks with holes inside a row are refused."""
+
+
+@st.composite
+def calls(draw: st.DrawFn, chosen: Setting) -> Call:
+    """A call that is right, or one that is to be refused."""
+    habits = chosen.habits
+    what = draw(st.sampled_from(["forward"] * 6 + ["generate"] * 2 + ["refused"]))
+    least = max(chosen.needed, chosen.least_tail, 1)
+    longest = draw(st.one_of(st.integers(least, least + 9), st.integers(least, 60)))
+    count = draw(st.integers(1, 3))
+    side = draw(st.sampled_from(("none", "left", "right", "both", "each its own")))
+    side = "left" if what == "generate" and side != "none" else side
+    slack = 0 if side == "none" else draw(st.sampled_from((0, 0, 1, 6)))
+    rows = []
+    for b in range(count):
+        near = st.integers(max(least, longest - 2), longest)
+        length = longest if b == 0 or side == "none" else draw(st.one_of(near, st.integers(least, longest)))
+        free = longest + slack - length
+        own = draw(st.sampled_from(("left", "right", "both"))) if side == "each its own" else side
+        right = {"none": 0, "left": 0, "right": free, "both": draw(st.integers(0, free))}[own]
+        rows.append(Row(length, free - right, right))
+    whole = all(row.left == row.right == 0 for row in rows)
+    other = draw(st.sampled_from((torch.bool, torch.float32))) if "mask dtype" in habits else torch.int64
+    mask = draw(st.sampled_from((None, other))) if whole else draw(st.sampled_from((torch.int64, other)))
+    shortest = min(row.length for row in rows)
+    tail = draw(st.one_of(st.none(), st.integers(1, shortest), st.integers(1, min(shortest, 5))))
+    call = Call(what, tuple(rows), mask, tail, draw(st.integers(0, 2**20)), draw(st.integers(0, VOCABULARY - 1)))
+    if what == "forward":
+        train = "train" in habits and draw(st.booleans())
+        modes = ["no_grad", "inference_mode", "enable_grad"] + ["backward"] * (2 if "gradients" in habits else 0)
+        grad = draw(st.sampled_from(modes))
+        cache = draw(st.sampled_from((None, True, False))) if "no cache" in habits and not train else None
+        embeds = "embeds" in habits and draw(st.booleans())
+        return replace(call, grad=grad, train=train, use_cache=False if grad == "backward" else cache, embeds=embeds)
+    if what == "generate":
+        return replace(call, new=draw(st.integers(1, 5)))
+    kinds = [kind for kind in REFUSALS if HOLES or kind != "a hole in a row"]
+    where = (draw(st.integers(0, count - 1)), draw(st.integers(0, 100)))
+    return replace(call, what=draw(st.sampled_from(kinds)), broken=where)
+
+
+# Checks.
+
+COUNTS: collections.Counter[str] = collections.Counter()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def near_ties_are_few() -> Iterator[None]:
+    """What a run showed; `pytest -s` or `make fuzz` print it."""
+    yield
+    print("\n" + ", ".join(f"{name}: {n}" for name, n in sorted(COUNTS.items())))
+    assert COUNTS["decided otherwise, float"] <= max(2, COUNTS["decisions, float"] // 100), COUNTS
+    assert COUNTS["forward"] > COUNTS["refused"], COUNTS
+
+
+def check(one: Subject, call: Call) -> None:
+    if call.what in REFUSALS:
+        check_refusal(one, call)
+    elif call.what == "generate":
+        check_generation(one, call)
+    else:
+        check_forward(one, call)
+
+
+@contextlib.contextmanager
+def tail_of(one: Subject, call: Call) -> Iterator[None]:
+    with simba_fx.tail(one.sparse, call.tail) if call.tail is not None else contextlib.nullcontext():
+        yield
+
+
+def given_to(one: Subject, call: Call) -> dict[str, Any]:
+    ids, mask = call.inputs()
+    lead: dict[str, Any] = {"input_ids": ids}
+    if call.embeds:
+        lead = {"inputs_embeds": one.dense.get_input_embeddings()(ids).detach()}  # type: ignore[operator]
+    masked = {} if mask is None else {"attention_mask": mask}
+    return lead | masked | ({} if call.use_cache is None else {"use_cache": call.use_cache})
+
+
+def options_of(one: Subject, call: Call) -> dict[str, Any]:
+    """The setting, in the reference's words."""
+    named = {name: one.setting.options[name] for name in ("floor", "seed", "query", "protect")
+             if name in one.setting.options}  # fmt: skip
+    tail = one.setting.least_tail if call.tail is None else call.tail
+    return {"tail": tail, "criterion": one.setting.criterion, **named}
+
+
+def expected_of(one: Subject, call: Call, model: nn.Module | None = None, cache: bool = False) -> reference.Batch:
+    """The reference, going on with what the sparse model kept."""
+    ids, mask = call.inputs()
+    return reference.run(one.dense if model is None else model, ids, one.shares, mask, chosen=simba_fx.kept(one.sparse),
+                         use_cache=cache, embeds=call.embeds, **options_of(one, call))  # fmt: skip
+
+
+def count_decisions(one: Subject, rows: Sequence[reference.Row]) -> None:
+    kind = "bfloat16" if one.setting.dtype is torch.bfloat16 else "float"
+    for row in rows:
+        COUNTS[f"decisions, {kind}"] += row.cuts
+        COUNTS[f"decided otherwise, {kind}"] += row.others
+        assert row.margin > -DECISION[one.setting.dtype], f"kept what scores {-row.margin:.3g} below what left"
+        assert row.others == 0 or row.margin <= 0
+
+
+def check_forward(one: Subject, call: Call) -> None:
+    COUNTS["forward"] += 1
+    for model in (one.dense, one.sparse):
+        model.train(call.train)
+    modes: dict[str, Callable[[], Any]] = {"no_grad": torch.no_grad, "inference_mode": torch.inference_mode}
+    with modes.get(call.grad, torch.enable_grad)(), tail_of(one, call):
+        found = one.sparse(**given_to(one, call))
+    backward = call.grad == "backward"
+    cached = found.get(cache_name(one.dense)) is not None
+    with torch.enable_grad() if backward else torch.no_grad():
+        expected = expected_of(one, call, cache=cached)
+    count_decisions(one, expected.rows)
+    assert found.logits.dtype is one.dtype
+    compare_logits(one, call, found.logits, expected)
+    if cached:
+        compare_states(one, call, found[cache_name(one.dense)], expected)
+    if backward and one.setting.dtype is not torch.bfloat16:
+        compare_gradients(one, call, found.logits, expected)
+
+
+def places(one: Subject, call: Call) -> list[tuple[Tensor, Tensor]]:
+    """For each row, slots of the result and the input positions that they stand for."""
+    ids, mask = call.inputs()
+    real = torch.ones_like(ids).bool() if mask is None else mask.bool()
+    if one.setting.options["output"] == "full":
+        return [(torch.nonzero(row).flatten(),) * 2 for row in real]
+    last = simba_fx.kept(one.sparse)[-1]
+    return [(torch.nonzero(row >= 0).flatten(), row[row >= 0]) for row in last]
+
+
+def compare(name: str, ours: Tensor, theirs: Tensor, truth: Tensor | None) -> None:
+    """Against the reference; in bfloat16 both are measured against the same weights in float32."""
+    assert not theirs.isnan().any(), name
+    if truth is None:
+        return assert_close(name, ours, theirs, TOLERANCE[torch.float32])
+    own, our = (relative_rms(x, truth) for x in (theirs, ours))
+    assert our <= 4 * own + 0.02, f"{name}: {our:.3g} off where the model's own blocks are {own:.3g} off"
+
+
+def compare_logits(one: Subject, call: Call, found: Tensor, expected: reference.Batch) -> None:
+    truth = None
+    if one.setting.dtype is torch.bfloat16:
+        with torch.no_grad():
+            truth = expected_of(one, call, one.truth)
+    for b, (slots, positions) in enumerate(places(one, call)):
+        ours, theirs = found[b, slots].detach(), expected.logits[b, positions]
+        if one.setting.options["kernels"] == "model" and len(call.rows) == 1 and call.mask is None:
+            COUNTS["compared bit by bit"] += 1
+            assert torch.equal(ours.to(theirs.dtype), theirs), f"row {b}: {relative_rms(ours, theirs):.3g} off"
+        else:
+            compare(f"row {b}", ours, theirs, None if truth is None else truth.logits[b, positions])
+
+
+def compare_states(one: Subject, call: Call, cache: Any, expected: reference.Batch) -> None:
+    """Of rows that end with a real token: what follows a pad is no state of the row."""
+    dtype = one.setting.dtype
+    if dtype is torch.bfloat16:
+        return
+    whole = bool(expected.real.all())
+    for b, row in enumerate(expected.rows):
+        if call.rows[b].right:
+            continue
+        for i, (ours, theirs) in enumerate(zip(cache.layers, row.cache.layers, strict=True)):
+            for kind in ("conv_states", "recurrent_states"):
+                for j, held in (getattr(theirs, kind, None) or {}).items():
+                    COUNTS["states"] += 1
+                    name = f"{kind} {j} of layer {i}, row {b}"
+                    assert_close(name, getattr(ours, kind)[j][b], held[0], TOLERANCE[dtype])
+            if isinstance(getattr(theirs, "keys", None), Tensor):
+                real = getattr(ours, "real", None)
+                slots = slice(None) if real is None else real[b]
+                assert_close(f"values {i}, row {b}", ours.values[b][:, slots], theirs.values[0], TOLERANCE[dtype])
+                if whole:  # else they are rotated to other positions
+                    assert_close(f"keys {i}, row {b}", ours.keys[b], theirs.keys[0], TOLERANCE[dtype])
+
+
+def compare_gradients(one: Subject, call: Call, logits: Tensor, expected: reference.Batch) -> None:
+    COUNTS["gradients"] += 1
+    weights = torch.randn(*expected.real.shape, logits.shape[-1], generator=torch.Generator().manual_seed(call.seed))
+    parameters = {name: p for name, p in one.dense.named_parameters() if p.requires_grad}
+    ours, theirs = logits.new_zeros(()), logits.new_zeros(())
+    for b, (slots, positions) in enumerate(places(one, call)):
+        weight = weights[b, positions].to(logits.dtype)
+        ours = ours + (logits[b, slots] * weight).sum()
+        own = torch.searchsorted(torch.nonzero(expected.real[b]).flatten(), positions)
+        theirs = theirs + (expected.rows[b].logits[own] * weight).sum()
+    found, wanted = (torch.autograd.grad(loss, list(parameters.values()), allow_unused=True) for loss in (ours, theirs))
+    scale = max(float(g.norm()) for g in wanted if g is not None)
+    for name, own_grad, other in zip(parameters, found, wanted, strict=True):
+        if other is not None and float(other.norm()) > 1e-5 * scale:
+            assert own_grad is not None, name
+            assert_close(f"gradient of {name}", own_grad, other, GRADIENT_TOLERANCE[one.setting.dtype])
+
+
+def check_generation(one: Subject, call: Call) -> None:
+    """Each step's logits are those of the original, continued from the pruned prompt's own states."""
+    COUNTS["generate"] += 1
+    for model in (one.dense, one.sparse):
+        model.eval()
+    ids, mask = call.inputs()
+    with tail_of(one, call):
+        found = one.sparse.generate(  # type: ignore[operator]
+            ids, attention_mask=mask, max_new_tokens=call.new, do_sample=False, pad_token_id=0, output_logits=True,
+            return_dict_in_generate=True)  # fmt: skip
+    kept, length = simba_fx.kept(one.sparse), ids.shape[1]
+    assert kept[0].shape[1] == length, "steps are no prompts"
+    real = torch.ones_like(ids).bool() if mask is None else mask.bool()
+    for b in range(len(ids)):
+        place = torch.nonzero(real[b]).flatten()
+        options = options_of(one, call) | {"chosen": reference.chosen_of(kept, b, place)}
+        models = (one.dense, one.truth) if one.setting.dtype is torch.bfloat16 else (one.dense,)
+        with torch.no_grad():
+            rows = [reference.generate(model, ids[b, place], one.shares, call.new,
+                                       follow=found.sequences[b, length:].tolist(), **options)
+                    for model in models]  # fmt: skip
+        count_decisions(one, rows[:1])
+        for step, ours in enumerate(found.logits):
+            theirs, *truth = [row.steps[step] for row in rows]
+            compare(f"step {step}, row {b}", ours[b], theirs, truth[0] if truth else None)
+
+
+def check_refusal(one: Subject, call: Call) -> None:
+    """Refused with a sentence; what the model knows of its last call stays."""
+    one.sparse.eval()
+    ids, mask = call.inputs()
+    mask = torch.ones_like(ids) if mask is None else mask
+    row, place = call.broken
+    tail = contextlib.nullcontext()
+    given: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
+    if call.what == "a tail longer than a row":
+        tail = simba_fx.tail(one.sparse, min(r.length for r in call.rows) + 1 + place)
+    elif call.what == "a row of pads":
+        mask[row] = 0
+    elif call.what == "too short for a named position":
+        if one.setting.needed < 2:
+            return
+        mask[row] = 0
+        mask[row, ids.shape[1] - (place % (one.setting.needed - 1) + 1) :] = 1
+    elif call.what == "a mask of another shape":
+        given["attention_mask"] = torch.ones(ids.shape[0], ids.shape[1] + 1 + place)
+    elif call.what == "a hole in a row":
+        at = call.rows[row]
+        if at.length < 3:
+            return
+        mask[row, at.left + 1 + place % (at.length - 2)] = 0
+    else:
+        with torch.no_grad():
+            cache = one.sparse(**given, use_cache=True)[cache_name(one.dense)]
+        given = {"input_ids": ids.repeat(1, 2), cache_name(one.dense): cache}
+    before = kept_or_none(one)
+    COUNTS["refused"] += 1
+    with pytest.raises(InputError, match=r"xpected .*\. [A-Z]"), tail, torch.no_grad():
+        one.sparse(**given)
+    after = kept_or_none(one)
+    assert (before is None) == (after is None)
+    assert all(torch.equal(a, b) for a, b in zip(before or [], after or [], strict=True))
+
+
+def kept_or_none(one: Subject) -> list[Tensor] | None:
+    """What was kept in the last call; None before any."""
+    try:
+        return simba_fx.kept(one.sparse)
+    except simba_fx.errors.SimbaError:
+        return None
+
+
+def fuzz(number: int, examples: int) -> None:
+    """Draws sequences of calls to the model of one setting."""
+    one = subject(number)
+
+    @settings(deadline=None, max_examples=examples, print_blob=True, database=None,
+              phases=(Phase.explicit, Phase.generate, *([Phase.shrink] if FUZZ else [])),
+              suppress_health_check=list(HealthCheck))  # fmt: skip
+    @given(sequence=st.lists(calls(one.setting), min_size=1, max_size=4))
+    def run(sequence: list[Call]) -> None:
+        COUNTS["sequences"] += 1
+        for call in sequence:
+            check(one, call)
+
+    run()
+
+
+@pytest.mark.parametrize("number", range(FIRST, FIRST + SETTINGS))
+def test_any_sequence_of_calls_equals_the_reference(number: int) -> None:
+    fuzz(number, PER_SETTING)
