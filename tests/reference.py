@@ -273,6 +273,7 @@ class Row:
     cuts: int = 0  # decisions made
     others: int = 0  # of these, the ones in which a caller's `chosen` are not the best-scored
     scores: list[Array] = field(default_factory=list)  # per cut, of the tokens up to the query
+    streams: list[Tensor] = field(default_factory=list)  # per block (L, H): what each token had left a block with
     tokens: list[int] = field(default_factory=list)  # what `generate` continued with
     steps: list[Tensor] = field(default_factory=list)  # the logits (V,) that each of them was chosen from
 
@@ -345,6 +346,7 @@ class Pruning:
         self.result.kept.append(list(self.positions))
         before = hidden if self.carried is None else self.carried
         self.carried = before.index_copy(1, torch.tensor(self.positions), hidden)
+        self.result.streams.append(self.carried[0])
         if i + 1 == len(self.planned):
             return self.carried
         if self.planned[i + 1] >= len(self.positions) or not self.calls:
@@ -478,18 +480,21 @@ def run(
     shares: Sequence[Fraction | float],
     mask: Tensor | None = None,
     chosen: Sequence[Tensor] | None = None,
+    tail: int | Sequence[int] = 1,
     **options: Any,
 ) -> Batch:
     """The method on `(B, L)` ids: by definition each row alone, without its pads (method §6).
 
-    `chosen`: per block `(B, k)` positions in the padded row to go on with, −1 where there is none (see `run_row`).
+    `tail` may be one for each row. `chosen`: per block `(B, k)` positions in the padded row to go on with, −1 where
+    there is none (see `run_row`).
     """
     real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
     places = [torch.nonzero(r).flatten() for r in real]
     rows = []
     for b, (row, place) in enumerate(zip(ids, places)):
         own = None if chosen is None else chosen_of(chosen, b, place)
-        rows.append(run_row(model, row[place], shares, chosen=own, **options))
+        at_its_end = tail if isinstance(tail, int) else tail[b]
+        rows.append(run_row(model, row[place], shares, chosen=own, tail=at_its_end, **options))
     logits = torch.full((*ids.shape, rows[0].logits.shape[-1]), float("nan"), dtype=rows[0].logits.dtype)
     for b, (row, place) in enumerate(zip(rows, places)):
         logits[b, place] = row.logits.detach()

@@ -29,7 +29,7 @@ import reference
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from models import FAMILIES, VOCABULARY, Entry, n_blocks, padded, randomise, tokens
+from models import BY_NAME, FAMILIES, VOCABULARY, Entry, n_blocks, padded, randomise, tokens
 from reference import GRADIENT_TOLERANCE, TOLERANCE, assert_close, cache_name, relative_rms
 from torch import Tensor, nn
 
@@ -38,11 +38,13 @@ from simba_fx.errors import InputError
 
 FUZZ = int(os.environ.get("SIMBA_FX_FUZZ", "0"))
 FIRST = int(os.environ.get("SIMBA_FX_FUZZ_FROM", "0"))
-PER_SETTING = 40 if FUZZ else 5
-SETTINGS = max(1, FUZZ // PER_SETTING) if FUZZ else 5
+PER_SETTING = 100 if FUZZ else 6
+NUMBERS = range(FIRST, FIRST + max(1, FUZZ // PER_SETTING)) if FUZZ else (-1, -2, -3)
+"""Of the settings that run; negative ones are the suite's own (`SUITE`)."""
 
 SHAPES: dict[str, Sequence[dict[str, Any]]] = {
-    "mamba-residual-in-own-dtype": ({}, {"num_hidden_layers": 1}, {"num_hidden_layers": 7, "residual_in_fp32": True}, {"conv_kernel": 2}),
+    "mamba-residual-in-own-dtype": ({}, {"num_hidden_layers": 1}, {"num_hidden_layers": 7, "residual_in_fp32": True},
+                                    {"conv_kernel": 2}),
     "falcon-mamba": ({}, {"num_hidden_layers": 2}),
     "mamba2-two-groups": ({}, {"n_groups": 1, "num_hidden_layers": 4}, {"chunk_size": 4, "num_hidden_layers": 2}),
     "jamba": ({}, {"attn_layer_offset": 0}, {"attn_layer_offset": 2, "expert_layer_offset": 0}),
@@ -55,6 +57,7 @@ SHAPES: dict[str, Sequence[dict[str, Any]]] = {
                        {"position_embedding_type": "nope"}),
 }  # fmt: skip
 """Other sizes and orders of layers than the registry's, by family."""
+HABITS = ("train", "embeds", "mask dtype", "gradients", "no cache", "hidden states", "labels", "other weights")
 WITH_EXPERTS = ("jamba", "nemotron-h", "granite-hybrid")
 """A rounding may send a token to another expert: in bfloat16 that happens, and proves nothing."""
 DECISION = {torch.float64: reference.CLEAR_MARGIN, torch.float32: reference.CLEAR_MARGIN, torch.bfloat16: 0.25}
@@ -133,6 +136,8 @@ def draw_schedule(rng: random.Random, blocks: int) -> tuple[Any, tuple[Fraction,
         (simba_fx.Constant(final, first), constant),
         (tuple(1 - Fraction(i, 10**6) for i in range(blocks)), tuple(1 - Fraction(i, 10**6) for i in range(blocks))),
         ("dense", (Fraction(1),) * blocks),
+        (list(random_shares), random_shares),
+        (simba_fx.Linear(final, start=start), ramp),
     ]
     if blocks > 2:
         choices += [(simba_fx.Linear(final, every=2), None), (simba_fx.Cosine(final), None)]
@@ -142,10 +147,11 @@ def draw_schedule(rng: random.Random, blocks: int) -> tuple[Any, tuple[Fraction,
 
 def setting(number: int) -> Setting:
     """The option set with this number: families in turn, everything else drawn."""
+    if number < 0:
+        return SUITE[-number - 1]
     rng = random.Random(number)
-    order = (0, 5, 6, 2, 3, 7, 4, 8, 1, 9)  # the suite's few settings: both scans, attention, two scans in a block
-    entry = FAMILIES[order[number % len(order)]]
-    shape = rng.choice(SHAPES.get(entry.name, ({},))) if number >= len(order) else {}
+    entry = FAMILIES[number % len(FAMILIES)]
+    shape = rng.choice(SHAPES.get(entry.name, ({},)))
     dtypes = [torch.float32] * 3 + [torch.float64] + [torch.bfloat16] * (entry.name not in WITH_EXPERTS)
     names = [*reference.CRITERIA, "random", "stride", by_strength]
     options: dict[str, Any] = {
@@ -161,10 +167,26 @@ def setting(number: int) -> Setting:
         options["query"] = -1
     if positions != "none":
         options["protect"] = tuple(rng.sample((0, 1, 2, 5, -1, -2, -3), rng.randint(0, 3)))
-    habits = tuple(rng.sample(("train", "embeds", "mask dtype", "gradients", "no cache"), 2))
+    if options["output"] == "full":
+        options["labels"] = rng.choice(("all", "kept"))
+    habits = tuple(rng.sample(HABITS, 3))
     blocks = n_blocks(build(entry, shape))
     schedule, shares = draw_schedule(rng, blocks)
     return Setting(number, entry, shape, rng.choice(dtypes), schedule, shares, options, positions, habits)
+
+
+_PLAIN: dict[str, Any] = {"criterion": "simba", "floor": 1, "kernels": "auto", "output": "full", "compile": "blocks",
+                          "seed": 0, "labels": "kept"}  # fmt: skip
+_TWO, _THREE = (Fraction(1), Fraction(1, 3)), (Fraction(1), Fraction(1, 2), Fraction(1, 5))
+SUITE = (
+    Setting(-1, BY_NAME["mamba"], {"num_hidden_layers": 3}, torch.float32, _THREE, _THREE,
+            _PLAIN, "none", ("gradients",)),
+    Setting(-2, BY_NAME["bamba"], {"num_hidden_layers": 3}, torch.float32, "linear", reference.linear(3),
+            _PLAIN | {"protect": (1, -2)}, "protect", ("labels",)),
+    Setting(-3, BY_NAME["mamba2-two-groups"], {"num_hidden_layers": 2, "chunk_size": 4}, torch.bfloat16, _TWO, _TWO,
+            _PLAIN | {"output": "kept", "kernels": "model", "labels": "all", "query": -1}, "query", ("other weights",)),
+)  # fmt: skip
+"""What runs without `SIMBA_FX_FUZZ`: models of few layers, with few kinds of calls, each of which costs a capture."""
 
 
 def build(entry: Entry, shape: dict[str, Any]) -> nn.Module:
@@ -190,6 +212,19 @@ class Subject:
         assert len(self.shares) == n_blocks(self.dense)
         with torch.no_grad():
             self.dtype = self.dense(input_ids=tokens(0, 1, 3)).logits.dtype
+        self.weights = {name: p.detach().clone() for name, p in self.dense.named_parameters()}
+
+    def perturb(self, seed: int) -> None:
+        """Other weights, in place, as an optimiser's step leaves them."""
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for p in self.dense.parameters():
+                p.mul_(1 + 0.1 * torch.randn(p.shape, generator=generator).to(p.dtype))
+
+    def restore(self) -> None:
+        with torch.no_grad():
+            for name, p in self.dense.named_parameters():
+                p.copy_(self.weights[name])
 
 
 # Calls.
@@ -216,6 +251,10 @@ class Call:
     use_cache: bool | None = None
     train: bool = False
     embeds: bool = False
+    hidden: bool = False
+    labels: bool = False
+    last: int = 0  # logits of so many slots alone; 0: of all
+    recompute: bool = False
     new: int = 3
     broken: tuple[int, int] = field(default=(0, 0))
 
@@ -235,7 +274,7 @@ HOLES = False
 def calls(draw: st.DrawFn, chosen: Setting) -> Call:
     """A call that is right, or one that is to be refused."""
     habits = chosen.habits
-    what = draw(st.sampled_from(["forward"] * 6 + ["generate"] * 2 + ["refused"]))
+    what = draw(st.sampled_from(["forward"] * 6 + ["generate"] * 2 + ["refused", "other weights"]))
     least = max(chosen.needed, chosen.least_tail, 1)
     longest = draw(st.one_of(st.integers(least, least + 9), st.integers(least, 60)))
     count = draw(st.integers(1, 3))
@@ -262,9 +301,17 @@ def calls(draw: st.DrawFn, chosen: Setting) -> Call:
         grad = draw(st.sampled_from(modes))
         cache = draw(st.sampled_from((None, True, False))) if "no cache" in habits and not train else None
         embeds = "embeds" in habits and draw(st.booleans())
-        return replace(call, grad=grad, train=train, use_cache=False if grad == "backward" else cache, embeds=embeds)
+        full = chosen.options["output"] == "full"
+        labels = "labels" in habits and full and longest + slack > 1 and draw(st.booleans())
+        return replace(call, grad=grad, train=train, use_cache=False if grad == "backward" else cache, embeds=embeds,
+                       hidden="hidden states" in habits and full and draw(st.booleans()),
+                       labels=labels,
+                       last=0 if labels else draw(st.sampled_from((0, 0, 0, 1, 3))),
+                       recompute=train and chosen.options["compile"] == "blocks" and draw(st.booleans()))  # fmt: skip
     if what == "generate":
         return replace(call, new=draw(st.integers(1, 5)))
+    if what == "other weights":
+        return call if what in habits and chosen.dtype is not torch.bfloat16 else replace(call, what="forward")
     kinds = [kind for kind in REFUSALS if HOLES or kind != "a hole in a row"]
     where = (draw(st.integers(0, count - 1)), draw(st.integers(0, 100)))
     return replace(call, what=draw(st.sampled_from(kinds)), broken=where)
@@ -277,16 +324,25 @@ COUNTS: collections.Counter[str] = collections.Counter()
 
 @pytest.fixture(scope="module", autouse=True)
 def near_ties_are_few() -> Iterator[None]:
-    """What a run showed; `pytest -s` or `make fuzz` print it."""
     yield
-    print("\n" + ", ".join(f"{name}: {n}" for name, n in sorted(COUNTS.items())))
     assert COUNTS["decided otherwise, float"] <= max(2, COUNTS["decisions, float"] // 100), COUNTS
     assert COUNTS["forward"] > COUNTS["refused"], COUNTS
+
+
+@pytest.fixture
+def counted(record_property: Callable[[str, Any], None]) -> Iterator[None]:
+    """What a test ran, for the line at the end of the run (conftest.py)."""
+    before = collections.Counter(COUNTS)
+    yield
+    for name in COUNTS:
+        record_property("fuzz", (name, COUNTS[name] - before[name]))
 
 
 def check(one: Subject, call: Call) -> None:
     if call.what in REFUSALS:
         check_refusal(one, call)
+    elif call.what == "other weights":
+        one.perturb(call.seed)
     elif call.what == "generate":
         check_generation(one, call)
     else:
@@ -301,11 +357,18 @@ def tail_of(one: Subject, call: Call) -> Iterator[None]:
 
 def given_to(one: Subject, call: Call) -> dict[str, Any]:
     ids, mask = call.inputs()
-    lead: dict[str, Any] = {"input_ids": ids}
+    given: dict[str, Any] = {"input_ids": ids}
     if call.embeds:
-        lead = {"inputs_embeds": one.dense.get_input_embeddings()(ids).detach()}  # type: ignore[operator]
-    masked = {} if mask is None else {"attention_mask": mask}
-    return lead | masked | ({} if call.use_cache is None else {"use_cache": call.use_cache})
+        given = {"inputs_embeds": one.dense.get_input_embeddings()(ids)}  # type: ignore[operator]
+    optional = {"attention_mask": mask, "use_cache": call.use_cache, "output_hidden_states": call.hidden or None,
+                "logits_to_keep": call.last or None, "labels": labels_of(call) if call.labels else None}  # fmt: skip
+    return given | {name: value for name, value in optional.items() if value is not None}
+
+
+def labels_of(call: Call) -> Tensor:
+    """Every token is to be predicted, pads are not."""
+    ids, mask = call.inputs()
+    return ids if mask is None else ids.masked_fill(mask == 0, -100)
 
 
 def options_of(one: Subject, call: Call) -> dict[str, Any]:
@@ -336,6 +399,8 @@ def check_forward(one: Subject, call: Call) -> None:
     COUNTS["forward"] += 1
     for model in (one.dense, one.sparse):
         model.train(call.train)
+    if call.recompute:
+        recompute(one.sparse, "enable")
     modes: dict[str, Callable[[], Any]] = {"no_grad": torch.no_grad, "inference_mode": torch.inference_mode}
     with modes.get(call.grad, torch.enable_grad)(), tail_of(one, call):
         found = one.sparse(**given_to(one, call))
@@ -346,10 +411,23 @@ def check_forward(one: Subject, call: Call) -> None:
     count_decisions(one, expected.rows)
     assert found.logits.dtype is one.dtype
     compare_logits(one, call, found.logits, expected)
-    if cached:
-        compare_states(one, call, found[cache_name(one.dense)], expected)
-    if backward and one.setting.dtype is not torch.bfloat16:
-        compare_gradients(one, call, found.logits, expected)
+    if one.setting.dtype is not torch.bfloat16:
+        if cached:
+            compare_states(one, call, found[cache_name(one.dense)], expected)
+        if call.labels and not call.last:
+            compare_losses(one, call, found.loss, expected)
+        if call.hidden:
+            compare_streams(call, found.hidden_states, expected)
+        if backward:
+            compare_gradients(one, call, found.logits, expected)
+    if call.recompute:
+        recompute(one.sparse, "disable")
+
+
+def recompute(model: Any, way: str) -> None:
+    """Recompute blocks in backward, or do not; from transformers 5.24 on the method has another name."""
+    known = [f"{name}_checkpointing_{way}" for name in ("activation", "gradient")]
+    getattr(model, next(name for name in known if hasattr(model, name)))()
 
 
 def places(one: Subject, call: Call) -> list[tuple[Tensor, Tensor]]:
@@ -360,6 +438,14 @@ def places(one: Subject, call: Call) -> list[tuple[Tensor, Tensor]]:
         return [(torch.nonzero(row).flatten(),) * 2 for row in real]
     last = simba_fx.kept(one.sparse)[-1]
     return [(torch.nonzero(row >= 0).flatten(), row[row >= 0]) for row in last]
+
+
+def logits_of(one: Subject, call: Call, width: int) -> list[tuple[Tensor, Tensor]]:
+    """The same for logits, of which a call may want the last ones alone."""
+    first = simba_fx.kept(one.sparse)[-1 if one.setting.options["output"] == "kept" else 0].shape[1] - width
+    assert first == max(0, first if call.last else 0)
+    assert not call.last or width == min(call.last, width + first)
+    return [(slots[slots >= first] - first, positions[slots >= first]) for slots, positions in places(one, call)]
 
 
 def compare(name: str, ours: Tensor, theirs: Tensor, truth: Tensor | None) -> None:
@@ -376,7 +462,7 @@ def compare_logits(one: Subject, call: Call, found: Tensor, expected: reference.
     if one.setting.dtype is torch.bfloat16:
         with torch.no_grad():
             truth = expected_of(one, call, one.truth)
-    for b, (slots, positions) in enumerate(places(one, call)):
+    for b, (slots, positions) in enumerate(logits_of(one, call, found.shape[1])):
         ours, theirs = found[b, slots].detach(), expected.logits[b, positions]
         if one.setting.options["kernels"] == "model" and len(call.rows) == 1 and call.mask is None:
             COUNTS["compared bit by bit"] += 1
@@ -388,8 +474,6 @@ def compare_logits(one: Subject, call: Call, found: Tensor, expected: reference.
 def compare_states(one: Subject, call: Call, cache: Any, expected: reference.Batch) -> None:
     """Of rows that end with a real token: what follows a pad is no state of the row."""
     dtype = one.setting.dtype
-    if dtype is torch.bfloat16:
-        return
     whole = bool(expected.real.all())
     for b, row in enumerate(expected.rows):
         if call.rows[b].right:
@@ -408,12 +492,39 @@ def compare_states(one: Subject, call: Call, cache: Any, expected: reference.Bat
                     assert_close(f"keys {i}, row {b}", ours.keys[b], theirs.keys[0], TOLERANCE[dtype])
 
 
+def compare_losses(one: Subject, call: Call, found: Tensor, expected: reference.Batch) -> None:
+    """The mean over the labels that count; a token's label is that of the next place."""
+    COUNTS["losses"] += 1
+    labels = labels_of(call)
+    losses = nn.functional.cross_entropy(expected.logits[:, :-1].float().transpose(1, 2), labels[:, 1:].clamp(min=0),
+                                         reduction="none")  # fmt: skip
+    counted = labels[:, 1:] != -100
+    if one.setting.options["labels"] == "kept":
+        reached = torch.zeros_like(expected.real)
+        for b, row in enumerate(expected.kept[-1]):
+            reached[b, row] = True
+        counted = counted & reached[:, :-1]
+    if (counted & ~expected.real[:, :-1]).any():
+        return  # a pad before the first token predicts it: the reference does not know a pad's logits
+    if counted.any():
+        assert_close("loss", found, losses[counted].mean(), TOLERANCE[torch.float32])
+
+
+def compare_streams(call: Call, found: Sequence[Tensor], expected: reference.Batch) -> None:
+    """`output_hidden_states`: what enters each block; a token that is gone has what it left with."""
+    COUNTS["hidden states"] += 1
+    for b, row in enumerate(expected.rows):
+        for i, stream in enumerate(row.streams[:-1]):
+            ours = found[i + 1][b, expected.real[b]]
+            assert_close(f"behind block {i}, row {b}", ours, stream, TOLERANCE[torch.float32])
+
+
 def compare_gradients(one: Subject, call: Call, logits: Tensor, expected: reference.Batch) -> None:
     COUNTS["gradients"] += 1
     weights = torch.randn(*expected.real.shape, logits.shape[-1], generator=torch.Generator().manual_seed(call.seed))
     parameters = {name: p for name, p in one.dense.named_parameters() if p.requires_grad}
     ours, theirs = logits.new_zeros(()), logits.new_zeros(())
-    for b, (slots, positions) in enumerate(places(one, call)):
+    for b, (slots, positions) in enumerate(logits_of(one, call, logits.shape[1])):
         weight = weights[b, positions].to(logits.dtype)
         ours = ours + (logits[b, slots] * weight).sum()
         own = torch.searchsorted(torch.nonzero(expected.real[b]).flatten(), positions)
@@ -508,12 +619,17 @@ def fuzz(number: int, examples: int) -> None:
     @given(sequence=st.lists(calls(one.setting), min_size=1, max_size=4))
     def run(sequence: list[Call]) -> None:
         COUNTS["sequences"] += 1
-        for call in sequence:
-            check(one, call)
+        try:
+            for call in sequence:
+                check(one, call)
+        finally:
+            if any(call.what == "other weights" for call in sequence):
+                one.restore()
 
     run()
 
 
-@pytest.mark.parametrize("number", range(FIRST, FIRST + SETTINGS))
+@pytest.mark.parametrize("number", NUMBERS)
+@pytest.mark.usefixtures("counted")
 def test_any_sequence_of_calls_equals_the_reference(number: int) -> None:
     fuzz(number, PER_SETTING)
