@@ -41,7 +41,7 @@ table: $(VENV)/.dev $(VENV)/.triton $(VENV)/.mamba-ssm
 
 # Drawn models, options and calls against references, for hours if need be: make fuzz SIMBA_FX_FUZZ=100000
 fuzz: export SIMBA_FX_FUZZ ?= 10000
-fuzz: $(VENV)/.dev
+fuzz: $(VENV)/.dev $(VENV)/.triton $(VENV)/.mamba-ssm
 	$(BIN)/pytest -n $(WORKERS) -q $(ARGS) tests/test_fuzz_*.py
 
 clean:

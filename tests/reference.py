@@ -341,6 +341,18 @@ class Pruning:
     chosen: Sequence[Sequence[int]] | None = None  # per block, positions to go on with whatever the scores say
     carried: Tensor | None = None  # (1, L, H): for every token, the hidden state of the last block it went through
 
+    @classmethod
+    def start(cls, calls: list[dict[str, Any]], result: Row, length: int, shares: Sequence[Fraction | float], *,
+              criterion: Criterion = "simba", tail: int = 1, floor: int = 4, query: int | None = None,
+              protect: Sequence[int] = (), seed: int = 0,
+              chosen: Sequence[Sequence[int]] | None = None) -> Pruning:  # fmt: skip
+        """Before the first block; `query` and `protect` count from either end of the row."""
+        wanted = {*protect, *(() if query is None else (query,))}
+        assert (1 if query is None else 0) <= tail <= length
+        return cls(counts(length, shares, tail, max(floor, len(wanted))), criterion, tail, calls, result,
+                   list(range(length)), frozenset(position % length for position in wanted),
+                   None if query is None else query % length, seed, chosen)  # fmt: skip
+
     def leave(self, i: int, hidden: Tensor) -> Tensor:
         """What the next block sees of block i's output; behind the last one, every token's last hidden state."""
         self.result.kept.append(list(self.positions))
@@ -349,15 +361,13 @@ class Pruning:
         self.result.streams.append(self.carried[0])
         if i + 1 == len(self.planned):
             return self.carried
-        if self.planned[i + 1] >= len(self.positions) or not self.calls:
-            assert self.chosen is None or list(self.chosen[i + 1]) == self.positions, f"none may leave after block {i}"
-            return hidden
-        stay = self.decide(i)
-        self.positions = [self.positions[j] for j in stay]
-        return hidden[:, stay]
+        return hidden[:, self.decide(i)]
 
     def decide(self, i: int) -> list[int]:
         """The slots that stay behind block i. The tail does, and what is named; the tokens before the tail compete."""
+        if self.planned[i + 1] >= len(self.positions) or not self.calls:
+            assert self.chosen is None or list(self.chosen[i + 1]) == self.positions, f"none may leave after block {i}"
+            return list(range(len(self.positions)))
         rival = len(self.positions) - self.tail
         scores, sizes = self.score(i, rival)
         sure = [j for j in range(rival) if self.positions[j] in self.named]
@@ -380,7 +390,9 @@ class Pruning:
             self.result.margin = min(self.result.margin, closest)
         elif stay != best:  # a matter of positions: nothing is rounded
             self.result.margin = -float("inf")
-        return stay + end
+        stay = stay + end
+        self.positions = [self.positions[j] for j in stay]
+        return stay
 
     def score(self, i: int, rival: int) -> tuple[Array, Array]:
         """Scores and sizes of the tokens before the tail (and of some behind, whose scores are not read)."""
@@ -425,13 +437,6 @@ def run_row(
         from transformers import DynamicCache
 
         cache = DynamicCache(config=model.config)
-    length = len(ids)
-    named = frozenset(p % length for p in (*protect, *(() if query is None else (query,))))
-    wanted = len({*protect, *(() if query is None else (query,))})
-    planned = counts(length, shares, tail, max(floor, wanted))
-    assert len(planned) == len(backbone.layers), "one share per block"
-    assert (1 if query is None else 0) <= tail <= length
-
     result = Row(logits=ids, hidden=ids, kept=[], cache=cache, margin=float("inf"))
     blocks = backbone.layers
 
@@ -440,8 +445,9 @@ def run_row(
 
     hook = backbone.register_forward_hook(after_the_norm)
     with recorded_scans(model) as calls:
-        row = Pruning(planned, criterion, tail, calls, result, list(range(length)), named,
-                      None if query is None else query % length, seed, chosen)  # fmt: skip
+        row = Pruning.start(calls, result, len(ids), shares, criterion=criterion, tail=tail, floor=floor, query=query,
+                            protect=protect, seed=seed, chosen=chosen)  # fmt: skip
+        assert len(row.planned) == len(blocks), "one share per block"
         try:
             backbone.layers = nn.ModuleList(Pruned(block, i, row) for i, block in enumerate(blocks))
             given = {cache_name(model): cache} if use_cache else {}
