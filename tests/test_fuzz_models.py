@@ -212,8 +212,15 @@ class Subject:
         self.sparse = simba_fx.transform(self.dense, chosen.schedule, **chosen.options)
         self.shares = chosen.shares or simba_fx.program(self.sparse).shares
         assert len(self.shares) == n_blocks(self.dense)
+        first: list[Any] = []
+        watched = self.dense.base_model.layers[0].register_forward_hook(lambda _, __, output: first.append(output))
         with torch.no_grad():
-            self.dtype = self.dense(input_ids=tokens(0, 1, 3)).logits.dtype
+            plain = self.dense(input_ids=tokens(0, 1, 3), output_hidden_states=True)
+        watched.remove()
+        behind = first[0][0] if isinstance(first[0], tuple) else first[0]
+        self.dtype = plain.logits.dtype
+        self.stream = [torch.equal(hidden, behind) for hidden in plain.hidden_states].index(True)
+        """Which of the model's `hidden_states` is the first block's output: some models begin with the embeddings."""
         self.weights = {name: p.detach().clone() for name, p in self.dense.named_parameters()}
 
     def perturb(self, seed: int) -> None:
@@ -246,7 +253,7 @@ class Call:
     what: str  # "forward", "generate", or a refusal
     rows: tuple[Row, ...]
     mask: torch.dtype | None
-    tail: int | None
+    tail: int | tuple[int, ...] | None  # one for all rows, or one for each
     seed: int
     fill: int
     grad: str = "no_grad"
@@ -257,6 +264,7 @@ class Call:
     labels: bool = False
     last: int = 0  # logits of so many slots alone; 0: of all
     recompute: bool = False
+    unmasked: str = ""  # how padding at the ends of rows is told instead: "lengths", or "pad id"
     new: int = 3
     broken: tuple[int, int] = field(default=(0, 0))
 
@@ -265,11 +273,17 @@ class Call:
         ids, mask = padded(contents, [r.left for r in self.rows], [r.right for r in self.rows], fill=self.fill)
         return ids, None if self.mask is None else mask.to(self.mask)
 
+    @property
+    def trailing(self) -> bool:
+        """Whether rows are padded, at their ends alone."""
+        return any(row.right for row in self.rows) and not any(row.left for row in self.rows)
+
 
 REFUSALS = ("a tail longer than a row", "a row of pads", "too short for a named position", "a mask of another shape",
             "several tokens on a warm cache", "a hole in a row")  # fmt: skip
-HOLES = False
-"""Whether masks with holes inside a row are refused."""
+ROWS = hasattr(simba_fx, "lengths")
+"""Whether there are rows without a mask that are padded at their end, tails of their own for rows, and a refusal of
+holes inside a row."""
 
 
 @st.composite
@@ -303,6 +317,11 @@ def calls(draw: st.DrawFn, chosen: Setting) -> Call:
         grad = draw(st.sampled_from(modes))
         cache = draw(st.sampled_from((None, True, False))) if "no cache" in habits and not train else None
         embeds = "embeds" in habits and draw(st.booleans())
+        if ROWS and call.trailing and (unmasked := draw(st.sampled_from(("", "lengths", "pad id")))):
+            embeds = embeds and unmasked == "lengths"
+            call = replace(call, unmasked=unmasked, fill=0 if unmasked == "pad id" else call.fill)
+        if ROWS and chosen.least_tail and shortest > 1 and not cache and draw(st.integers(0, 3)) == 0:
+            call = replace(call, tail=tuple(draw(st.integers(2, row.length)) for row in rows))
         full = chosen.options["output"] == "full"
         labels = "labels" in habits and full and longest + slack > 1 and draw(st.booleans())
         return replace(call, grad=grad, train=train, use_cache=False if grad == "backward" else cache, embeds=embeds,
@@ -314,7 +333,7 @@ def calls(draw: st.DrawFn, chosen: Setting) -> Call:
         return replace(call, new=draw(st.integers(1, 5)))
     if what == "other weights":
         return call if what in habits and chosen.dtype is not torch.bfloat16 else replace(call, what="forward")
-    kinds = [kind for kind in REFUSALS if HOLES or kind != "a hole in a row"]
+    kinds = [kind for kind in REFUSALS if ROWS or kind != "a hole in a row"]
     where = (draw(st.integers(0, count - 1)), draw(st.integers(0, 100)))
     return replace(call, what=draw(st.sampled_from(kinds)), broken=where)
 
@@ -353,7 +372,13 @@ def check(one: Subject, call: Call) -> None:
 
 @contextlib.contextmanager
 def tail_of(one: Subject, call: Call) -> Iterator[None]:
-    with simba_fx.tail(one.sparse, call.tail) if call.tail is not None else contextlib.nullcontext():
+    with contextlib.ExitStack() as stack:
+        if isinstance(call.tail, int):
+            stack.enter_context(simba_fx.tail(one.sparse, call.tail))
+        elif call.tail is not None:  # a tail reads one token more than the answer has
+            stack.enter_context(simba_fx.answer(one.sparse, torch.tensor(call.tail) - 1))
+        if call.unmasked == "lengths":
+            stack.enter_context(simba_fx.lengths(one.sparse, torch.tensor([row.length for row in call.rows])))
         yield
 
 
@@ -362,8 +387,13 @@ def given_to(one: Subject, call: Call) -> dict[str, Any]:
     given: dict[str, Any] = {"input_ids": ids}
     if call.embeds:
         given = {"inputs_embeds": one.dense.get_input_embeddings()(ids)}  # type: ignore[operator]
-    optional = {"attention_mask": mask, "use_cache": call.use_cache, "output_hidden_states": call.hidden or None,
-                "logits_to_keep": call.last or None, "labels": labels_of(call) if call.labels else None}  # fmt: skip
+    optional = {
+        "attention_mask": None if call.unmasked else mask,
+        "use_cache": call.use_cache,
+        "output_hidden_states": call.hidden or None,
+        "logits_to_keep": call.last or None,
+        "labels": labels_of(call) if call.labels else None,
+    }
     return given | {name: value for name, value in optional.items() if value is not None}
 
 
@@ -374,7 +404,7 @@ def labels_of(call: Call) -> Tensor:
 
 
 def options_of(one: Subject, call: Call) -> dict[str, Any]:
-    """The setting, in the reference's words."""
+    """The setting and the tail, in the reference's words."""
     named = {name: one.setting.options[name] for name in ("floor", "seed", "query", "protect")
              if name in one.setting.options}  # fmt: skip
     tail = one.setting.least_tail if call.tail is None else call.tail
@@ -399,6 +429,8 @@ def count_decisions(one: Subject, rows: Sequence[reference.Row]) -> None:
 
 def check_forward(one: Subject, call: Call) -> None:
     COUNTS["forward"] += 1
+    COUNTS["without a mask, padded"] += bool(call.unmasked)
+    COUNTS["tails of their own"] += isinstance(call.tail, tuple)
     for model in (one.dense, one.sparse):
         model.train(call.train)
     if call.recompute:
@@ -419,7 +451,7 @@ def check_forward(one: Subject, call: Call) -> None:
         if call.labels and not call.last:
             compare_losses(one, call, found.loss, expected)
         if call.hidden:
-            compare_streams(call, found.hidden_states, expected)
+            compare_streams(found.hidden_states[one.stream :], expected)
         if backward:
             compare_gradients(one, call, found.logits, expected)
     if call.recompute:
@@ -513,12 +545,12 @@ def compare_losses(one: Subject, call: Call, found: Tensor, expected: reference.
         assert_close("loss", found, losses[counted].mean(), TOLERANCE[torch.float32])
 
 
-def compare_streams(call: Call, found: Sequence[Tensor], expected: reference.Batch) -> None:
-    """`output_hidden_states`: what enters each block; a token that is gone has what it left with."""
+def compare_streams(found: Sequence[Tensor], expected: reference.Batch) -> None:
+    """`output_hidden_states`: what comes out of each block; a token that is gone has what it left with."""
     COUNTS["hidden states"] += 1
     for b, row in enumerate(expected.rows):
         for i, stream in enumerate(row.streams[:-1]):
-            ours = found[i + 1][b, expected.real[b]]
+            ours = found[i][b, expected.real[b]]
             assert_close(f"behind block {i}, row {b}", ours, stream, TOLERANCE[torch.float32])
 
 
