@@ -56,12 +56,12 @@ __all__ = [
 
 def pipeline(cuts: tuple[Cut, ...], *, criterion: str = "simba", floor: int = 4, seed: int = 0, output: str = "full",
              sites: tuple[Any, ...] = (), kernels: str = "auto", query: int | None = None,
-             protect: tuple[int, ...] = ()) -> tuple[Any, ...]:  # fmt: skip
+             protect: tuple[int, ...] = (), trailing: bool = False) -> tuple[Any, ...]:  # fmt: skip
     """The passes of one transform up to outlining, first to last."""
     own_kernels = kernels == "model"
     return (
         *(() if own_kernels else (EraseSites(), ChannelLast(), DropCasts())),
-        TrackTokens(),
+        TrackTokens(trailing),
         *((ProtectTokens(query, protect),) if query is not None or protect else ()),
         ScoreTokens(cuts, criterion, floor, seed),
         SelectTokens(cuts, floor),

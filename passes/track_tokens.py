@@ -21,7 +21,13 @@ class TrackTokens:
         positions = arange(length).expand(batch, length)     # (B, L) int64
         real = attention_mask != 0                           # (B, L) bool, only with a padding mask
         lengths = real.sum(1)                                # (B,) int64, only with a padding mask
+
+    With `trailing`, for a model that is given no mask: `def forward(inputs_embeds, tail, lengths)`, `lengths` `(B,)`
+    int64, and `real = positions < lengths.unsqueeze(1)`. The model computes as if there were no padding; behind
+    everything real, in a causal model, it changes nothing.
     """
+
+    trailing: bool = False
 
     name = "track-tokens"
 
@@ -34,7 +40,13 @@ class TrackTokens:
         tail.meta = {"val": 1, REGION: -1, MARK: {"pass": self.name, "block": -1, "role": "tail"}}
         lead = value(primary := placeholder(graph, facts.primary))
         rows, columns = lead.shape[:2]
-        first = Insert(graph, tail.next, -1, self.name)
+        last = tail
+        if self.trailing and facts.mask is None:
+            with graph.inserting_after(tail):
+                last = graph.placeholder("lengths")
+            val = lead.new_empty((rows,), dtype=torch.int64)
+            last.meta = {"val": val, REGION: -1, MARK: {"pass": self.name, "block": -1, "role": "lengths"}}
+        first = Insert(graph, last.next, -1, self.name)
         batch = first(torch.ops.aten.sym_size.int, primary, 0, val=rows, name="batch")
         length = first(torch.ops.aten.sym_size.int, primary, 1, val=columns, role="length", name="input_length")
         insert = Insert(graph, length.next, -1, self.name)
@@ -43,9 +55,14 @@ class TrackTokens:
         line = insert(torch.ops.aten.arange.default, batch, val=grid[:, 0], **kind)
         insert(torch.ops.aten.unsqueeze.default, line, 1, val=grid[:, :1], role="rows", name="rows")
         line = insert(torch.ops.aten.arange.default, length, val=grid[0], **kind)
-        insert(torch.ops.aten.expand.default, line, [batch, length], val=grid, role="positions", name="positions")
+        placed = insert(
+            torch.ops.aten.expand.default, line, [batch, length], val=grid, role="positions", name="positions"
+        )
         if facts.mask is not None:
             mask = placeholder(graph, facts.mask)
             real = insert(torch.ops.aten.ne.Scalar, mask, 0, val=grid.to(torch.bool), role="real", name="real")
             insert(torch.ops.aten.sum.dim_IntList, real, [1], val=grid[:, 0], role="lengths", name="lengths")
+        elif self.trailing:
+            column = insert(torch.ops.aten.unsqueeze.default, last, 1, val=grid[:, :1])
+            insert(torch.ops.aten.lt.Tensor, placed, column, val=grid.to(torch.bool), role="real", name="real")
         return 1

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from simba_fx import errors
-    from simba_fx.api import explain, kept, program, reached, tail, transform
+    from simba_fx.api import answer, explain, kept, lengths, program, reached, tail, transform
     from simba_fx.lift import register_scan
     from simba_fx.operands import SelectiveScan, SSDScan
     from simba_fx.report import report
@@ -34,9 +34,11 @@ __all__ = [
     "SSDScan",
     "SelectiveScan",
     "Stages",
+    "answer",
     "errors",
     "explain",
     "kept",
+    "lengths",
     "load",
     "program",
     "reached",
@@ -48,7 +50,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "api": ("explain", "kept", "program", "reached", "tail", "transform"),
+    "api": ("answer", "explain", "kept", "lengths", "program", "reached", "tail", "transform"),
     "lift": ("register_scan",),
     "operands": ("SSDScan", "SelectiveScan"),
     "report": ("report",),

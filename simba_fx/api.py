@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any, Literal
 
@@ -19,7 +20,7 @@ from simba_fx.plan import reasons
 from simba_fx.schedule import Budget, Schedule, as_schedule
 from simba_fx.sharding import is_sharded
 
-__all__ = ["explain", "kept", "program", "reached", "tail", "transform"]
+__all__ = ["answer", "explain", "kept", "lengths", "program", "reached", "tail", "transform"]
 
 ScheduleLike = str | float | Fraction | Sequence[Any] | Mapping[int, Any] | Callable[[int], Any] | Schedule
 
@@ -28,6 +29,7 @@ def transform(model: nn.Module, schedule: ScheduleLike = "linear", *, criterion:
               output: Literal["full", "kept"] = "full", floor: int = 4, kernels: Literal["auto", "model"] = "auto",
               compile: Literal["blocks", "whole"] = "blocks", seed: int = 0, query: int | None = None,
               protect: Sequence[int] = (), labels: Literal["all", "kept"] = "all",
+              tail: Literal["last", "labels"] = "last", pad_token_id: int | None = None,
               example_inputs: tuple[Any, ...] | Mapping[str, Any] | None = None) -> Any:  # fmt: skip
     """A sparse twin of `model` over the same weights; `model` itself is untouched and stays dense.
 
@@ -56,6 +58,13 @@ def transform(model: nn.Module, schedule: ScheduleLike = "linear", *, criterion:
         protect: positions, counted likewise, that are kept in every block.
         labels: of a transformers model's own loss: "all" counts every label, also those predicted by tokens that left
             early; "kept" ignores the labels that such tokens should predict.
+        tail: where each row's tail begins, unless `answer` or `tail` around a call say it: "last": at its last token;
+            "labels": of a transformers model that is called with labels, at the token that predicts the first label
+            that is not -100, so that no answer chooses what is kept and the token that predicts it is. Losses of texts
+            whose every token is labelled are those of the dense model then, at its cost. Where the tails of a batch
+            differ, the host waits once for their sizes.
+        pad_token_id: of a transformers model: the id that pads rows at their end where no attention_mask is passed.
+            None: the config's, where that is no end of sequence as well.
         example_inputs: for a plain `nn.Module`: its arguments, tensors `(B, L, ...)`, B ≠ L. Only shapes and dtypes are
             read. A module that takes token ids needs none.
 
@@ -90,7 +99,8 @@ def transform(model: nn.Module, schedule: ScheduleLike = "linear", *, criterion:
             "Transform the model first, and apply fully_shard to the blocks and to the model around them afterwards."
         )
     named: Any = protect  # checked, and made a tuple, in Options
-    options = Options(as_schedule(schedule), criterion, output, floor, kernels, compile, seed, query, named, labels)
+    options = Options(as_schedule(schedule), criterion, output, floor, kernels, compile, seed, query, named, labels,
+                      tail, pad_token_id)  # fmt: skip
     budgeted = isinstance(options.schedule, Budget)  # else nothing needs to remember the dense model
     pretrained = huggingface.is_pretrained(model)
     if labels != "all" and not pretrained:
@@ -98,6 +108,13 @@ def transform(model: nn.Module, schedule: ScheduleLike = "linear", *, criterion:
             f"labels={labels!r} changes the loss of a transformers model; expected 'all' for a {type(model).__name__}, "
             "whose loss is outside of it. Leave it out, and mask your own loss with simba_fx.reached(sparse)."
         )
+    for option, held, usual in (("tail", tail, "last"), ("pad_token_id", pad_token_id, None)):
+        if held != usual and not pretrained:
+            raise SimbaError(
+                f"{option}={held!r} is for transformers models; expected none for a {type(model).__name__}, which is "
+                "not called with ids and labels in ways that are known. Leave it out, and call the model inside "
+                "simba_fx.answer(sparse, n)."
+            )
     if pretrained or mixer_model.is_mixer(model):
         if example_inputs is not None:
             library = "transformers" if pretrained else "mamba_ssm"
@@ -132,7 +149,9 @@ def _runtime(model: nn.Module) -> Any:
 def tail(sparse: nn.Module, tokens: int) -> Iterator[None]:
     """Protect each row's last `tokens` real tokens inside the `with` block, and score at the first of them.
 
-    For teacher-forced continuations: what is kept does not depend on the answer (method.md section 5).
+    Counted are the *inputs whose logits are read* (method.md section 5), the first of which chooses what is kept. An
+    answer of n tokens at the end of the input is read from n + 1 of them, since the token before it predicts its first
+    one: `tail(sparse, n + 1)`, or `answer(sparse, n)`. With `tail(sparse, n)` the answer chooses its own context.
 
     Raises:
         SimbaError: `tokens` is not a whole number of at least 1.
@@ -142,12 +161,79 @@ def tail(sparse: nn.Module, tokens: int) -> Iterator[None]:
             f"tail expects a whole number of tokens, at least 1; found {tokens!r}. Write for example "
             "simba_fx.tail(sparse, 100)."
         )
+    with _asking(sparse, tail=tokens, answer=False, tails=None):
+        yield
+
+
+@contextmanager
+def answer(sparse: nn.Module, tokens: int | Tensor) -> Iterator[None]:
+    """Each row ends with an answer of `tokens` tokens, which is read but must not choose what is kept of the prompt.
+
+    Inside the `with` block the answer and the token that predicts its first one are kept, and scores are taken at the
+    latter: what is kept does not depend on the answer, and the logits of the answer are those of a model that has not
+    seen it. Padding behind the answer does not count.
+
+    Args:
+        tokens: one number for all rows, or an int64 tensor `(B,)` (transformers models; where the numbers differ, the
+            host waits once for them, and no cache is filled). At least 1.
+
+    Raises:
+        SimbaError: not such a number. In a call: InputError, a row of fewer tokens.
+    """
+    if isinstance(tokens, Tensor):
+        if not _are_counts(tokens) or bool((tokens < 1).any()):
+            raise SimbaError(
+                f"answer expects a whole number of tokens for each row, (B,), at least 1; found {tokens!r}. Write for "
+                "example simba_fx.answer(sparse, torch.tensor([3, 7]))."
+            )
+        with _asking(sparse, answer=True, tails=tokens.to(torch.int64) + 1):
+            yield
+        return
+    if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
+        raise SimbaError(
+            f"answer expects a whole number of tokens, at least 1, or one for each row; found {tokens!r}. Write for "
+            "example simba_fx.answer(sparse, 7)."
+        )
+    with _asking(sparse, tail=tokens + 1, answer=True, tails=None):
+        yield
+
+
+@contextmanager
+def lengths(sparse: nn.Module, tokens: Tensor) -> Iterator[None]:
+    """Rows of a transformers model that are padded at their end, and called without a mask inside the `with` block.
+
+    A causal model's result does not depend on what follows a token, so that evaluation code leaves the mask out. A
+    pruned one scores each row at its last real token, which it finds by itself only where the config's `pad_token_id`
+    is no end of sequence.
+
+    Args:
+        tokens: how many tokens of each row are no padding, `(B,)`.
+
+    Raises:
+        SimbaError: not a tensor of whole numbers. In a call: InputError, lengths that the rows cannot have.
+    """
+    if not isinstance(tokens, Tensor) or not _are_counts(tokens):
+        raise SimbaError(
+            f"lengths expects a tensor of whole numbers, one for each row, (B,); found {tokens!r}. Write for example "
+            "simba_fx.lengths(sparse, torch.tensor([30, 21]))."
+        )
+    with _asking(sparse, lengths=tokens):
+        yield
+
+
+def _are_counts(tokens: Tensor) -> bool:
+    return tokens.dim() == 1 and tokens.dtype in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+@contextmanager
+def _asking(sparse: nn.Module, **more: Any) -> Iterator[None]:
     runtime = _runtime(sparse)
-    before, runtime.tail = runtime.tail, tokens
+    before = runtime.asked
+    runtime.asked = replace(before, first=None, **more) if "lengths" not in more else replace(before, **more)
     try:
         yield
     finally:
-        runtime.tail = before
+        runtime.asked = before
 
 
 def kept(sparse: nn.Module) -> list[Tensor]:
@@ -160,7 +246,7 @@ def kept(sparse: nn.Module) -> list[Tensor]:
     Raises:
         SimbaError: the model has not been called yet.
     """
-    rows, length, built, positions, real, mask = _last(sparse, "kept")
+    rows, length, built, positions, _, mask = last = _last(sparse, "kept")
     device = positions[0].device if positions else None if mask is None else mask.device
     current = torch.arange(length, device=device).expand(rows, length)
     if mask is not None:
@@ -170,7 +256,8 @@ def kept(sparse: nn.Module) -> list[Tensor]:
     blocks, after = [], {cut.block + 1: i for i, cut in enumerate(built.cuts)}
     for block in range(built.captured.facts.n_blocks):
         if (i := after.get(block)) is not None:
-            current = positions[i] if real is None else torch.where(real[i], positions[i], -1)
+            there = losses.real_at(last, i)
+            current = positions[i] if there is None else torch.where(there, positions[i], -1)
         blocks.append(current)
     return blocks
 

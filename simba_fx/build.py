@@ -40,6 +40,8 @@ class Options:
     query: int | None = None
     protect: tuple[int, ...] = ()
     labels: Literal["all", "kept"] = "all"
+    tail: Literal["last", "labels"] = "last"
+    pad_token_id: int | None = None
 
     @property
     def named(self) -> tuple[int, ...]:
@@ -52,7 +54,7 @@ class Options:
         return max(self.floor, len(self.named))
 
     @property
-    def tail(self) -> int:
+    def least_tail(self) -> int:
         """Trailing tokens that are kept unless `simba_fx.tail` says more: with a query of its own, none."""
         return 1 if self.query is None else 0
 
@@ -68,7 +70,7 @@ class Options:
                 f"{type(self.criterion).__name__}. Write for example criterion='simba'."
             )
         choices = {"output": ("full", "kept"), "kernels": ("auto", "model"), "compile": ("blocks", "whole"),
-                   "labels": ("all", "kept")}  # fmt: skip
+                   "labels": ("all", "kept"), "tail": ("last", "labels")}  # fmt: skip
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise SimbaError(
@@ -95,6 +97,16 @@ class Options:
                 f"last); found {wrong[0]!r}. Write for example protect=[0]."
             )
         object.__setattr__(self, "protect", tuple(self.protect))
+        if self.pad_token_id is not None and (not _is_position(self.pad_token_id) or self.pad_token_id < 0):
+            raise SimbaError(
+                "transform expects pad_token_id to be the id of the tokens that pad rows at their end, an int of at "
+                f"least 0, or None; found {self.pad_token_id!r}. Write for example pad_token_id=0."
+            )
+        if self.tail == "labels" and self.query is not None:
+            raise SimbaError(
+                f"tail='labels' scores each row at the token that predicts its first label, and query={self.query} at "
+                "another; expected one of the two. Leave one out."
+            )
 
 
 def _is_position(value: object) -> bool:
@@ -114,11 +126,21 @@ class Built:
     has_scan: tuple[bool, ...]
     """For each block whether it has a scan that tokens can be scored by."""
     history: list[Stage]
+    trailing: bool = False
+    """Whether the program is told the rows' lengths, as an input after `tail`."""
+
+    @property
+    def ragged(self) -> bool:
+        """Whether rows may differ in length: selections then say which of the kept tokens are real."""
+        return self.trailing or self.captured.facts.mask is not None
 
 
 def build(captured: Captured, options: Options, cost: Callable[..., schedule.Cost] | None = None, *,
-          program_class: type[Program] = Program) -> Built:  # fmt: skip
-    """Run the passes over a captured graph; `cost(captured, options, length)` prices schedules for a FLOP budget."""
+          program_class: type[Program] = Program, trailing: bool = False) -> Built:  # fmt: skip
+    """Run the passes over a captured graph; `cost(captured, options, length)` prices schedules for a FLOP budget.
+
+    With `trailing` the program of a model that is given no mask takes the lengths of its rows.
+    """
     facts = captured.facts
     shares = schedule_shares(captured, options, cost)
     has_scan = scoring_blocks(captured, options)
@@ -129,13 +151,13 @@ def build(captured: Captured, options: Options, cost: Callable[..., schedule.Cos
         attributes["criterion"] = CustomCriterion(options.criterion)
     rewrites = passes.pipeline(cuts, criterion=name, floor=options.least, seed=options.seed, output=options.output,
                                sites=tuple(captured.sites), kernels=options.kernels, query=options.query,
-                               protect=options.protect)  # fmt: skip
+                               protect=options.protect, trailing=trailing)  # fmt: skip
     graph, history = run_passes(captured.graph, facts, rewrites)
     top = graph
     if options.compile == "blocks":
         top, stages = run_passes(graph, facts, [passes.OutlineBlocks(attributes)])
         history += stages[1:]
-    return Built(program_class(attributes, top), captured, graph, shares, cuts, has_scan, history)
+    return Built(program_class(attributes, top), captured, graph, shares, cuts, has_scan, history, trailing)
 
 
 def scoring_blocks(captured: Captured, options: Options) -> tuple[bool, ...]:

@@ -17,6 +17,7 @@ from torch import fx
 
 from simba_fx.lift import exported
 from simba_fx.program import Program
+from simba_fx.rows import Asked
 
 __all__ = ["CallsOfModule", "Memory", "run"]
 
@@ -24,10 +25,16 @@ __all__ = ["CallsOfModule", "Memory", "run"]
 class Memory:
     """What a runtime remembers of its last call, as `last`: (rows, length, program, positions per cut, real per cut,
     mask). What a call under `torch.export` leaves is seen by what runs later in the same trace (a loss, a wrapper that
-    asks `kept`) and by nobody else."""
+    asks `kept`) and by nobody else. And what the contexts around its calls ask for, as `asked`."""
+
+    asked: Asked
 
     _called: tuple[Any, ...] | None = None
     _traced: tuple[Any, ...] | None = None
+
+    @property
+    def tail(self) -> int:
+        return self.asked.tail
 
     @property
     def last(self) -> tuple[Any, ...] | None:

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import inspect
 import itertools
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,6 +36,19 @@ from simba_fx.inputs import EXAMPLE, autocast_dtype, check_mask, check_positions
 from simba_fx.lift import one_at_a_time, traced
 from simba_fx.losses import count_kept_labels
 from simba_fx.program import dynamic_marker, left_alone, left_to_python
+from simba_fx.rows import (
+    Asked,
+    Ends,
+    check_lengths,
+    ends_of,
+    lengthened,
+    may_be_padded,
+    padding_id,
+    shortened,
+    trailing_lengths,
+    warn_of_padding,
+    watch_calls,
+)
 from simba_fx.sharding import hollow
 from simba_fx.snapshot import Snapshot, snapshot
 from simba_fx.twins import copy_to_trace, own_forward, subclass, twin_around
@@ -81,16 +95,54 @@ def install(model: nn.Module, options: Options, cost: Any) -> nn.Module:
     refuse_eager_experts(base_of(model))
     refuse_other_attention(stack)
     blocks = options.compile == "blocks"
-    runtime = SparseStack(stack, options, cost, options.tail)
+    runtime = SparseStack(stack, options, cost, Asked(options.least_tail))
     twin = twin_around(model, runtime, _stack_class(type(stack), blocks), blocks)
     if options.labels == "kept":
         count_kept_labels(base_of(twin), runtime, blocks)
+    if base_of(twin) is not runtime.stack or options.tail == "labels":
+        python = left_to_python if blocks else lambda function: function
+        watch_calls(base_of(twin), _runtime_of, _check_call, options.tail == "labels", python)
+    refuse_generation_without_cache(base_of(twin))
     embeddings = stack.get_input_embeddings().weight
-    default = Signature.default(stack, embeddings)
+    default = Signature.default(stack, embeddings, runtime.pad is not None)
     runtime.variant(default)
     if not blocks:  # a graph that is traced whole cannot stop to capture another
-        runtime.variant(dataclasses.replace(default, mask=torch.int64))
+        runtime.variant(dataclasses.replace(default, mask=torch.int64, trailing=False))
     return twin
+
+
+def _runtime_of(head: Any) -> SparseStack:
+    runtime: SparseStack = head.base_model._simba
+    return runtime
+
+
+def _check_call(head: Any, given: dict[str, Any]) -> None:
+    """Refuse packed rows; some models drop the arguments that say so before their block stack sees them."""
+    refuse_packed(type(head).__name__, given)
+    lead = given.get("input_ids") if given.get("inputs_embeds") is None else given["inputs_embeds"]
+    if given.get("position_ids") is not None and lead is not None and not takes_positions(type(head.base_model)):
+        check_positions(given["position_ids"], lead, given.get("attention_mask"))
+
+
+def refuse_generation_without_cache(model: nn.Module) -> None:
+    """Without a cache each step would run the whole text, and choose anew which of its tokens stay."""
+    cls: Any = type(model)
+    if not hasattr(cls, "generate"):
+        return
+    own = cls.generate
+
+    @functools.wraps(own)
+    def generate(self: Any, inputs: Any = None, generation_config: Any = None, *args: Any, **kwargs: Any) -> Any:
+        config = self.generation_config if generation_config is None else generation_config
+        if kwargs.get("use_cache", getattr(config, "use_cache", True)) is False:
+            raise InputError(
+                f"generate of this {cls.__name__} was called with use_cache=False; expected a cache: without one every "
+                "step would run the whole text again and choose anew which of its tokens stay, so that the result "
+                "would be another. Leave use_cache out, or generate with the dense model."
+            )
+        return own(self, inputs, generation_config, *args, **kwargs)
+
+    model.__class__ = subclass(cls, "generation with a cache", cls.forward, generate=generate)
 
 
 def refuse_eager_experts(model: nn.Module) -> None:
@@ -130,15 +182,17 @@ class Signature:
     """Numbers, flags and words among the arguments, which are part of the graph."""
     autocast: torch.dtype | None = None
     """What `torch.autocast` casts to around the call; the graph is captured, and runs, inside of it."""
+    trailing: bool = False
+    """Whether the program is told the rows' lengths. The model's part of the graph knows nothing of them."""
 
     @staticmethod
-    def default(stack: nn.Module, weight: Tensor) -> Signature:
+    def default(stack: nn.Module, weight: Tensor, trailing: bool) -> Signature:
         config: Any = stack.config
         cache = bool(config.use_cache and not stack.training)
         hidden = bool(getattr(config, "output_hidden_states", False))
         positions = (("position_ids", (torch.int64, ("B", "L"))),) if takes_positions(type(stack)) else ()
         return Signature(weight.dtype, weight.device, None, cache, stack.training, hidden, extra=positions,
-                         autocast=autocast_dtype(weight.device))  # fmt: skip
+                         autocast=autocast_dtype(weight.device), trailing=trailing)  # fmt: skip
 
 
 @dataclass
@@ -163,16 +217,25 @@ class SparseStack(Memory):
     stack: Any
     options: Options
     cost: Any
-    tail: int = 1
+    asked: Asked
+    warned: bool = False
+    """Of rows that may be padded with tokens that may be text; once is enough."""
     variants: dict[Signature, list[Variant]] = field(default_factory=dict)
     """For each kind of call the graphs of the stack as it was then, the last one used last."""
     capturing: Any = field(default_factory=threading.RLock)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SparseStack:
         """Programs hold the original's parameters: a copy captures its own."""
-        twin = type(self)(copy.deepcopy(self.stack, memo), self.options, self.cost, self.tail)
+        twin = type(self)(copy.deepcopy(self.stack, memo), self.options, self.cost, Asked(self.options.least_tail))
         memo[id(self)] = twin
         return twin
+
+    @property
+    def pad(self) -> int | None:
+        """The id of trailing padding, where it can be nothing else."""
+        pad, ambiguous = padding_id(self.stack.config)
+        stated = self.options.pad_token_id
+        return (None if ambiguous else pad) if stated is None else stated
 
     def any_built(self) -> Built:
         """Of the last call, or of the first capture before any call."""
@@ -223,7 +286,7 @@ class SparseStack(Memory):
     def _capture(self, signature: Signature, now: Snapshot) -> Variant:
         stack = copy_to_trace(self.stack)
         captured, seen = capture_stack(stack, signature)
-        built = build(captured, self.options, self.cost)
+        built = build(captured, self.options, self.cost, trailing=signature.trailing)
         keys = self._keys(captured, seen.states)
         self._watch(attention_modules(stack, keys.values()))
         before = {layer: sum(cut.block < region(node) for cut in built.cuts) for layer, node in keys.items()}
@@ -257,10 +320,11 @@ class SparseStack(Memory):
         """Fill the cache; return the model's values as the model returns them."""
         facts, n_states = variant.built.captured.facts, len(variant.states)
         values, states = flat[: facts.values], flat[facts.values : facts.values + n_states]
-        kept, step = flat[facts.values + n_states :], 1 if facts.mask is None else 2
-        mask, embeds = call.tensors.get("attention_mask"), call.tensors["inputs_embeds"]
-        real = None if facts.mask is None else kept[1::2]
-        self.last = (embeds.shape[0], embeds.shape[1], variant.built, kept[::step], real, mask)
+        values = shortened(values, call.length, call.ends.more)
+        kept, step = flat[facts.values + n_states :], 2 if variant.built.ragged else 1
+        real = kept[1::2] if variant.built.ragged else None
+        rows = call.tensors["inputs_embeds"].shape[0]
+        self.last = (rows, call.length, variant.built, kept[::step], real, call.real)
         named, _ = pytree.tree_unflatten([*values, *states], variant.built.captured.out_spec)
         if call.cache is not None:
             fill(call.cache, variant.states, states)
@@ -272,7 +336,8 @@ class SparseStack(Memory):
     def _describe_attention(self, variant: Variant, cache: Any) -> None:
         """Tell the cache's attention layers which tokens of the prompt they hold, unless they hold them all."""
         _, length, built, positions, real, mask = self.last or ()
-        if not variant.attention or (mask is None and not built.cuts):
+        masked = built is not None and built.captured.facts.mask is not None
+        if not variant.attention or (not masked and not built.cuts):
             return
         if traced():
             raise InputError(
@@ -282,7 +347,7 @@ class SparseStack(Memory):
             )
         for layer, cuts in variant.attention.items():
             slots = positions[cuts - 1].shape[1] if cuts else length
-            here = None if mask is None else real[cuts - 1] if cuts else mask != 0
+            here = None if not masked else real[cuts - 1] if cuts else mask != 0
             make_sparse(cache.layers[layer], length - slots, here)
 
 
@@ -388,6 +453,16 @@ class Call:
     cache: Any
     cache_name: str
     return_dict: bool
+    length: int
+    """Tokens of each row, as the caller gave them."""
+    ends: Ends
+    real: Tensor | None
+    """`(B, L)`, not 0 where the caller's tokens are real; None: everywhere."""
+
+    def inputs(self, names: Iterable[str]) -> list[Any]:
+        """The program's, of which `names` are tensors."""
+        lengths = [self.ends.lengths] if self.signature.trailing else []
+        return [*(self.tensors[name] for name in names), self.ends.tail, *lengths]
 
 
 def _stack_class(cls: type[nn.Module], blocks: bool) -> type:
@@ -404,9 +479,9 @@ def _stack_class(cls: type[nn.Module], blocks: bool) -> type:
             return own(self, **decode(given))
         runtime = self._simba
         variant = lookup(runtime, call.signature)
-        inputs = [call.tensors[name] for name in variant.built.captured.arguments]
         program = variant.built.program
-        output = finish(runtime, variant, call, execute(program, program.forward, *inputs, runtime.tail))
+        inputs = call.inputs(variant.built.captured.arguments)
+        output = finish(runtime, variant, call, execute(program, program.forward, *inputs))
         if blocks:
             mark((output[0],), ((0, 1),))
         return output
@@ -435,11 +510,22 @@ def _prepare(stack: Any, given: dict[str, Any]) -> Call | None:
         )
     if isinstance(mask, dict):  # `generate` with a static cache has made masks already; among them the padding's own
         mask = mask.get("linear_attention")
-    mask = check_mask(mask, rows, length, runtime.tail, runtime.options.named)
+    asked, stated = runtime.asked, mask is not None
+    mask = check_mask(mask, rows, length, asked.tail - asked.answer, runtime.options.named)
     if length == 1:
         runtime.last = (rows, length, None, (), None, mask)
         return None
+    lengths = _lengths(stack, runtime, ids, lead, mask, stated)
+    ends = ends_of(asked, rows, length, mask, lengths)
     use_cache = given.get("use_cache")
+    if ends.apart:
+        if use_cache:
+            raise InputError(
+                f"{type(stack).__name__} was called with use_cache=True and rows whose tails differ, which get padding "
+                "at their ends; expected no cache, since its states would have seen that padding. Pass "
+                "use_cache=False, or call the rows one by one."
+            )
+        use_cache = False
     if use_cache is None:
         use_cache = stack.config.use_cache and not stack.training
     if stack.training and getattr(stack, "gradient_checkpointing", False):
@@ -461,8 +547,24 @@ def _prepare(stack: Any, given: dict[str, Any]) -> Call | None:
         )
     known = ("input_ids", "inputs_embeds", "attention_mask", "use_cache", "output_hidden_states", "return_dict")
     more = {k: v for k, v in given.items() if k not in (*known, cache_name) and v is not None}
+    refuse_packed(type(stack).__name__, more)
     if takes_positions(type(stack)):
         more["position_ids"] = check_positions(more.get("position_ids"), embeds, mask)
+    if ends.more:
+        if unknown := [name for name in more if name != "position_ids" and isinstance(more[name], Tensor)]:
+            raise InputError(
+                f"{type(stack).__name__} was called with {unknown[0]} and rows whose tails differ, which get padding "
+                "at their ends; expected ids or embeddings, a mask and position_ids alone. Call the rows one by one."
+            )
+        if "position_ids" in more:
+            more["position_ids"] = lengthened(more["position_ids"], ends.more, True)
+        ids = None if ids is None else lengthened(ids, ends.more)
+        embeds = lengthened(embeds, ends.more)
+    real = mask
+    if mask is None and ends.lengths is not None:
+        line = torch.arange(length, device=ends.lengths.device)
+        real = line < (ends.lengths if lengths is None else lengths)[:, None]
+    mask = ends.mask
     constants = {name: held for name, held in more.items() if isinstance(held, bool | int | float | str)}
     more = {name: held for name, held in more.items() if name not in constants}
     extra = refuse_or_describe(stack, more, embeds)
@@ -471,12 +573,56 @@ def _prepare(stack: Any, given: dict[str, Any]) -> Call | None:
     signature = Signature(embeds.dtype, embeds.device, None if mask is None else mask.dtype, bool(use_cache),
                           stack.training, bool(hidden), ids is not None, extra,
                           tuple((name, constants[name]) for name in sorted(constants)),
-                          autocast_dtype(embeds.device))  # fmt: skip
+                          autocast_dtype(embeds.device), ends.lengths is not None)  # fmt: skip
     if use_cache and cache is None:
         cache = new_cache(stack.config)
     return_dict = given.get("return_dict")
     return_dict = bool(stack.config.return_dict if return_dict is None else return_dict)
-    return Call(signature, tensors, cache if use_cache else None, cache_name, return_dict)
+    return Call(signature, tensors, cache if use_cache else None, cache_name, return_dict, length, ends, real)
+
+
+def _lengths(stack: Any, runtime: SparseStack, ids: Any, lead: Tensor, mask: Tensor | None,
+             stated: bool) -> Tensor | None:  # fmt: skip
+    """Tokens of each row before its trailing padding, `(B,)`, for calls that give the model no mask; None: unknown.
+
+    On a CPU a mask of ones is no mask, but says what there is to say (`stated`).
+    """
+    rows, length = lead.shape[:2]
+    asked = runtime.asked
+    if asked.lengths is not None:
+        if stated:
+            raise InputError(
+                f"{type(stack).__name__} was called with an attention_mask inside simba_fx.lengths; expected one of "
+                "them to say how long the rows are. Leave one out."
+            )
+        check_lengths(asked.lengths, rows, length, asked.tail - asked.answer)
+        return asked.lengths.to(lead.device, torch.int64)
+    if mask is not None:
+        return None
+    pad = runtime.pad
+    if pad is not None and ids is not None and not stated:
+        return trailing_lengths(ids, pad)
+    if pad is not None:
+        return torch.full((rows,), length, device=lead.device)
+    if ids is not None and not stated and not runtime.warned and not traced():
+        ambiguous = padding_id(stack.config)[0]
+        if ambiguous is not None and may_be_padded(ids, ambiguous):
+            runtime.warned = True
+            warn_of_padding(type(stack).__name__, ambiguous)
+    return None
+
+
+_PACKING = ("seq_idx", "cu_seqlens", "cu_seq_lens_q", "cu_seq_lens_k")
+"""Arguments that say where the sequences of a packed row begin."""
+
+
+def refuse_packed(name: str, given: Mapping[str, Any]) -> None:
+    if found := [argument for argument in _PACKING if given.get(argument) is not None]:
+        raise InputError(
+            f"{name} was called with {found[0]}, which says that rows pack several sequences; expected one sequence "
+            "per row, because tokens are scored at the end of their row. Pass one sequence per row, padded, with an "
+            "attention_mask."
+        )
 
 
 def _decoding(given: dict[str, Any]) -> dict[str, Any]:

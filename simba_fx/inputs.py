@@ -47,9 +47,9 @@ def check_mask(mask: Tensor | None, rows: int, length: int, tail: int, named: Se
     """A padding mask that can be used, or None where nothing is padded.
 
     Raises:
-        InputError: not `(B, L)`; a row without a real token; a tail longer than a row, or a row too short for one of
-            the `named` positions (of `query` and `protect`). On a GPU what concerns rows is asserted on the device,
-            without a synchronisation.
+        InputError: not `(B, L)`; a row without a real token, or with padding between its tokens; a tail longer than a
+            row, or a row too short for one of the `named` positions (of `query` and `protect`). On a GPU what concerns
+            rows is asserted on the device, without a synchronisation.
     """
     needed = max([1, *[_needed(position) for position in named]])
     if needed > length:
@@ -72,7 +72,9 @@ def check_mask(mask: Tensor | None, rows: int, length: int, tail: int, named: Se
     if traced():
         return mask
     shortest = (mask != 0).sum(1)
+    pieces = ((mask != 0).diff(dim=1, prepend=mask.new_zeros(rows, 1, dtype=torch.bool)) & (mask != 0)).sum(1)
     if mask.is_cuda:
+        torch._assert_async((pieces <= 1).all(), "a row has padding between its tokens")
         torch._assert_async((shortest >= max(tail, 1)).all(), "a row has fewer real tokens than the protected tail")
         if named:
             torch._assert_async((shortest >= needed).all(), "a row is too short for a position of query or protect")
@@ -83,6 +85,14 @@ def check_mask(mask: Tensor | None, rows: int, length: int, tail: int, named: Se
             f"Row {row} of attention_mask is all padding; expected at least one real token in every row. "
             "Remove the row."
         )
+    row = int(pieces.argmax())
+    if (parts := int(pieces[row])) > 1:
+        raise InputError(
+            f"Row {row} of attention_mask has padding between its tokens, which are in {parts} pieces; expected the "
+            "real tokens of a row one after the other, with padding before or behind them, because padding in between "
+            "still changes a model's states. Move it to one side."
+        )
+    row = int(shortest.argmin())
     if found < tail:
         raise InputError(
             f"simba_fx.tail protects the last {tail} tokens, but row {row} has {found} real tokens; expected a tail of "
@@ -100,8 +110,8 @@ def check_positions(positions: Tensor | None, embeds: Tensor, mask: Tensor | Non
     """Positions of the tokens `(B, L)` int64; counted from 0 where none are given.
 
     Raises:
-        InputError: not `(B, L)` or `(1, L)`; without a mask, positions that do not rise by one: several sequences
-            packed in a row.
+        InputError: not `(B, L)` or `(1, L)`; positions that do not rise by one from one real token to the next:
+            several sequences packed in a row.
     """
     rows, length = embeds.shape[:2]
     if positions is None:
@@ -111,8 +121,11 @@ def check_positions(positions: Tensor | None, embeds: Tensor, mask: Tensor | Non
             f"Expected position_ids (B, L) = ({rows}, {length}); found shape {tuple(positions.shape)}. Leave the "
             "argument out, or pass one position per token."
         )
-    if mask is None and not traced():
-        rising = (positions.diff(dim=1) == 1).all()
+    if not traced():
+        rising = positions.diff(dim=1) == 1
+        if mask is not None:  # of padding nothing is asked
+            rising = rising | (mask[:, 1:] == 0) | (mask[:, :-1] == 0)
+        rising = rising.all()
         if positions.is_cuda:
             torch._assert_async(rising, "position_ids of a packed row: only whole sequences can be pruned")
         elif not bool(rising):

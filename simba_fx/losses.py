@@ -16,23 +16,31 @@ from torch import Tensor, nn
 
 from simba_fx.errors import SimbaError
 from simba_fx.program import left_alone
+from simba_fx.rows import IGNORED
 from simba_fx.twins import subclass
 
-__all__ = ["IGNORED", "count_kept_labels", "reached"]
-
-IGNORED = -100
-"""The label that losses of torch and transformers leave out."""
+__all__ = ["count_kept_labels", "reached", "real_at"]
 
 
 def reached(last: tuple[Any, ...]) -> Tensor:
     """Of the last call: which tokens went through every block, `(B, L)` bool."""
-    rows, length, built, positions, real, mask = last
+    rows, length, built, positions, _, mask = last
     if built is None or not positions:
         return torch.ones(rows, length, dtype=torch.bool) if mask is None else mask != 0
-    survivors = positions[-1]
-    found = torch.zeros(rows, length, dtype=torch.bool, device=survivors.device)
-    there = torch.ones_like(survivors, dtype=torch.bool) if real is None else real[-1]
-    return found.scatter_add_(1, survivors, there)  # fillers of short rows point somewhere: they add nothing
+    survivors, there = positions[-1], real_at(last, -1)
+    if there is None:
+        there = torch.ones_like(survivors, dtype=torch.bool)
+    found = torch.zeros(rows, length + 1, dtype=torch.bool, device=survivors.device)
+    return found.scatter_add_(1, survivors.clamp(max=length), there)[:, :length]  # fillers add nothing
+
+
+def real_at(last: tuple[Any, ...], cut: int) -> Tensor | None:
+    """Which of the tokens that are kept at this cut are the caller's, `(B, k)` bool; None: all of them."""
+    _, length, _, positions, real, mask = last
+    if real is None or mask is None:
+        return None if real is None else real[cut]
+    inside = nn.functional.pad(mask != 0, (0, 1))  # positions from L on are no tokens of the caller's
+    return real[cut] & inside.gather(1, positions[cut].clamp(max=length))
 
 
 def count_kept_labels(head: nn.Module, runtime: Any, blocks: bool) -> None:

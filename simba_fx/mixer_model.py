@@ -26,6 +26,7 @@ from simba_fx.errors import CaptureError, InputError
 from simba_fx.huggingface import Signature, SparseStack, Variant, own_paths
 from simba_fx.inputs import EXAMPLE, autocast_dtype, check_mask
 from simba_fx.program import dynamic_marker, left_alone, left_to_python
+from simba_fx.rows import Asked, refuse_ragged
 from simba_fx.snapshot import Snapshot
 from simba_fx.twins import copy_to_trace, own_forward, subclass, twin_around
 
@@ -59,7 +60,7 @@ def install(model: nn.Module, options: Options, cost: Any) -> nn.Module:
     stack = stack_of(model)
     _refuse_rotary(stack)
     blocks = options.compile == "blocks"
-    runtime = SparseMixer(stack, options, cost, options.tail)
+    runtime = SparseMixer(stack, options, cost, Asked(options.least_tail))
     twin = twin_around(model, runtime, _stack_class(type(stack), blocks), blocks)
     runtime.variant(_signature(stack, torch.int64, cache=False))
     if not blocks and not runtime.attention:  # a graph that is traced whole cannot stop to capture another
@@ -227,7 +228,8 @@ def _prepare(stack: Any, given: dict[str, Any]) -> Call | None:
             f"{name} was called with {length} new tokens at seqlen_offset={states.seqlen_offset}; expected a whole "
             "prompt at offset 0, or one new token. Pass the tokens one at a time, or start with new inference_params."
         )
-    check_mask(None, rows, length, runtime.tail, runtime.options.named)
+    refuse_ragged(name, runtime.asked)
+    check_mask(None, rows, length, runtime.tail - runtime.asked.answer, runtime.options.named)
     if length == 1:
         runtime.last = (rows, length, None, (), None, None)
         return None

@@ -21,6 +21,7 @@ from simba_fx.exporting import CallsOfModule, Memory
 from simba_fx.inputs import EXAMPLE, autocast_dtype, check_mask, named_sizes
 from simba_fx.lift import one_at_a_time
 from simba_fx.program import Program, dynamic_marker, left_alone, left_to_python
+from simba_fx.rows import Asked, refuse_ragged
 from simba_fx.twins import copy_to_trace
 
 __all__ = ["PlainProgram", "PlainRuntime", "install"]
@@ -43,7 +44,7 @@ class PlainRuntime(Memory):
     would be inputs of every graph that Dynamo traces.)"""
     constants: Mapping[str, Any]
     """The arguments that are no tensors; they are part of the graph."""
-    tail: int = 1
+    asked: Asked
 
     def any_built(self) -> Built:
         return self.built
@@ -69,7 +70,8 @@ class PlainRuntime(Memory):
             )
         inputs = [bound[name] for name in captured.arguments]
         lead, mask = inputs[captured.inputs.index(captured.facts.primary)], self._mask(inputs)
-        check_mask(mask, lead.shape[0], lead.shape[1], self.tail, self.options.named)
+        refuse_ragged(self.name, self.asked)
+        check_mask(mask, lead.shape[0], lead.shape[1], self.tail - self.asked.answer, self.options.named)
         if (around := autocast_dtype(lead.device)) != self.autocast:
             raise InputError(
                 f"{self.name} was captured with torch.autocast {_told(self.autocast)} and is called with it "
@@ -136,7 +138,7 @@ def install(model: nn.Module, options: Options, example: Any, cost: Any) -> fx.G
     tensors = {name: (held.dtype, tuple(held.shape)) for name, held in inputs.items() if isinstance(held, Tensor)}
     constants = {name: held for name, held in inputs.items() if name not in tensors}
     runtime = PlainRuntime(built, options, type(model).__name__, signature, autocast_dtype(device), tensors, constants,
-                           options.tail)  # fmt: skip
+                           Asked(options.least_tail))  # fmt: skip
     _call_as_module(built.program, runtime)
     _mirror(model, built.program)
     program: Any = built.program

@@ -779,6 +779,23 @@ def test_mamba_ssms_ssd_scan_is_called_as_it_is_documented(
     opcheck(OPS.ssd_scan, arguments)
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("length", [5, 300])
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_the_ssd_scans_results_have_the_strides_that_were_promised(
+    groups: int, length: int, on_gpu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of PyTorch's paths: a state of one group was a view into the states of all chunks, of which a compiled graph of
+    a GPU died."""
+    monkeypatch.setattr(backends, "on_gpu", lambda operand: on_gpu)
+    monkeypatch.setattr(backends, "triton_kernels", lambda: None)
+    monkeypatch.setattr(backends, "_native_scan", lambda operand, states: False)
+    monkeypatch.setattr(cuda, "ssd_scan_fn", lambda: None)
+    y, last = ops.ssd_scan(*ssd_operands(length=length, groups=groups).values(), True)
+    assert y.is_contiguous()
+    assert last.is_contiguous()
+
+
 @pytest.mark.parametrize("operand", ["A", "delta", "delta_bias", "u", "B"])
 @pytest.mark.parametrize("softplus", [False, True])
 def test_nan_in_nan_out(operand: str, softplus: bool, backend: str) -> None:

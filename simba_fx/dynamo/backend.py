@@ -141,11 +141,11 @@ class Settings:
                 )
         pruning = {name: given[name] for name in _PRUNING if name in given}
         options = Options(as_schedule(pruning.pop("schedule", "linear")), compile="whole", **pruning)
-        tail = given.get("tail", options.tail)
-        if isinstance(tail, bool) or not isinstance(tail, int) or tail < options.tail:
+        tail = given.get("tail", options.least_tail)
+        if isinstance(tail, bool) or not isinstance(tail, int) or tail < options.least_tail:
             raise SimbaError(
-                f"Option 'tail' expects a whole number of tokens, at least {options.tail}; found {tail!r}. Write for "
-                'example options={"tail": 100}.'
+                f"Option 'tail' expects a whole number of tokens, at least {options.least_tail}; found {tail!r}. Write "
+                'for example options={"tail": 100}.'
             )
         name, inner_options = given.get("backend", "inductor"), given.get("options")
         if name in ("simba_fx", simba_fx):

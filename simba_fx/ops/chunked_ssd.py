@@ -122,7 +122,7 @@ def ssd_scan_at_once(
         y = y + _skip(D) * x.float()
     if z is not None:
         y = y * F.silu(z.float())
-    return y.to(x.dtype).contiguous(), reached[..., -1, :, :].reshape(rows, heads, width, states)
+    return y.to(x.dtype), reached[..., -1, :, :].reshape(rows, heads, width, states)
 
 
 def ssd_scan_backward(

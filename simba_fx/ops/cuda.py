@@ -49,4 +49,4 @@ def ssd_scan(
         x, dt, A.float(), B, C, chunk_size, D=D, z=z, dt_bias=dt_bias, dt_softplus=dt_softplus,
         dt_limit=(dt_min, dt_max), return_final_states=True,
     )  # fmt: skip
-    return y.to(x.dtype).contiguous(), last.float().contiguous()
+    return y.to(x.dtype), last.float()

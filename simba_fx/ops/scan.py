@@ -228,7 +228,8 @@ def ssd_scan(
         y `(B, L, H, P)` contiguous in x's dtype; the last state `(B, H, P, N)`, float32.
     """
     _check_groups(x.shape[2], B.shape[2], C.shape[2])
-    return backends.ssd_scan(x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_min, dt_max, chunk_size)
+    y, last = backends.ssd_scan(x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_min, dt_max, chunk_size)
+    return y.contiguous(), last.contiguous()  # as the fake kernel has them: a compiled graph dies of other strides
 
 
 @ssd_scan.register_fake
