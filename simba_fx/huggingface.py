@@ -32,7 +32,7 @@ from simba_fx.decoding import attention_modules, call_with_own_mask, expect_toke
 from simba_fx.errors import CaptureError, InputError
 from simba_fx.exporting import Memory
 from simba_fx.graphs import region, returned
-from simba_fx.inputs import EXAMPLE, autocast_dtype, check_mask, check_positions, named_sizes
+from simba_fx.inputs import EXAMPLE, autocast_dtype, check_mask, check_positions, check_rows, named_sizes
 from simba_fx.lift import one_at_a_time, traced
 from simba_fx.losses import count_kept_labels
 from simba_fx.program import dynamic_marker, left_alone, left_to_python
@@ -511,11 +511,13 @@ def _prepare(stack: Any, given: dict[str, Any]) -> Call | None:
     if isinstance(mask, dict):  # `generate` with a static cache has made masks already; among them the padding's own
         mask = mask.get("linear_attention")
     asked, stated = runtime.asked, mask is not None
-    mask = check_mask(mask, rows, length, asked.tail - asked.answer, runtime.options.named)
+    mask = check_mask(mask, rows, length, asked.least, runtime.options.named)
     if length == 1:
         runtime.last = (rows, length, None, (), None, mask)
         return None
     lengths = _lengths(stack, runtime, ids, lead, mask, stated)
+    if lengths is not None and not traced():
+        check_rows(lengths, asked.least, runtime.options.named)
     ends = ends_of(asked, rows, length, mask, lengths)
     use_cache = given.get("use_cache")
     if ends.apart:
@@ -595,7 +597,7 @@ def _lengths(stack: Any, runtime: SparseStack, ids: Any, lead: Tensor, mask: Ten
                 f"{type(stack).__name__} was called with an attention_mask inside simba_fx.lengths; expected one of "
                 "them to say how long the rows are. Leave one out."
             )
-        check_lengths(asked.lengths, rows, length, asked.tail - asked.answer)
+        check_lengths(asked.lengths, rows, length)
         return asked.lengths.to(lead.device, torch.int64)
     if mask is not None:
         return None

@@ -274,6 +274,11 @@ class Call:
         return ids, None if self.mask is None else mask.to(self.mask)
 
     @property
+    def answers(self) -> bool:
+        """Whether a tail is told as an answer, which it is one token longer than."""
+        return ROWS and isinstance(self.tail, int) and self.tail > 1 and self.seed % 2 == 1
+
+    @property
     def trailing(self) -> bool:
         """Whether rows are padded, at their ends alone."""
         return any(row.right for row in self.rows) and not any(row.left for row in self.rows)
@@ -320,8 +325,8 @@ def calls(draw: st.DrawFn, chosen: Setting) -> Call:
         if ROWS and call.trailing and (unmasked := draw(st.sampled_from(("", "lengths", "pad id")))):
             embeds = embeds and unmasked == "lengths"
             call = replace(call, unmasked=unmasked, fill=0 if unmasked == "pad id" else call.fill)
-        if ROWS and chosen.least_tail and shortest > 1 and not cache and draw(st.integers(0, 3)) == 0:
-            call = replace(call, tail=tuple(draw(st.integers(2, row.length)) for row in rows))
+        if ROWS and chosen.least_tail and not cache and draw(st.integers(0, 3)) == 0:
+            call = replace(call, tail=tuple(draw(st.integers(2, row.length + 1)) for row in rows))
         full = chosen.options["output"] == "full"
         labels = "labels" in habits and full and longest + slack > 1 and draw(st.booleans())
         return replace(call, grad=grad, train=train, use_cache=False if grad == "backward" else cache, embeds=embeds,
@@ -335,6 +340,9 @@ def calls(draw: st.DrawFn, chosen: Setting) -> Call:
         return call if what in habits and chosen.dtype is not torch.bfloat16 else replace(call, what="forward")
     kinds = [kind for kind in REFUSALS if ROWS or kind != "a hole in a row"]
     where = (draw(st.integers(0, count - 1)), draw(st.integers(0, 100)))
+    if ROWS and call.trailing and (unmasked := draw(st.sampled_from(("", "lengths", "pad id")))):
+        kind = draw(st.sampled_from(("a tail longer than a row", "too short for a named position")))
+        return replace(call, what=kind, broken=where, unmasked=unmasked, fill=0)
     return replace(call, what=draw(st.sampled_from(kinds)), broken=where)
 
 
@@ -373,9 +381,11 @@ def check(one: Subject, call: Call) -> None:
 @contextlib.contextmanager
 def tail_of(one: Subject, call: Call) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
-        if isinstance(call.tail, int):
+        if isinstance(call.tail, int) and call.answers:
+            stack.enter_context(simba_fx.answer(one.sparse, call.tail - 1))
+        elif isinstance(call.tail, int):
             stack.enter_context(simba_fx.tail(one.sparse, call.tail))
-        elif call.tail is not None:  # a tail reads one token more than the answer has
+        elif call.tail is not None:
             stack.enter_context(simba_fx.answer(one.sparse, torch.tensor(call.tail) - 1))
         if call.unmasked == "lengths":
             stack.enter_context(simba_fx.lengths(one.sparse, torch.tensor([row.length for row in call.rows])))
@@ -407,7 +417,9 @@ def options_of(one: Subject, call: Call) -> dict[str, Any]:
     """The setting and the tail, in the reference's words."""
     named = {name: one.setting.options[name] for name in ("floor", "seed", "query", "protect")
              if name in one.setting.options}  # fmt: skip
-    tail = one.setting.least_tail if call.tail is None else call.tail
+    tail: Any = one.setting.least_tail if call.tail is None else call.tail
+    if isinstance(tail, tuple):  # a row that is nothing but answer has no token before it
+        tail = [min(n, row.length) for n, row in zip(tail, call.rows)]
     return {"tail": tail, "criterion": one.setting.criterion, **named}
 
 
@@ -605,7 +617,7 @@ def check_refusal(one: Subject, call: Call) -> None:
     ids, mask = call.inputs()
     mask = torch.ones_like(ids) if mask is None else mask
     row, place = call.broken
-    tail = contextlib.nullcontext()
+    tail: Any = contextlib.nullcontext()
     given: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
     if call.what == "a tail longer than a row":
         tail = simba_fx.tail(one.sparse, min(r.length for r in call.rows) + 1 + place)
@@ -615,7 +627,9 @@ def check_refusal(one: Subject, call: Call) -> None:
         if one.setting.needed < 2:
             return
         mask[row] = 0
-        mask[row, ids.shape[1] - (place % (one.setting.needed - 1) + 1) :] = 1
+        own = place % (one.setting.needed - 1) + 1
+        mask[row, slice(0, own) if call.unmasked else slice(ids.shape[1] - own, None)] = 1
+        ids[row, own:] = 0 if call.unmasked else ids[row, own:]
     elif call.what == "a mask of another shape":
         given["attention_mask"] = torch.ones(ids.shape[0], ids.shape[1] + 1 + place)
     elif call.what == "a hole in a row":
@@ -627,9 +641,12 @@ def check_refusal(one: Subject, call: Call) -> None:
         with torch.no_grad():
             cache = one.sparse(**given, use_cache=True)[cache_name(one.dense)]
         given = {"input_ids": ids.repeat(1, 2), cache_name(one.dense): cache}
+    if call.unmasked:
+        given.pop("attention_mask")
+    lengths = simba_fx.lengths(one.sparse, mask.sum(1)) if call.unmasked == "lengths" else contextlib.nullcontext()
     before = kept_or_none(one)
     COUNTS["refused"] += 1
-    with pytest.raises(InputError, match=r"xpected .*\. [A-Z]"), tail, torch.no_grad():
+    with pytest.raises(InputError, match=r"xpected .*\. [A-Z]"), tail, lengths, torch.no_grad():
         one.sparse(**given)
     after = kept_or_none(one)
     assert (before is None) == (after is None)
