@@ -276,7 +276,7 @@ class Call:
     @property
     def answers(self) -> bool:
         """Whether a tail is told as an answer, which it is one token longer than."""
-        return ROWS and isinstance(self.tail, int) and self.tail > 1 and self.seed % 2 == 1
+        return isinstance(self.tail, int) and self.tail > 1 and self.seed % 2 == 1
 
     @property
     def trailing(self) -> bool:
@@ -286,9 +286,6 @@ class Call:
 
 REFUSALS = ("a tail longer than a row", "a row of pads", "too short for a named position", "a mask of another shape",
             "several tokens on a warm cache", "a hole in a row")  # fmt: skip
-ROWS = hasattr(simba_fx, "lengths")
-"""Whether there are rows without a mask that are padded at their end, tails of their own for rows, and a refusal of
-holes inside a row."""
 
 
 @st.composite
@@ -322,10 +319,10 @@ def calls(draw: st.DrawFn, chosen: Setting) -> Call:
         grad = draw(st.sampled_from(modes))
         cache = draw(st.sampled_from((None, True, False))) if "no cache" in habits and not train else None
         embeds = "embeds" in habits and draw(st.booleans())
-        if ROWS and call.trailing and (unmasked := draw(st.sampled_from(("", "lengths", "pad id")))):
+        if call.trailing and (unmasked := draw(st.sampled_from(("", "lengths", "pad id")))):
             embeds = embeds and unmasked == "lengths"
             call = replace(call, unmasked=unmasked, fill=0 if unmasked == "pad id" else call.fill)
-        if ROWS and chosen.least_tail and not cache and draw(st.integers(0, 3)) == 0:
+        if chosen.least_tail and not cache and draw(st.integers(0, 3)) == 0:
             call = replace(call, tail=tuple(draw(st.integers(2, row.length + 1)) for row in rows))
         full = chosen.options["output"] == "full"
         labels = "labels" in habits and full and longest + slack > 1 and draw(st.booleans())
@@ -338,12 +335,11 @@ def calls(draw: st.DrawFn, chosen: Setting) -> Call:
         return replace(call, new=draw(st.integers(1, 5)))
     if what == "other weights":
         return call if what in habits and chosen.dtype is not torch.bfloat16 else replace(call, what="forward")
-    kinds = [kind for kind in REFUSALS if ROWS or kind != "a hole in a row"]
     where = (draw(st.integers(0, count - 1)), draw(st.integers(0, 100)))
-    if ROWS and call.trailing and (unmasked := draw(st.sampled_from(("", "lengths", "pad id")))):
+    if call.trailing and (unmasked := draw(st.sampled_from(("", "lengths", "pad id")))):
         kind = draw(st.sampled_from(("a tail longer than a row", "too short for a named position")))
         return replace(call, what=kind, broken=where, unmasked=unmasked, fill=0)
-    return replace(call, what=draw(st.sampled_from(kinds)), broken=where)
+    return replace(call, what=draw(st.sampled_from(REFUSALS)), broken=where)
 
 
 # Checks.
