@@ -171,6 +171,8 @@ def setting(number: int) -> Setting:
         options["protect"] = tuple(rng.sample((0, 1, 2, 5, -1, -2, -3), rng.randint(0, 3)))
     if options["output"] == "full":
         options["labels"] = rng.choice(("all", "kept"))
+        if positions != "query" and rng.random() < 0.2:
+            options["tail"] = "labels"
     habits = tuple(rng.sample(HABITS, 3))
     blocks = n_blocks(build(entry, shape))
     schedule, shares = draw_schedule(rng, blocks)
@@ -261,7 +263,7 @@ class Call:
     train: bool = False
     embeds: bool = False
     hidden: bool = False
-    labels: bool = False
+    labels: tuple[int, ...] = ()  # how many tokens of each row, its last ones, are labelled
     last: int = 0  # logits of so many slots alone; 0: of all
     recompute: bool = False
     unmasked: str = ""  # how padding at the ends of rows is told instead: "lengths", or "pad id"
@@ -325,7 +327,10 @@ def calls(draw: st.DrawFn, chosen: Setting) -> Call:
         if chosen.least_tail and not cache and draw(st.integers(0, 3)) == 0:
             call = replace(call, tail=tuple(draw(st.integers(2, row.length + 1)) for row in rows))
         full = chosen.options["output"] == "full"
-        labels = "labels" in habits and full and longest + slack > 1 and draw(st.booleans())
+        labels: tuple[int, ...] = ()
+        if "labels" in habits and full and longest + slack > 1 and draw(st.booleans()):
+            labels = tuple(draw(st.one_of(st.just(row.length), st.integers(0, row.length))) for row in rows)
+            cache = None  # tails that differ fill none
         return replace(call, grad=grad, train=train, use_cache=False if grad == "backward" else cache, embeds=embeds,
                        hidden="hidden states" in habits and full and draw(st.booleans()),
                        labels=labels,
@@ -404,9 +409,13 @@ def given_to(one: Subject, call: Call) -> dict[str, Any]:
 
 
 def labels_of(call: Call) -> Tensor:
-    """Every token is to be predicted, pads are not."""
-    ids, mask = call.inputs()
-    return ids if mask is None else ids.masked_fill(mask == 0, -100)
+    """What is to be predicted: the last tokens of each row, no pads."""
+    ids, _ = call.inputs()
+    labels = torch.full_like(ids, -100)
+    for b, (row, n) in enumerate(zip(call.rows, call.labels)):
+        end = ids.shape[1] - row.right
+        labels[b, end - n : end] = ids[b, end - n : end]
+    return labels
 
 
 def options_of(one: Subject, call: Call) -> dict[str, Any]:
@@ -414,6 +423,8 @@ def options_of(one: Subject, call: Call) -> dict[str, Any]:
     named = {name: one.setting.options[name] for name in ("floor", "seed", "query", "protect")
              if name in one.setting.options}  # fmt: skip
     tail: Any = one.setting.least_tail if call.tail is None else call.tail
+    if call.labels and one.setting.options.get("tail") == "labels":  # from the token that predicts the first label
+        tail = tuple(n + 1 for n in call.labels)
     if isinstance(tail, tuple):  # a row that is nothing but answer has no token before it
         tail = [min(n, row.length) for n, row in zip(tail, call.rows)]
     return {"tail": tail, "criterion": one.setting.criterion, **named}
