@@ -59,13 +59,16 @@ def fill(cache: Any, entries: tuple[Entry, ...], tensors: Any) -> None:
 
 
 def is_warm(cache: Any) -> bool:
-    """Whether a cache already holds tokens."""
+    """Whether a cache already holds tokens. Room that was allocated beforehand, or is left of a reset, holds none.
+
+    (Of a static cache on a GPU that is read there. Nobody asks in a decoding step.)
+    """
     for layer in getattr(cache, "layers", ()):
         started = getattr(layer, "has_previous_state", None)
         if isinstance(started, dict) and any(started.values()):
             return True
         keys = getattr(layer, "keys", None)
-        if isinstance(keys, Tensor) and keys.numel():
+        if isinstance(keys, Tensor) and keys.numel() and bool(layer.get_seq_length() > 0):
             return True
     return False
 

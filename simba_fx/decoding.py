@@ -59,11 +59,22 @@ def _sparse_class(cls: Any) -> type:
             self.__class__ = cls
             self.reset()
 
+        def __reduce__(self) -> Any:
+            return _sparse_again, (cls, self.__dict__)
+
         def _move_rows(self, move: Callable[[Tensor], Tensor]) -> None:
             self.real = None if self.real is None else move(self.real)
 
     SparseLayer.__name__, SparseLayer.__qualname__ = cls.__name__, cls.__qualname__
     return SparseLayer
+
+
+def _sparse_again(cls: type, state: dict[str, Any]) -> Any:
+    """A sparse layer from its parts, unpickled or copied."""
+    layer: Any = object.__new__(cls)
+    layer.__dict__.update(state)
+    make_sparse(layer, layer.missing, layer.real)
+    return layer
 
 
 def sparse_layers(cache: Any) -> list[Any]:

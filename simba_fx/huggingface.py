@@ -476,7 +476,7 @@ def _stack_class(cls: type[nn.Module], blocks: bool) -> type:
         given = _with_own_names(names, dict(zip(names, args)) | kwargs)
         call = prepare(self, given)
         if call is None:
-            return own(self, **decode(given))
+            return step(self, given)
         runtime = self._simba
         variant = lookup(runtime, call.signature)
         program = variant.built.program
@@ -486,7 +486,18 @@ def _stack_class(cls: type[nn.Module], blocks: bool) -> type:
             mark((output[0],), ((0, 1),))
         return output
 
+    def guarded(self: Any, given: dict[str, Any]) -> Any:
+        """If it fails, the cache's sparse layers expect no token any more."""
+        put_back = remember(given)
+        try:
+            return own(self, **decode(given))
+        except BaseException:
+            put_back()
+            raise
+
     lookup, mark, decode = python(SparseStack.variant), dynamic_marker(), python(_decoding)
+    remember = python(_expected_tokens)
+    step = left_to_python(guarded) if blocks else lambda self, given: own(self, **decode(given))
     execute = left_to_python(exporting.run) if blocks else exporting.run
     return subclass(cls, "blocks" if blocks else "whole", left_to_python(forward) if blocks else forward)
 
@@ -501,9 +512,9 @@ def _prepare(stack: Any, given: dict[str, Any]) -> Call | None:
         return None  # the model's own message
     lead: Any = embeds if ids is None else ids
     rows, length = lead.shape[:2]
+    if cache is not None and length == 1:
+        return None
     if cache is not None and is_warm(cache):
-        if length == 1:
-            return None
         raise InputError(
             f"{type(stack).__name__} was called with {length} new tokens on a warm cache; expected a whole prompt with "
             "an empty cache, or one new token. Pass the tokens one at a time, or start with an empty cache."
@@ -627,10 +638,24 @@ def refuse_packed(name: str, given: Mapping[str, Any]) -> None:
         )
 
 
+def _expected_tokens(given: dict[str, Any]) -> Callable[[], None]:
+    """Puts back what the sparse layers of a call's cache expect now."""
+    before = [(layer, layer.real) for layer in sparse_layers(_cache_of(given))]
+
+    def put_back() -> None:
+        for layer, real in before:
+            layer.real = real
+
+    return put_back
+
+
+def _cache_of(given: dict[str, Any]) -> Any:
+    return next((given[name] for name in _CACHE_NAMES if given.get(name) is not None), None)
+
+
 def _decoding(given: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a decoding step; sparse layers (`simba_fx.decoding`) have masks of their own."""
-    cache = next((given[name] for name in _CACHE_NAMES if given.get(name) is not None), None)
-    if not (layers := sparse_layers(cache)):
+    if not (layers := sparse_layers(_cache_of(given))):
         return given
     mask = given.get("attention_mask")
     expect_token(layers, mask if isinstance(mask, Tensor) and mask.dim() == 2 else None)

@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from simba_fx import exporting
 from simba_fx.build import Built, CustomCriterion, Options, build
 from simba_fx.capture import capture
-from simba_fx.errors import CaptureError, InputError
+from simba_fx.errors import CaptureError, InputError, SimbaError
 from simba_fx.exporting import CallsOfModule, Memory
 from simba_fx.inputs import EXAMPLE, autocast_dtype, check_mask, named_sizes
 from simba_fx.lift import one_at_a_time
@@ -109,6 +109,13 @@ class PlainProgram(Program):
     def bind_itself(self) -> None:
         """Blocks read the tensors that are registered now (`load_state_dict(assign=True)` replaces them)."""
         self.bind(self, [path for path, held in self.attributes().items() if isinstance(held, Tensor)])
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise SimbaError(
+            f"The program of a plain module ({self.__dict__['_simba_stack'].name}) cannot be pickled, and so not go "
+            "through torch.save or to another process; expected its state_dict(), or a folder. Write "
+            "simba_fx.save(sparse, folder), and simba_fx.load(folder, module) there."
+        )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PlainProgram:
         """A copy over copies of the parameters, with a runtime of its own."""

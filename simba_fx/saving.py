@@ -38,6 +38,7 @@ from simba_fx.stranger import (
     read_json,
     scanning_class,
 )
+from simba_fx.twins import dense_class
 
 __all__ = ["load", "save"]
 
@@ -176,7 +177,7 @@ def _library_of(model: nn.Module) -> str:
     if huggingface.is_pretrained(model):
         import transformers
 
-        if getattr(transformers, name, None) is not _dense_class(model):
+        if getattr(transformers, name, None) is not dense_class(model):
             raise SimbaError(
                 f"{name} is no class that transformers exports, so load could not find it; expected one of its own. "
                 "Use the model's save_pretrained, and simba_fx.transform after loading."
@@ -190,11 +191,6 @@ def _library_of(model: nn.Module) -> str:
             )
         return "mamba_ssm"
     return "torch"
-
-
-def _dense_class(model: nn.Module) -> type:
-    """The class of the model that was transformed; the sparse one's is a subclass of the same name."""
-    return next(cls for cls in type(model).__mro__ if not cls.__dict__.get("_simba_class"))
 
 
 def _described(model: nn.Module, runtime: Any, library: str) -> dict[str, Any]:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import inspect
 import itertools
 import types
@@ -18,7 +19,7 @@ from simba_fx.errors import CaptureError
 from simba_fx.program import dynamic_marker, left_to_python
 from simba_fx.sharding import is_hook, is_sharded, own_class, state_of, whole_shape
 
-__all__ = ["copy_to_trace", "own_forward", "subclass", "twin_around"]
+__all__ = ["copy_to_trace", "dense_class", "own_forward", "subclass", "twin_around"]
 
 _classes: dict[tuple[type, str], type] = {}
 
@@ -147,8 +148,45 @@ def subclass(cls: type[nn.Module], kind: str, forward: Callable[..., Any], **mem
             forward.__signature__ = inspect.signature(cls.forward)  # type: ignore[attr-defined]
             forward.__doc__ = cls.forward.__doc__
         names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "_simba_class": True}
-        _classes[cls, kind] = type(cls.__name__, (cls,), {"forward": forward, **names, **members})
+        ways = {"__reduce_ex__": _pickled, "__copy__": _shallow_copy, "__deepcopy__": _deep_copy}
+        _classes[cls, kind] = type(cls.__name__, (cls,), {"forward": forward, **names, **ways, **members})
     return _classes[cls, kind]
+
+
+def dense_class(model: nn.Module) -> type:
+    """The class of what was transformed; a sparse model's is a subclass of the same name."""
+    return next(cls for cls in type(model).__mro__ if not cls.__dict__.get("_simba_class"))
+
+
+def _pickled(self: nn.Module, protocol: Any) -> Any:
+    """A sparse model is pickled as the dense model and what was asked for, and transformed again."""
+    copies = _copies(self)
+    for twin in copies.values():
+        twin.__class__ = dense_class(twin)
+        for name in [name for name in twin.__dict__ if name.startswith("_simba")]:
+            del twin.__dict__[name]
+    runtime = self.__dict__.get("_simba_stack") or self.__dict__["_simba"]
+    return _transformed_again, (copies[self], runtime.options)
+
+
+def _transformed_again(model: nn.Module, options: Any) -> nn.Module:
+    from simba_fx.api import transform
+
+    given = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
+    sparse: nn.Module = transform(model, given.pop("schedule"), **given)
+    return sparse
+
+
+def _shallow_copy(self: Any) -> Any:
+    twin = object.__new__(type(self))
+    twin.__dict__.update(self.__dict__)
+    return twin
+
+
+def _deep_copy(self: Any, memo: dict[int, Any]) -> Any:
+    twin = memo[id(self)] = object.__new__(type(self))
+    twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+    return twin
 
 
 def own_forward(stack: nn.Module) -> Callable[..., Any]:

@@ -9,6 +9,7 @@ import dataclasses
 import importlib
 import json
 import os
+import pickle
 import re
 import sys
 from collections.abc import Iterator
@@ -661,3 +662,52 @@ def test_arguments_that_do_not_belong_are_refused(saved: Path, copy: Path, tmp_p
 
 def test_the_registry_covers_every_pure_family() -> None:
     assert {entry.modeling for entry in PER_FAMILY} == {entry.modeling for entry in REGISTRY}
+
+
+# --- pickles ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["mamba", "bamba"])
+@pytest.mark.parametrize(
+    "options", [{}, {"criterion": "recent", "labels": "kept", "tail": "labels"}], ids=["plain", "labels"]
+)
+def test_a_sparse_model_may_be_pickled(name: str, options: dict[str, Any], tmp_path: Path) -> None:
+    """As the dense model and its options: same class, bits and kept tokens, also through `torch.save`."""
+    one = simba_fx.transform(dense(name), simba_fx.Linear(0.3), **options)
+    ids = tokens(1, 2, 37)
+    torch.save(one, tmp_path / "whole.pt")
+    for two in (pickle.loads(pickle.dumps(one)), torch.load(tmp_path / "whole.pt", weights_only=False)):
+        assert type(two) is type(one)
+        assert two.state_dict().keys() == one.state_dict().keys()
+        assert torch.equal(logits(two, {"input_ids": ids}), logits(one, {"input_ids": ids}))
+        assert all(torch.equal(a, b) for a, b in zip(simba_fx.kept(two), simba_fx.kept(one)))
+    dense_again = pickle.loads(pickle.dumps(dense(name)))
+    assert torch.equal(logits(dense_again, {"input_ids": ids}), logits(dense(name), {"input_ids": ids}))
+
+
+def _kept_elsewhere(model: nn.Module, ids: Tensor, found: Any) -> None:
+    torch.set_num_threads(1)
+    logits(model, {"input_ids": ids})
+    found.put([block.tolist() for block in simba_fx.kept(model)])
+
+
+def test_a_sparse_model_goes_to_a_spawned_process() -> None:
+    import torch.multiprocessing as processes
+
+    one, ids = simba_fx.transform(dense("mamba")), tokens(1, 1, 37)
+    context = processes.get_context("spawn")
+    found = context.SimpleQueue()
+    worker = context.Process(target=_kept_elsewhere, args=(one, ids, found))
+    worker.start()
+    kept = found.get()
+    worker.join()
+    logits(one, {"input_ids": ids})
+    assert kept == [block.tolist() for block in simba_fx.kept(one)]
+
+
+def test_the_program_of_a_plain_module_is_not_pickled(tmp_path: Path) -> None:
+    sparse = simba_fx.transform(own_model.MyMamba())
+    with pytest.raises(simba_fx.errors.SimbaError, match=r"cannot be pickled.*simba_fx\.save"):
+        torch.save(sparse, tmp_path / "whole.pt")
+    with pytest.raises(simba_fx.errors.SimbaError, match="cannot be pickled"):
+        pickle.dumps(sparse)
