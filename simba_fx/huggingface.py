@@ -204,6 +204,8 @@ class Variant:
     states: tuple[Entry, ...]
     attention: Mapping[int, int]
     """For each cache layer with keys, how many cuts are before the block that fills it."""
+    whole: tuple[bool, ...]
+    """For each of the model's values, whether it has a place for every token of the input."""
     own: tuple[str, ...]
     """Paths of the tensors that the program reads from the stack."""
     seen: Snapshot
@@ -290,7 +292,10 @@ class SparseStack(Memory):
         keys = self._keys(captured, seen.states)
         self._watch(attention_modules(stack, keys.values()))
         before = {layer: sum(cut.block < region(node) for cut in built.cuts) for layer, node in keys.items()}
-        return Variant(built, seen.output_type, seen.states, before, own_paths(stack, captured), now)
+        values = returned(captured.graph)[: captured.facts.values]
+        full = self.options.output == "full"
+        whole = tuple(full or not any(cut.block < region(node) for cut in built.cuts) for node in values)
+        return Variant(built, seen.output_type, seen.states, before, whole, own_paths(stack, captured), now)
 
     def _keys(self, captured: Captured, states: tuple[Entry, ...]) -> dict[int, fx.Node]:
         """The node of each attention layer's keys.
@@ -320,7 +325,7 @@ class SparseStack(Memory):
         """Fill the cache; return the model's values as the model returns them."""
         facts, n_states = variant.built.captured.facts, len(variant.states)
         values, states = flat[: facts.values], flat[facts.values : facts.values + n_states]
-        values = shortened(values, call.length, call.ends.more)
+        values = shortened(values, variant.whole, call.length, call.ends.more)
         kept, step = flat[facts.values + n_states :], 2 if variant.built.ragged else 1
         real = kept[1::2] if variant.built.ragged else None
         rows = call.tensors["inputs_embeds"].shape[0]

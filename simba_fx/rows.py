@@ -192,13 +192,13 @@ def lengthened(tensor: Tensor, more: int, positions: bool = False) -> Tensor:
     return torch.cat((tensor, tensor.new_zeros(tensor.shape[0], more, *tensor.shape[2:])), 1)
 
 
-def shortened(values: Iterable[Any], length: int, more: int) -> list[Any]:
-    """Results of the lengthened call as long as the call was."""
+def shortened(values: Iterable[Any], whole: Iterable[bool], length: int, more: int) -> list[Any]:
+    """Results of the lengthened call, of which `whole` ones have a place for every token, as long as the call was."""
 
     def is_longer(held: Any) -> bool:
         return isinstance(held, Tensor) and held.dim() > 1 and held.shape[1] == length + more
 
-    return [held[:, :length] if more and is_longer(held) else held for held in values]
+    return [held[:, :length] if more and all_ and is_longer(held) else held for held, all_ in zip(values, whole)]
 
 
 # --- tails from labels ------------------------------------------------------------------------------------------------

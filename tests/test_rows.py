@@ -233,6 +233,19 @@ def test_answers_of_different_lengths_in_a_batch(entry: Entry, side: str) -> Non
         assert torch.equal(reached[b, starts[b] : starts[b] + len(row)], simba_fx.reached(model)[0])
 
 
+def test_answers_of_different_lengths_and_an_output_of_survivors() -> None:
+    """Its slots are those of `kept`, also where nothing was dropped of rows that are as short as their tails."""
+    short, full = sparse("mamba", "linear", output="kept"), sparse("mamba", "linear")
+    for ids, numbers in ((tokens(1, 3, 2), [1, 1, 2]), (tokens(2, 2, 33), [3, 17]), (tokens(3, 2, 9), [1, 8])):
+        with simba_fx.answer(short, torch.tensor(numbers)), simba_fx.answer(full, torch.tensor(numbers)):
+            found, expected = logits(short, ids), logits(full, ids)
+        last = simba_fx.kept(short)[-1]
+        assert found.shape[:2] == last.shape
+        for b, places in enumerate(last):
+            assert places[places >= 0].tolist() == kept_rows(full, b)[-1]
+            assert_close(f"row {b}", found[b, places >= 0], expected[b, places[places >= 0]], EXACT)
+
+
 def test_a_row_may_be_nothing_but_answer() -> None:
     model, row = sparse("mamba", "linear"), tokens(5, 1, 20)
     with simba_fx.answer(model, 20):
