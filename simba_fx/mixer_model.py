@@ -104,7 +104,7 @@ class SparseMixer(SparseStack):
         with torch.inference_mode(False):  # `generate` of mamba_ssm runs in it; a graph outlives the call
             captured = capture(shell, stack, inputs, primary="input_ids", prefix="stack", values=lambda: 1)
             built = build(captured, self.options, self.cost)
-        return Variant(built, Tensor, shell.stored.entries, {}, own_paths(stack, captured), now)
+        return Variant(built, Tensor, shell.stored.entries, {}, (True,), own_paths(stack, captured), now)
 
     def finish(self, variant: Variant, call: Any, flat: Any) -> Any:
         """Fill the states; return the stack's output `(B, L, M)`."""
