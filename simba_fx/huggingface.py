@@ -222,6 +222,8 @@ class SparseStack(Memory):
     """Of rows that may be padded with tokens that may be text; once is enough."""
     variants: dict[Signature, list[Variant]] = field(default_factory=dict)
     """For each kind of call the graphs of the stack as it was then, the last one used last."""
+    unread: dict[Signature, frozenset[str]] = field(default_factory=dict)
+    """For each kind of call, whatever its constants: numbers among its keywords that the model does not look at."""
     capturing: Any = field(default_factory=threading.RLock)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SparseStack:
@@ -244,6 +246,7 @@ class SparseStack(Memory):
 
     def variant(self, signature: Signature) -> Variant:
         """The program for calls of this signature to the stack as it is now; captured on first use."""
+        signature = self._without_unread(signature)
         known = self.variants.get(signature, [])
         if traced():
             if not known:
@@ -268,6 +271,10 @@ class SparseStack(Memory):
     def _captured_anew(self, signature: Signature, known: list[Variant], now: Snapshot) -> Variant:
         with one_at_a_time:
             variant = self._capture(signature, now)
+        if (used := self._without_unread(signature)) != signature:  # the capture has told more
+            signature, known = used, self.variants.get(used, [])
+            if (same := next((other for other in known if other.seen == now), None)) is not None:
+                return same
         variant.built.program.bind(self.stack, variant.own)
         attributes = variant.built.captured.attributes  # what the tensors look like is all that is asked of them
         attributes.update({path: hollow(attributes[path]) for path in variant.own})
@@ -283,14 +290,37 @@ class SparseStack(Memory):
         self.variants[signature] = [*known, variant]
         return variant
 
+    def _without_unread(self, signature: Signature) -> Signature:
+        unread = self.unread.get(dataclasses.replace(signature, constants=()), frozenset())
+        used = tuple((name, held) for name, held in signature.constants if name not in unread)
+        return signature if len(used) == len(signature.constants) else dataclasses.replace(signature, constants=used)
+
     def _capture(self, signature: Signature, now: Snapshot) -> Variant:
         stack = copy_to_trace(self.stack)
-        captured, seen = capture_stack(stack, signature)
+        captured, seen = self._capture_unread(signature) or capture_stack(stack, signature)
         built = build(captured, self.options, self.cost, trailing=signature.trailing)
         keys = self._keys(captured, seen.states)
         self._watch(attention_modules(stack, keys.values()))
         before = {layer: sum(cut.block < region(node) for cut in built.cuts) for layer, node in keys.items()}
         return Variant(built, seen.output_type, seen.states, before, own_paths(stack, captured), now)
+
+    def _capture_unread(self, signature: Signature) -> tuple[Captured, _Observed] | None:
+        """The graph if the numbers that the forward has no parameters for are looked at by nobody; None if they are.
+
+        A trainer hands on numbers to whoever may want them (`num_items_in_batch`), another one at each call.
+        """
+        own = inspect_parameters(type(self.stack))
+        loose = {name for name, held in signature.constants if _is_number(held) and name not in own}
+        if not loose:
+            return None
+        constants = tuple((name, _Unread() if name in loose else held) for name, held in signature.constants)
+        try:
+            found = capture_stack(copy_to_trace(self.stack), dataclasses.replace(signature, constants=constants))
+        except Exception:  # who looks at what is no number fails, in whatever way
+            return None
+        kind = dataclasses.replace(signature, constants=())
+        self.unread[kind] = self.unread.get(kind, frozenset()) | loose
+        return found
 
     def _keys(self, captured: Captured, states: tuple[Entry, ...]) -> dict[int, fx.Node]:
         """The node of each attention layer's keys.
@@ -356,6 +386,22 @@ def own_paths(stack: nn.Module, captured: Captured) -> tuple[str, ...]:
     own = {path for path, _ in stack.named_parameters(remove_duplicate=False)}
     own |= {path for path, _ in stack.named_buffers(remove_duplicate=False)}
     return tuple(path for path in captured.attributes if path in own)
+
+
+def _is_number(held: Any) -> bool:
+    return isinstance(held, int | float) and not isinstance(held, bool)
+
+
+class _Unread:
+    """Stands for a number: whoever computes with it, compares it, or hands it to an operator, fails."""
+
+    def __bool__(self) -> bool:
+        raise TypeError("this number is looked at")
+
+    def __eq__(self, other: object) -> bool:
+        raise TypeError("this number is looked at")
+
+    __hash__ = object.__hash__
 
 
 @dataclass
