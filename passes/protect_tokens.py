@@ -33,7 +33,8 @@ class ProtectTokens:
         wanted = named_positions(self.query, self.protect)
         if not wanted or positions is None or tracked(graph, "protected") is not None:
             return 0
-        last = [node for node in (positions, real, tracked(graph, "lengths")) if node is not None][-1]
+        known = (positions, real, tracked(graph, "lengths"))  # lengths may be an input, which comes first
+        last = [node for node in graph.nodes if node in known][-1]
         insert = Insert(graph, last.next, -1, self.name)
         grid = value(positions)
         for role, columns in (("query", wanted[:1] if self.query is not None else []), ("protected", wanted)):

@@ -240,7 +240,8 @@ def kept(sparse: nn.Module) -> list[Tensor]:
     """For each block, the original positions of the tokens that entered it in the last call.
 
     Returns:
-        One `(B, k_i)` int64 tensor per block, ascending in each row, −1 where a row has fewer than the rectangle.
+        One `(B, k_i)` int64 tensor per block: slot by slot what entered it, −1 where that is no token of the row (rows
+        that keep fewer than the rectangle); the others ascend. The slots of `output="kept"` are those of the last one.
 
     Raises:
         SimbaError: the model has not been called yet.
@@ -249,14 +250,14 @@ def kept(sparse: nn.Module) -> list[Tensor]:
     device = positions[0].device if positions else None if mask is None else mask.device
     current = torch.arange(length, device=device).expand(rows, length)
     if mask is not None:
-        current = _ascending(torch.where(mask != 0, current, -1))
+        current = torch.where(mask != 0, current, -1)
     if built is None:
         return [current] * program(sparse).captured.facts.n_blocks
     blocks, after = [], {cut.block + 1: i for i, cut in enumerate(built.cuts)}
     for block in range(built.captured.facts.n_blocks):
         if (i := after.get(block)) is not None:
             there = losses.real_at(last, i)
-            current = positions[i] if there is None else _ascending(torch.where(there, positions[i], -1))
+            current = positions[i] if there is None else torch.where(there, positions[i], -1)
         blocks.append(current)
     return blocks
 
@@ -282,11 +283,6 @@ def _last(sparse: nn.Module, name: str) -> tuple[Any, ...]:
             "model first."
         )
     return last
-
-
-def _ascending(positions: Tensor) -> Tensor:
-    """Each row sorted; the −1 of fillers come first."""
-    return positions.sort(1).values
 
 
 def program(sparse: nn.Module) -> Built:

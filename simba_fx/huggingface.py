@@ -32,7 +32,7 @@ from simba_fx.decoding import attention_modules, call_with_own_mask, expect_toke
 from simba_fx.errors import CaptureError, InputError
 from simba_fx.exporting import Memory
 from simba_fx.graphs import region, returned
-from simba_fx.inputs import EXAMPLE, autocast_dtype, check_mask, check_positions, named_sizes
+from simba_fx.inputs import EXAMPLE, autocast_dtype, check_mask, check_positions, check_rows, named_sizes
 from simba_fx.lift import one_at_a_time, traced
 from simba_fx.losses import count_kept_labels
 from simba_fx.program import dynamic_marker, left_alone, left_to_python
@@ -204,6 +204,8 @@ class Variant:
     states: tuple[Entry, ...]
     attention: Mapping[int, int]
     """For each cache layer with keys, how many cuts are before the block that fills it."""
+    whole: tuple[bool, ...]
+    """For each of the model's values, whether it has a place for every token of the input."""
     own: tuple[str, ...]
     """Paths of the tensors that the program reads from the stack."""
     seen: Snapshot
@@ -302,7 +304,10 @@ class SparseStack(Memory):
         keys = self._keys(captured, seen.states)
         self._watch(attention_modules(stack, keys.values()))
         before = {layer: sum(cut.block < region(node) for cut in built.cuts) for layer, node in keys.items()}
-        return Variant(built, seen.output_type, seen.states, before, own_paths(stack, captured), now)
+        values = returned(captured.graph)[: captured.facts.values]
+        full = self.options.output == "full"
+        whole = tuple(full or not any(cut.block < region(node) for cut in built.cuts) for node in values)
+        return Variant(built, seen.output_type, seen.states, before, whole, own_paths(stack, captured), now)
 
     def _capture_unread(self, signature: Signature) -> tuple[Captured, _Observed] | None:
         """The graph if the numbers that the forward has no parameters for are looked at by nobody; None if they are.
@@ -350,7 +355,7 @@ class SparseStack(Memory):
         """Fill the cache; return the model's values as the model returns them."""
         facts, n_states = variant.built.captured.facts, len(variant.states)
         values, states = flat[: facts.values], flat[facts.values : facts.values + n_states]
-        values = shortened(values, call.length, call.ends.more)
+        values = shortened(values, variant.whole, call.length, call.ends.more)
         kept, step = flat[facts.values + n_states :], 2 if variant.built.ragged else 1
         real = kept[1::2] if variant.built.ragged else None
         rows = call.tensors["inputs_embeds"].shape[0]
@@ -568,11 +573,13 @@ def _prepare(stack: Any, given: dict[str, Any]) -> Call | None:
     if isinstance(mask, dict):  # `generate` with a static cache has made masks already; among them the padding's own
         mask = mask.get("linear_attention")
     asked, stated = runtime.asked, mask is not None
-    mask = check_mask(mask, rows, length, asked.tail - asked.answer, runtime.options.named)
+    mask = check_mask(mask, rows, length, asked.least, runtime.options.named)
     if length == 1:
         runtime.last = (rows, length, None, (), None, mask)
         return None
     lengths = _lengths(stack, runtime, ids, lead, mask, stated)
+    if lengths is not None and not traced():
+        check_rows(lengths, asked.least, runtime.options.named)
     ends = ends_of(asked, rows, length, mask, lengths)
     use_cache = given.get("use_cache")
     if ends.apart:
@@ -652,7 +659,7 @@ def _lengths(stack: Any, runtime: SparseStack, ids: Any, lead: Tensor, mask: Ten
                 f"{type(stack).__name__} was called with an attention_mask inside simba_fx.lengths; expected one of "
                 "them to say how long the rows are. Leave one out."
             )
-        check_lengths(asked.lengths, rows, length, asked.tail - asked.answer)
+        check_lengths(asked.lengths, rows, length)
         return asked.lengths.to(lead.device, torch.int64)
     if mask is not None:
         return None

@@ -71,16 +71,15 @@ def check_mask(mask: Tensor | None, rows: int, length: int, tail: int, named: Se
         )
     if traced():
         return mask
-    shortest = (mask != 0).sum(1)
-    pieces = ((mask != 0).diff(dim=1, prepend=mask.new_zeros(rows, 1, dtype=torch.bool)) & (mask != 0)).sum(1)
+    real = mask != 0
+    pieces = (real.diff(dim=1, prepend=mask.new_zeros(rows, 1, dtype=torch.bool)) & real).sum(1)
     if mask.is_cuda:
+        torch._assert_async((pieces >= 1).all(), "a row of attention_mask is all padding")
         torch._assert_async((pieces <= 1).all(), "a row has padding between its tokens")
-        torch._assert_async((shortest >= max(tail, 1)).all(), "a row has fewer real tokens than the protected tail")
-        if named:
-            torch._assert_async((shortest >= needed).all(), "a row is too short for a position of query or protect")
+        check_rows(real.sum(1), tail, named)
         return mask
-    row = int(shortest.argmin())
-    if (found := int(shortest[row])) == 0:
+    row = int(pieces.argmin())
+    if int(pieces[row]) == 0:
         raise InputError(
             f"Row {row} of attention_mask is all padding; expected at least one real token in every row. "
             "Remove the row."
@@ -92,7 +91,26 @@ def check_mask(mask: Tensor | None, rows: int, length: int, tail: int, named: Se
             "real tokens of a row one after the other, with padding before or behind them, because padding in between "
             "still changes a model's states. Move it to one side."
         )
-    row = int(shortest.argmin())
+    check_rows(real.sum(1), tail, named)
+    return None if bool((mask == 1).all()) else mask
+
+
+def check_rows(lengths: Tensor, tail: int, named: Sequence[int]) -> None:
+    """Rows of so many real tokens, `(B,)`, have what is asked of them.
+
+    Raises:
+        InputError: a row shorter than the tail, or too short for a position of `query` or `protect`. On a GPU both are
+            asserted on the device, without a synchronisation.
+    """
+    needed = max([1, *[_needed(position) for position in named]])
+    if max(tail, needed) <= 1:
+        return
+    if lengths.is_cuda:
+        torch._assert_async((lengths >= tail).all(), "a row has fewer real tokens than the protected tail")
+        torch._assert_async((lengths >= needed).all(), "a row is too short for a position of query or protect")
+        return
+    row = int(lengths.argmin())
+    found = int(lengths[row])
     if found < tail:
         raise InputError(
             f"simba_fx.tail protects the last {tail} tokens, but row {row} has {found} real tokens; expected a tail of "
@@ -103,7 +121,6 @@ def check_mask(mask: Tensor | None, rows: int, length: int, tail: int, named: Se
             f"query or protect names position {_farthest(named)}, but row {row} has {found} real tokens; expected at "
             f"least {needed} in every row. Name a position that every row has, or remove the row."
         )
-    return None if bool((mask == 1).all()) else mask
 
 
 def check_positions(positions: Tensor | None, embeds: Tensor, mask: Tensor | None) -> Tensor:

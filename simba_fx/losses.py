@@ -40,7 +40,8 @@ def real_at(last: tuple[Any, ...], cut: int) -> Tensor | None:
     if real is None or mask is None:
         return None if real is None else real[cut]
     inside = nn.functional.pad(mask != 0, (0, 1))  # positions from L on are no tokens of the caller's
-    return real[cut] & inside.gather(1, positions[cut].clamp(max=length))
+    there: Tensor = real[cut] & inside.gather(1, positions[cut].clamp(max=length))
+    return there
 
 
 def count_kept_labels(head: nn.Module, runtime: Any, blocks: bool) -> None:

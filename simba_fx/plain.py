@@ -71,7 +71,7 @@ class PlainRuntime(Memory):
         inputs = [bound[name] for name in captured.arguments]
         lead, mask = inputs[captured.inputs.index(captured.facts.primary)], self._mask(inputs)
         refuse_ragged(self.name, self.asked)
-        check_mask(mask, lead.shape[0], lead.shape[1], self.tail - self.asked.answer, self.options.named)
+        check_mask(mask, lead.shape[0], lead.shape[1], self.asked.least, self.options.named)
         if (around := autocast_dtype(lead.device)) != self.autocast:
             raise InputError(
                 f"{self.name} was captured with torch.autocast {_told(self.autocast)} and is called with it "

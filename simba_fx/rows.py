@@ -44,6 +44,11 @@ class Asked:
     lengths: Tensor | None = None
     """Tokens of each row that are no trailing padding, `(B,)` int64."""
 
+    @property
+    def least(self) -> int:
+        """Real tokens that every row must have for the tail that all share; tails of their own are looked at apart."""
+        return self.tail - self.answer if self.tails is None and self.first is None else 1
+
 
 @dataclass(frozen=True)
 class Ends:
@@ -93,7 +98,7 @@ def warn_of_padding(name: str, pad: int) -> None:
     )
 
 
-def check_lengths(lengths: Tensor, rows: int, length: int, tail: int) -> None:
+def check_lengths(lengths: Tensor, rows: int, length: int) -> None:
     """Raises: InputError: not one length for each row, or one that no row can have (asserted on a GPU itself)."""
     if tuple(lengths.shape) != (rows,):
         raise InputError(
@@ -102,16 +107,14 @@ def check_lengths(lengths: Tensor, rows: int, length: int, tail: int) -> None:
         )
     if traced():
         return
-    least = max(tail, 1)
-    wrong = (lengths < least) | (lengths > length)
+    wrong = (lengths < 1) | (lengths > length)
     if lengths.is_cuda:
         torch._assert_async(~wrong.any(), "simba_fx.lengths: a length that no row has")
     elif bool(wrong.any()):
         row = int(wrong.nonzero()[0])
         raise InputError(
-            f"simba_fx.lengths says that row {row} has {int(lengths[row])} tokens; expected at least {least} (the "
-            f"protected tail, or one) and at most {length}, the width of the batch. Pass the number of tokens before "
-            "each row's trailing padding."
+            f"simba_fx.lengths says that row {row} has {int(lengths[row])} tokens; expected at least 1 and at most "
+            f"{length}, the width of the batch. Pass the number of tokens before each row's trailing padding."
         )
 
 
@@ -189,13 +192,13 @@ def lengthened(tensor: Tensor, more: int, positions: bool = False) -> Tensor:
     return torch.cat((tensor, tensor.new_zeros(tensor.shape[0], more, *tensor.shape[2:])), 1)
 
 
-def shortened(values: Iterable[Any], length: int, more: int) -> list[Any]:
-    """Results of the lengthened call as long as the call was."""
+def shortened(values: Iterable[Any], whole: Iterable[bool], length: int, more: int) -> list[Any]:
+    """Results of the lengthened call, of which `whole` ones have a place for every token, as long as the call was."""
 
     def is_longer(held: Any) -> bool:
         return isinstance(held, Tensor) and held.dim() > 1 and held.shape[1] == length + more
 
-    return [held[:, :length] if more and is_longer(held) else held for held in values]
+    return [held[:, :length] if more and all_ and is_longer(held) else held for held, all_ in zip(values, whole)]
 
 
 # --- tails from labels ------------------------------------------------------------------------------------------------

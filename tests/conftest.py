@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import os
 from typing import Any
 
@@ -50,6 +51,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     if config.getoption("--capabilities"):
         terminalreporter.write_line("\n" + "\n".join(table_of(terminalreporter.stats)))
+    reports = [report for reports in terminalreporter.stats.values() for report in reports]
+    fuzzed: collections.Counter[str] = collections.Counter()
+    for report in reports:
+        fuzzed.update(dict(value for name, value in getattr(report, "user_properties", ()) if name == "fuzz"))
+    if fuzzed:
+        terminalreporter.write_line("fuzzed: " + ", ".join(f"{name} {n}" for name, n in sorted(fuzzed.items())))
 
 
 def table_of(stats: dict[str, list[Any]]) -> list[str]:

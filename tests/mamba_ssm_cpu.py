@@ -17,7 +17,6 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
 
-import numpy as np
 import reference  # imports transformers' modeling files, which must find no mamba_ssm
 import torch
 import torch.nn.functional as F
@@ -186,48 +185,49 @@ def final_norm(mixer: Any, hidden: Tensor, residual: Tensor) -> Tensor:
                          is_rms_norm=isinstance(norm, layer_norm.RMSNorm))  # fmt: skip
 
 
-def run_row(model: Any, ids: Tensor, shares: Sequence[Fraction], *, tail: int = 1, floor: int = 4,
-            states: Any = None) -> reference.Row:  # fmt: skip
-    """The method on one row of ids `(L,)`; `states` (InferenceParams) takes what each block saw."""
+def run_row(model: Any, ids: Tensor, shares: Sequence[Fraction], *, states: Any = None,
+            **options: Any) -> reference.Row:  # fmt: skip
+    """The method on one row of ids `(L,)`; `states` (InferenceParams) takes what each block saw.
+
+    `options`: of `reference.Pruning.start`.
+    """
     mixer: nn.Module = model.backbone
     layers: Any = mixer.layers
-    planned = reference.counts(len(ids), shares, tail, floor)
     hidden, residual = mixer.embedding(ids[None]), None  # type: ignore[operator]
-    positions = list(range(len(ids)))
     result = reference.Row(logits=hidden, hidden=hidden, kept=[], cache=states, margin=float("inf"))
+    row = reference.Pruning.start(SCANS, result, len(ids), shares, **options)
     left: list[Any] = [None, None]  # (1, L, M): the hidden state and the residual that each token last had
     for i, layer in enumerate(layers):
-        result.kept.append(list(positions))
+        result.kept.append(list(row.positions))
         SCANS.clear()
         hidden, residual = layer(hidden, residual, inference_params=states)
         for stream, now in enumerate((hidden, residual)):
             old = left[stream]
-            left[stream] = now if old is None else old.index_copy(1, torch.tensor(positions), now)
-        if i + 1 == len(layers) or planned[i + 1] >= len(positions):
-            continue
-        q = len(positions) - tail
-        ((scores, sizes),) = [reference.score(reference.operands(call), q, "simba") for call in SCANS]
-        best = reference.choose(scores[:q].tolist(), planned[i + 1] - tail)
-        result.scores.append(np.asarray(scores))
-        result.margin = min(result.margin, reference.margin(scores[:q], sizes[:q], best))
-        stay = best + list(range(q, len(positions)))
-        hidden, residual = hidden[:, stay], residual[:, stay]
-        positions = [positions[j] for j in stay]
+            left[stream] = now if old is None else old.index_copy(1, torch.tensor(row.positions), now)
+        if i + 1 < len(layers):
+            stay = row.decide(i)
+            hidden, residual = hidden[:, stay], residual[:, stay]
     result.hidden = final_norm(mixer, *left)[0]
     result.logits = model.lm_head(result.hidden)
     return result
 
 
-def generate(model: Any, ids: Tensor, shares: Sequence[Fraction], new: int) -> reference.Row:
-    """Greedy decoding of one row by the dense model's own steps, from the states of the pruned prompt."""
+def generate(model: Any, ids: Tensor, shares: Sequence[Fraction], new: int, follow: Sequence[int] | None = None,
+             **options: Any) -> reference.Row:  # fmt: skip
+    """Greedy decoding of one row by the dense model's own steps, from the states of the pruned prompt.
+
+    With `follow` the tokens are given. `options`: of `run_row`.
+    """
     states = InferenceParams(max_seqlen=len(ids) + new, max_batch_size=1)
-    row = run_row(model, ids, shares, states=states)
-    logits, row.tokens = row.logits[-1], []
+    row = run_row(model, ids, shares, states=states, **options)
+    logits = row.logits[-1]
     states.seqlen_offset = len(ids)
     while True:
-        first, second = torch.topk(logits.float(), 2).values.tolist()
-        row.margin = min(row.margin, (first - second) / max(abs(first), abs(second), 1e-30))
-        row.tokens.append(int(logits.argmax()))
+        row.steps.append(logits)
+        if follow is None:
+            first, second = torch.topk(logits.float(), 2).values.tolist()
+            row.margin = min(row.margin, (first - second) / max(abs(first), abs(second), 1e-30))
+        row.tokens.append(int(logits.argmax()) if follow is None else follow[len(row.tokens)])
         if len(row.tokens) == new:
             return row
         logits = model(torch.tensor([row.tokens[-1:]]), inference_params=states).logits[0, -1]

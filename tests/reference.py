@@ -27,11 +27,14 @@ from torch import Tensor, nn
 Array = NDArray[np.float64]
 
 CRITERIA = ("simba", "simba-abs", "no-decay", "delta-norm", "clip", "recent")
+Criterion = str | Callable[["Scan", int], Array]
+"""A name, or a function `(scan, query) -> scores of the tokens 0…q`, higher = keep."""
 
 # The one table of tolerances: relative RMS of a result against the reference, by the model's dtype.
-TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+# (Models of float64 weights compute parts in float32: scans, residual streams.)
+TOLERANCE = {torch.float64: 2e-5, torch.float32: 2e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 # Gradients pass through every block twice.
-GRADIENT_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-1, torch.float16: 2e-2}
+GRADIENT_TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 1e-1, torch.float16: 2e-2}
 # Two scores closer than this, relative to the terms they are summed from, may be ordered either way in float32.
 CLEAR_MARGIN = 1e-4
 
@@ -172,8 +175,11 @@ def outputs(scan: Scan) -> Array:
     return y
 
 
-def score(scan: Scan, q: int, criterion: str) -> tuple[Array, Array]:
+def score(scan: Scan, q: int, criterion: Criterion) -> tuple[Array, Array]:
     """Scores of the tokens 0…q, higher = keep, and the size of what each was computed from (for margins)."""
+    if not isinstance(criterion, str):
+        found = criterion(scan, q)
+        return found, np.abs(found)
     if criterion in ("simba", "simba-abs", "no-decay"):
         values, sizes = contributions(scan, q, decay=criterion != "no-decay")
         if criterion == "simba-abs":
@@ -191,6 +197,23 @@ def score(scan: Scan, q: int, criterion: str) -> tuple[Array, Array]:
         position = np.arange(1.0, q + 2.0)
         return position, position
     raise ValueError(f"the reference knows the criteria {CRITERIA}, not {criterion!r}")
+
+
+def hashed(key: int, seed: int) -> float:
+    """Of criterion "random": two rounds of a 32-bit mixer over `key + seed`; 24 bits of it, in [0, 1)."""
+    word = 2**32
+    mixed = key % word
+    for round_ in range(2):
+        mixed = (mixed + (seed >> (32 * round_)) % word + 0x9E3779B9) % word
+        mixed = (mixed ^ mixed >> 16) * 0x7FEB352D % word
+        mixed = (mixed ^ mixed >> 15) * 0x6A09E667 % word
+        mixed ^= mixed >> 16
+    return (mixed >> 8) / 2**24
+
+
+def spread(slots: int, wanted: int) -> list[float]:
+    """Of criterion "stride": 1 for `wanted` of `slots` tokens, evenly spaced, the last one among them; else 0."""
+    return [float((t + 1) * wanted // slots > t * wanted // slots) for t in range(slots)]
 
 
 def choose(scores: Sequence[float], k: int) -> list[int]:
@@ -246,9 +269,13 @@ class Row:
     hidden: Tensor  # (L, H): what `logits` was computed from, after the final norm
     kept: list[list[int]]  # per block, the positions of the tokens that entered it
     cache: Any  # the blocks' own states, or None
-    margin: float  # of the closest call over all cuts
+    margin: float  # of the closest call over all cuts; negative where tokens were kept that are not the best
+    cuts: int = 0  # decisions made
+    others: int = 0  # of these, the ones in which a caller's `chosen` are not the best-scored
     scores: list[Array] = field(default_factory=list)  # per cut, of the tokens up to the query
+    streams: list[Tensor] = field(default_factory=list)  # per block (L, H): what each token had left a block with
     tokens: list[int] = field(default_factory=list)  # what `generate` continued with
+    steps: list[Tensor] = field(default_factory=list)  # the logits (V,) that each of them was chosen from
 
 
 def cache_name(model: nn.Module) -> str:
@@ -303,34 +330,85 @@ class Pruning:
     """The state of one row on its way through the blocks."""
 
     planned: list[int]
-    criterion: str
+    criterion: Criterion
     tail: int
     calls: list[dict[str, Any]]
     result: Row
     positions: list[int]
+    named: frozenset[int] = frozenset()  # positions that are kept in every block
+    query: int | None = None  # where scans are scored; None: at the first token of the tail
+    seed: int = 0
+    chosen: Sequence[Sequence[int]] | None = None  # per block, positions to go on with whatever the scores say
     carried: Tensor | None = None  # (1, L, H): for every token, the hidden state of the last block it went through
+
+    @classmethod
+    def start(cls, calls: list[dict[str, Any]], result: Row, length: int, shares: Sequence[Fraction | float], *,
+              criterion: Criterion = "simba", tail: int = 1, floor: int = 4, query: int | None = None,
+              protect: Sequence[int] = (), seed: int = 0,
+              chosen: Sequence[Sequence[int]] | None = None) -> Pruning:  # fmt: skip
+        """Before the first block; `query` and `protect` count from either end of the row."""
+        wanted = {*protect, *(() if query is None else (query,))}
+        assert (1 if query is None else 0) <= tail <= length
+        return cls(counts(length, shares, tail, max(floor, len(wanted))), criterion, tail, calls, result,
+                   list(range(length)), frozenset(position % length for position in wanted),
+                   None if query is None else query % length, seed, chosen)  # fmt: skip
 
     def leave(self, i: int, hidden: Tensor) -> Tensor:
         """What the next block sees of block i's output; behind the last one, every token's last hidden state."""
         self.result.kept.append(list(self.positions))
         before = hidden if self.carried is None else self.carried
         self.carried = before.index_copy(1, torch.tensor(self.positions), hidden)
+        self.result.streams.append(self.carried[0])
         if i + 1 == len(self.planned):
             return self.carried
+        return hidden[:, self.decide(i)]
+
+    def decide(self, i: int) -> list[int]:
+        """The slots that stay behind block i. The tail does, and what is named; the tokens before the tail compete."""
         if self.planned[i + 1] >= len(self.positions) or not self.calls:
-            return hidden
-        q = len(self.positions) - self.tail
+            assert self.chosen is None or list(self.chosen[i + 1]) == self.positions, f"none may leave after block {i}"
+            return list(range(len(self.positions)))
+        rival = len(self.positions) - self.tail
+        scores, sizes = self.score(i, rival)
+        sure = [j for j in range(rival) if self.positions[j] in self.named]
+        ranked = scores[:rival].copy()
+        ranked[sure] = np.inf
+        self.result.scores.append(scores)
+        best = choose(ranked.tolist(), self.planned[i + 1] - self.tail)
+        stay, end = best, list(range(rival, len(self.positions)))
+        if self.chosen is not None:
+            where = {position: slot for slot, position in enumerate(self.positions)}
+            stay = [where[position] for position in self.chosen[i + 1] if where[position] < rival]
+            assert stay + end == [where[position] for position in self.chosen[i + 1]], f"the tail, in order, block {i}"
+            assert set(sure) <= set(stay), f"a named position left after block {i}"
+            assert len(stay) == len(best), f"{len(stay)} earlier tokens after block {i}, not {len(best)}"
+        self.result.cuts += 1
+        self.result.others += stay != best
+        rivals = np.setdiff1d(np.arange(rival), sure)
+        closest = margin(ranked[rivals], sizes[rivals], np.flatnonzero(np.isin(rivals, stay)).tolist())
+        if not isinstance(self.criterion, str) or self.criterion not in ("random", "stride", "recent"):
+            self.result.margin = min(self.result.margin, closest)
+        elif stay != best:  # a matter of positions: nothing is rounded
+            self.result.margin = -float("inf")
+        stay = stay + end
+        self.positions = [self.positions[j] for j in stay]
+        return stay
+
+    def score(self, i: int, rival: int) -> tuple[Array, Array]:
+        """Scores and sizes of the tokens before the tail (and of some behind, whose scores are not read)."""
+        count = max(rival, 0)
+        if self.criterion == "random":
+            values = np.array([hashed(self.positions[-1] - position, self.seed) for position in self.positions])
+            return values, values
+        if self.criterion == "stride":
+            values = np.array(spread(count, self.planned[i + 1] - self.tail))
+            return values, values
+        q = rival if self.query is None else self.positions.index(self.query)
         every = [score(operands(call), q, self.criterion) for call in self.calls]
         scores, sizes = every[0]
         for other, other_sizes in every[1:]:  # several scans in one block: the scores combine by max
             scores, sizes = np.maximum(scores, other), np.maximum(sizes, other_sizes)
-        # The tokens before the query compete; the query and all after it are the tail.
-        best = choose(scores[:q].tolist(), self.planned[i + 1] - self.tail)
-        self.result.scores.append(scores)
-        self.result.margin = min(self.result.margin, margin(scores[:q], sizes[:q], best))
-        stay = best + list(range(q, len(self.positions)))
-        self.positions = [self.positions[j] for j in stay]
-        return hidden[:, stay]
+        return scores, sizes
 
 
 def run_row(
@@ -338,22 +416,27 @@ def run_row(
     ids: Tensor,
     shares: Sequence[Fraction | float],
     *,
-    criterion: str = "simba",
+    criterion: Criterion = "simba",
     tail: int = 1,
     floor: int = 4,
     use_cache: bool = False,
+    query: int | None = None,
+    protect: Sequence[int] = (),
+    seed: int = 0,
+    embeds: bool = False,
+    chosen: Sequence[Sequence[int]] | None = None,
 ) -> Row:
-    """The method on one row of ids `(L,)`, block by block, differentiable through the model's own operations."""
+    """The method on one row of ids `(L,)`, block by block, differentiable through the model's own operations.
+
+    With `chosen`, per block the positions that enter it, the row goes on with these, and `margin` and `others` of the
+    result say how far they are from the best-scored ones. Counts, order, tail and named positions are asserted.
+    """
     backbone: Any = model.base_model
     cache = None
     if use_cache:
         from transformers import DynamicCache
 
         cache = DynamicCache(config=model.config)
-    planned = counts(len(ids), shares, tail, floor)
-    assert len(planned) == len(backbone.layers), "one share per block"
-    assert 1 <= tail <= len(ids)
-
     result = Row(logits=ids, hidden=ids, kept=[], cache=cache, margin=float("inf"))
     blocks = backbone.layers
 
@@ -362,11 +445,15 @@ def run_row(
 
     hook = backbone.register_forward_hook(after_the_norm)
     with recorded_scans(model) as calls:
-        row = Pruning(planned, criterion, tail, calls, result, list(range(len(ids))))
+        row = Pruning.start(calls, result, len(ids), shares, criterion=criterion, tail=tail, floor=floor, query=query,
+                            protect=protect, seed=seed, chosen=chosen)  # fmt: skip
+        assert len(row.planned) == len(blocks), "one share per block"
         try:
             backbone.layers = nn.ModuleList(Pruned(block, i, row) for i, block in enumerate(blocks))
             given = {cache_name(model): cache} if use_cache else {}
-            result.logits = model(input_ids=ids[None], use_cache=use_cache, **given).logits[0].float()
+            lead = {"inputs_embeds": model.get_input_embeddings()(ids[None])} if embeds else {"input_ids": ids[None]}  # type: ignore[operator]
+            result.logits = model(**lead, use_cache=use_cache, **given).logits[0]
+            result.logits = result.logits.to(torch.promote_types(result.logits.dtype, torch.float32))
         finally:
             backbone.layers = blocks
             hook.remove()
@@ -387,47 +474,71 @@ class Batch:
         return min(row.margin for row in self.rows)
 
 
+def chosen_of(chosen: Sequence[Tensor], b: int, place: Tensor) -> list[list[int]]:
+    """Row b's part of `(B, k)` positions in a padded row (−1: none), as positions among its real tokens `place`."""
+    slot = {position: j for j, position in enumerate(place.tolist())}
+    return [[slot[p] for p in block[b].tolist() if p >= 0] for block in chosen]
+
+
 def run(
     model: nn.Module,
     ids: Tensor,
     shares: Sequence[Fraction | float],
     mask: Tensor | None = None,
+    chosen: Sequence[Tensor] | None = None,
+    tail: int | Sequence[int] = 1,
     **options: Any,
 ) -> Batch:
-    """The method on `(B, L)` ids: by definition each row alone, without its pads (method §6)."""
+    """The method on `(B, L)` ids: by definition each row alone, without its pads (method §6).
+
+    `tail` may be one for each row. `chosen`: per block `(B, k)` positions in the padded row to go on with, −1 where
+    there is none (see `run_row`).
+    """
     real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
     places = [torch.nonzero(r).flatten() for r in real]
-    rows = [run_row(model, row[place], shares, **options) for row, place in zip(ids, places)]
-    logits = torch.full((*ids.shape, rows[0].logits.shape[-1]), float("nan"))
+    rows = []
+    for b, (row, place) in enumerate(zip(ids, places)):
+        own = None if chosen is None else chosen_of(chosen, b, place)
+        at_its_end = tail if isinstance(tail, int) else tail[b]
+        rows.append(run_row(model, row[place], shares, chosen=own, tail=at_its_end, **options))
+    logits = torch.full((*ids.shape, rows[0].logits.shape[-1]), float("nan"), dtype=rows[0].logits.dtype)
     for b, (row, place) in enumerate(zip(rows, places)):
         logits[b, place] = row.logits.detach()
     kept = [[place[row.kept[i]].tolist() for row, place in zip(rows, places)] for i in range(len(rows[0].kept))]
     return Batch(rows, logits, kept, real)
 
 
-def generate(model: nn.Module, ids: Tensor, shares: Sequence[Fraction | float], new: int, **options: Any) -> Row:
+def generate(
+    model: nn.Module,
+    ids: Tensor,
+    shares: Sequence[Fraction | float],
+    new: int,
+    *,
+    follow: Sequence[int] | None = None,
+    **options: Any,
+) -> Row:
     """Greedy decoding of one row: the original model, step by step, from the states of the pruned prefill.
 
     One token attends to everything that an attention layer holds, so no step needs a mask; where the token stands is
-    said, since the model would ask a layer that holds fewer tokens.
+    said, since the model would ask a layer that holds fewer tokens. With `follow` the tokens are given.
 
-    Returns the prefill's `Row` with `tokens` filled in, its states advanced, and a margin that counts argmaxes too.
+    Returns the prefill's `Row` with `tokens` and `steps` filled in, its states advanced, and a margin that counts
+    argmaxes too.
     """
     row = run_row(model, ids, shares, use_cache=True, **options)
-    states, logits, chosen = row.cache, row.logits[-1], []
+    states, logits = row.cache, row.logits[-1]
     while True:
-        first, second = torch.topk(logits, 2).values.tolist()
-        row.margin = min(row.margin, (first - second) / max(abs(first), abs(second), 1e-30))
-        chosen.append(int(logits.argmax()))
-        if len(chosen) == new:
-            break
+        row.steps.append(logits)
+        if follow is None:
+            first, second = torch.topk(logits, 2).values.tolist()
+            row.margin = min(row.margin, (first - second) / max(abs(first), abs(second), 1e-30))
+        row.tokens.append(int(logits.argmax()) if follow is None else follow[len(row.tokens)])
+        if len(row.tokens) == new:
+            return row
         given: dict[str, Any] = {cache_name(model): states}
         if "position_ids" in inspect.signature(type(model).forward).parameters:
-            given["position_ids"] = torch.tensor([[len(ids) + len(chosen) - 1]])
-        step = model(input_ids=torch.tensor([chosen[-1:]]), use_cache=True, **given)
-        logits = step.logits[0, -1]
-    row.tokens = chosen
-    return row
+            given["position_ids"] = torch.tensor([[len(ids) + len(row.tokens) - 1]])
+        logits = model(input_ids=torch.tensor([row.tokens[-1:]]), use_cache=True, **given).logits[0, -1]
 
 
 # Near ties.

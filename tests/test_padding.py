@@ -152,6 +152,24 @@ def test_first_entry_of_kept_is_every_real_token(entry: Entry) -> None:
     assert kept_rows(pruned, 2)[0] == list(range(2, 9))
 
 
+@every_kind
+@pytest.mark.parametrize(("left", "right"), [([0, 5, 11], [0, 0, 0]), ([0, 0, 0], [0, 5, 11]), ([0, 3, 4], [0, 2, 7])])
+def test_kept_says_which_token_each_slot_of_a_kept_output_is(entry: Entry, left: list[int], right: list[int]) -> None:
+    """It sorted the places of pads to the front, also where they are padded at the end."""
+    shares = schedules(n_blocks(dense(entry.name)))["stairs"]
+    ids, mask = padded([tokens(1, 30), tokens(2, 25), tokens(3, 19)], left, right)
+    whole = call(sparse(entry.name, shares), ids, mask).logits
+    pruned = sparse(entry.name, shares, output="kept")
+    found = call(pruned, ids, mask).logits
+    last = simba_fx.kept(pruned)[-1]
+    assert found.shape[:2] == last.shape
+    assert (last < 0).any(), "rows of one length would prove nothing"
+    for b, row in enumerate(last):
+        survivors = row[row >= 0]
+        assert survivors.tolist() == sorted(survivors.tolist())
+        assert_close(f"row {b}", found[b, row >= 0], whole[b, survivors], TOLERANCE[entry.dtype])
+
+
 @pytest.mark.parametrize("criterion", ["random", "stride", "no-decay", "clip"])
 @every_kind
 def test_other_criteria_keep_in_a_batch_what_they_keep_alone(entry: Entry, criterion: str) -> None:

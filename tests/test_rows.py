@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import warnings
 from typing import Any
@@ -122,6 +123,37 @@ def test_lengths_that_no_row_has_are_refused(lengths: list[int], message: str) -
         logits(model, padded_at_the_end(texts(30, 20)))
 
 
+@every_kind
+@pytest.mark.parametrize("options", [{"protect": (1, -2)}, {"query": -1, "protect": (0,)}], ids=["protect", "query"])
+def test_named_positions_count_a_rows_own_tokens_without_a_mask(entry: Entry, options: dict[str, Any]) -> None:
+    """Positions are looked up among what is real: the nodes that say so stood in another order than with a mask."""
+    model, rows = simba_fx.transform(dense(entry.name), "linear", floor=2, **options), texts(40, 23, 9)
+    together = logits(model, padded_at_the_end(rows))
+    kept = [kept_rows(model, b) for b in range(len(rows))]
+    for b, row in enumerate(rows):
+        assert_close(f"row {b}", together[b, : len(row)], logits(model, row[None])[0], EXACT)
+        assert kept[b] == kept_rows(model)
+        named = {p % len(row) for p in (*options["protect"], options.get("query", -1))}
+        assert named <= set(kept[b][-1])
+
+
+@pytest.mark.parametrize("stated", [False, True], ids=["found", "stated"])
+def test_rows_without_a_mask_that_are_too_short_are_refused(stated: bool) -> None:
+    """As with a mask: a tail, or a named position, that a row does not have."""
+    model, ids = simba_fx.transform(dense("mamba"), "linear", protect=(5,)), padded_at_the_end(texts(30, 3))
+
+    def own() -> Any:
+        return simba_fx.lengths(model, torch.tensor([30, 3])) if stated else contextlib.nullcontext()
+
+    with own(), pytest.raises(simba_fx.errors.InputError, match="names position 5, but row 1 has 3 real tokens"):
+        logits(model, ids)
+    model = sparse("mamba", "linear")
+    with own(), simba_fx.tail(model, 4), pytest.raises(simba_fx.errors.InputError, match="last 4 tokens, but row 1 ha"):
+        logits(model, ids)
+    with own(), simba_fx.tail(model, 3):
+        logits(model, ids)
+
+
 def test_lengths_and_a_mask_are_refused_together() -> None:
     model, ids = ambiguous(), padded_at_the_end(texts(30, 20))
     with (
@@ -202,6 +234,19 @@ def test_answers_of_different_lengths_in_a_batch(entry: Entry, side: str) -> Non
         assert torch.equal(reached[b, starts[b] : starts[b] + len(row)], simba_fx.reached(model)[0])
 
 
+def test_answers_of_different_lengths_and_an_output_of_survivors() -> None:
+    """Its slots are those of `kept`, also where nothing was dropped of rows that are as short as their tails."""
+    short, full = sparse("mamba", "linear", output="kept"), sparse("mamba", "linear")
+    for ids, numbers in ((tokens(1, 3, 2), [1, 1, 2]), (tokens(2, 2, 33), [3, 17]), (tokens(3, 2, 9), [1, 8])):
+        with simba_fx.answer(short, torch.tensor(numbers)), simba_fx.answer(full, torch.tensor(numbers)):
+            found, expected = logits(short, ids), logits(full, ids)
+        last = simba_fx.kept(short)[-1]
+        assert found.shape[:2] == last.shape
+        for b, places in enumerate(last):
+            assert places[places >= 0].tolist() == kept_rows(full, b)[-1]
+            assert_close(f"row {b}", found[b, places >= 0], expected[b, places[places >= 0]], EXACT)
+
+
 def test_a_row_may_be_nothing_but_answer() -> None:
     model, row = sparse("mamba", "linear"), tokens(5, 1, 20)
     with simba_fx.answer(model, 20):
@@ -210,6 +255,18 @@ def test_a_row_may_be_nothing_but_answer() -> None:
     with simba_fx.answer(model, torch.tensor([20, 3])):
         logits(model, row.repeat(2, 1))
     assert [len(kept_rows(model, b)[-1]) < 20 for b in range(2)] == [False, True]
+
+
+def test_a_tail_that_rows_replace_asks_nothing_of_them() -> None:
+    """A tail around the call that is longer than the rows, which have tails of their own."""
+    model, labelled_model = sparse("mamba", "linear"), simba_fx.transform(dense("mamba"), "linear", tail="labels")
+    row = tokens(5, 1, 20)
+    with simba_fx.tail(model, 30), simba_fx.answer(model, torch.tensor([3, 5])):
+        logits(model, row.repeat(2, 1))
+    assert [kept_rows(model, b)[-1][-6:] == list(range(14, 20)) for b in range(2)] == [False, True]
+    with simba_fx.tail(labelled_model, 30):
+        logits(labelled_model, row, labels=labelled(row[0], 15)[None])
+    assert kept_rows(labelled_model)[-1][-6:] == list(range(14, 20))
 
 
 def test_an_answer_longer_than_its_row_is_refused() -> None:
