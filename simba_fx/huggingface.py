@@ -222,7 +222,7 @@ class SparseStack(Memory):
 
     def _capture(self, signature: Signature, now: Snapshot) -> Variant:
         stack = copy_to_trace(self.stack)
-        captured, seen = capture_stack(stack, signature)
+        captured, seen = capture_stack(stack, signature, self.options.kernels)
         built = build(captured, self.options, self.cost)
         keys = self._keys(captured, seen.states)
         self._watch(attention_modules(stack, keys.values()))
@@ -302,7 +302,7 @@ class _Observed:
     values: int = 0
 
 
-def capture_stack(stack: Any, signature: Signature) -> tuple[Captured, _Observed]:
+def capture_stack(stack: Any, signature: Signature, kernels: str = "auto") -> tuple[Captured, _Observed]:
     """The graph of `stack` for calls of this signature."""
     width = stack.get_input_embeddings().weight.shape[1]
     make: dict[str, Any] = {"device": signature.device}
@@ -316,7 +316,8 @@ def capture_stack(stack: Any, signature: Signature) -> tuple[Captured, _Observed
     shell = _Shell(stack, signature)
     mask = "attention_mask" if signature.mask is not None else None
     captured = capture(shell, stack, inputs, primary="inputs_embeds", prefix="stack", mask=mask,
-                       values=lambda: shell.observed.values, spare=("input_ids", "position_ids"))  # fmt: skip
+                       values=lambda: shell.observed.values, spare=("input_ids", "position_ids"),
+                       kernels=kernels)  # fmt: skip
     return captured, shell.observed
 
 

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given, settings
-from hypothesis import strategies as st
 from strategies import seeds
 from test_ops import OPS, backend, selective_operands, ssd_operands  # noqa: F401  # a fixture
 from torch import Tensor
