@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from simba_fx.errors import OperandError, SimbaError
 from simba_fx.ops import checks
 
+INDEX = torch.tensor([[0, 3, 8], [1, 2, 3]])
 RULE: dict[str, Any] = {"length": 9, "tail": 1, "share_p": 1, "share_q": 2, "floor": 2}
 
 
@@ -41,8 +42,16 @@ def _conv(backward: bool) -> dict[str, Any]:
     return {"dy": torch.randn(2, 5, 9), **operands} if backward else operands
 
 
+def _score_and_positions() -> dict[str, Any]:
+    return {"score": torch.randn(2, 9), "positions": torch.arange(9).repeat(2, 1)}
+
+
+def _without_score(operands: dict[str, Any]) -> dict[str, Any]:
+    return {name: held for name, held in operands.items() if name != "score"}
+
+
 def _slots(real: bool) -> dict[str, Any]:
-    slots = {"score": torch.randn(2, 9), "positions": torch.arange(9).repeat(2, 1)}
+    slots = _score_and_positions()
     padding = {"real": torch.arange(9) < torch.tensor([[9], [6]]), "lengths": torch.tensor([9, 6])}
     return slots | (padding if real else {}) | RULE
 
@@ -63,12 +72,12 @@ CALLS: dict[str, Callable[[], dict[str, Any]]] = {
     "causal_conv1d_backward": lambda: _conv(True),
     "select_tokens": lambda: _slots(False),
     "select_real_tokens": lambda: _slots(True),
-    "position_score": lambda: {n: held for n, held in _slots(True).items() if n != "score"} | {"criterion": "stride", "seed": 0},
+    "position_score": lambda: _without_score(_slots(True)) | {"criterion": "stride", "seed": 0},
     "take_square": lambda: {"square": torch.randn(2, 1, 9, 9), "positions": torch.arange(4).repeat(2, 1), "real": None},
-    "protect_tokens": lambda: {"score": torch.randn(2, 9), "positions": torch.arange(9).repeat(2, 1), "protected": torch.tensor([[0], [3]])},
-    "row_positions": lambda: {"positions": torch.arange(9).repeat(2, 1), "real": _slots(True)["real"], "wanted": [0, -1]},
-    "take_tokens": lambda: {"hidden": torch.randn(2, 9, 4), "index": torch.tensor([[0, 3, 8], [1, 2, 3]])},
-    "take_tokens_backward": lambda: {"grad": torch.randn(2, 3, 4), "index": torch.tensor([[0, 3, 8], [1, 2, 3]]), "slots": 9},
+    "protect_tokens": lambda: _score_and_positions() | {"protected": torch.tensor([[0], [3]])},
+    "row_positions": lambda: {n: _slots(True)[n] for n in ("positions", "real")} | {"wanted": [0, -1]},
+    "take_tokens": lambda: {"hidden": torch.randn(2, 9, 4), "index": INDEX.clone()},
+    "take_tokens_backward": lambda: {"grad": torch.randn(2, 3, 4), "index": INDEX.clone(), "slots": 9},
     "restore_tokens": _pieces,
     "restore_tokens_backward": lambda: {"grad": torch.randn(2, 5, 4), "places": _pieces()["places"]},
 }  # fmt: skip

@@ -1,8 +1,8 @@
 """Before any pointer is taken: whether an operator's operands fit together.
 
 The kernels read as far as sizes say, so every operator of this package looks at all of its operands here first,
-whatever runs it: numbers of dimensions, sizes, dtypes, devices. Indices are looked at where the CPU holds them; on a GPU
-that would wait for it, and there PyTorch's own gathers stop at an index that is out of range.
+whatever runs it: numbers of dimensions, sizes, dtypes, devices. Indices are looked at where the CPU holds them; on a
+GPU that would wait for it, and there PyTorch's own gathers stop at an index that is out of range.
 
 A layout is a dtype and letters (`simba_fx.ops`), one for each dimension, and the same letter is the same size in all
 operands of a call. `G=1`: no such dimension, which counts as one of size 1. B, L and small letters may be zero.
