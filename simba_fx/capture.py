@@ -7,6 +7,7 @@ The result is normalised at once to a plain graph (`simba_fx.flat`). Parameters 
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from simba_fx import lift
+from simba_fx.comparison import compare_adapters, say_not_compared
 from simba_fx.errors import CaptureError, ScanNotFoundError, SimbaError
 from simba_fx.flat import Captured, advice, check_every_mixer, cut, drop_no_ops, settled, strip_paths
 from simba_fx.graphs import SCANS, expression, look_up, value
@@ -43,7 +45,7 @@ def _root(module: nn.Module, names: list[str]) -> nn.Module:
 
 def capture(module: nn.Module, owner: nn.Module, inputs: Mapping[str, Any], *, primary: str, mask: str | None = None,
             prefix: str = "", values: Callable[[], int] | None = None,
-            spare: Collection[str] = ()) -> Captured:  # fmt: skip
+            spare: Collection[str] = (), kernels: str = "auto") -> Captured:  # fmt: skip
     """Trace `module(**inputs)` into a flat graph.
 
     Args:
@@ -54,18 +56,23 @@ def capture(module: nn.Module, owner: nn.Module, inputs: Mapping[str, Any], *, p
         primary: the name of the tensor `(B, L, ...)` that sizes are read from; `mask`: of the padding mask.
         values: called after tracing; how many flat outputs are values (the others are cache states). None: all.
         spare: names of inputs that are left out of the graph where nothing reads them.
+        kernels: the option of `transform`: whether a user's scan function runs itself or as its adapter says.
 
     Raises:
         ScanNotFoundError: no registered scan function ran.
-        CaptureError: tracing failed, the length did not stay symbolic, or a scan was missed.
+        CaptureError: tracing failed, the length did not stay symbolic, a scan was missed, or a user's adapter does not
+            say what the function computes.
     """
     rows, length = _example_sizes(inputs, primary)
     dynamic = pytree.tree_map(lambda leaf: _dynamic_dims(leaf, rows, length), dict(inputs))
     root = _root(module, list(inputs))
+    sites: list[lift.CallSite] = []
+    compare = functools.partial(compare_adapters, module, owner, inputs, mask=mask, kernels=kernels)
     try:
         with lift.lifted(owner) as sites, torch.no_grad():
             exported = torch.export.export(root, (), dict(inputs), dynamic_shapes=dynamic, strict=False)
     except Exception as error:
+        compare(sites)  # a result of the wrong shape may be what stopped the trace
         raise _explained(error, owner) from error
     flat = exported.module(check_guards=False)
     flat.graph.set_codegen(fx.graph.CodeGen())  # inputs and outputs flat, without pytree code around them
@@ -79,6 +86,8 @@ def capture(module: nn.Module, owner: nn.Module, inputs: Mapping[str, Any], *, p
             f"while it was traced, found none.{advice(owner)}"
         )
     check_every_mixer(graph, owner)
+    if why := compare(sites):
+        say_not_compared((site.function for site in sites), why)
     attributes = {}
     for node in graph.find_nodes(op="get_attr"):
         tensor = look_up(flat, node.target)

@@ -299,7 +299,7 @@ class SparseStack(Memory):
 
     def _capture(self, signature: Signature, now: Snapshot) -> Variant:
         stack = copy_to_trace(self.stack)
-        captured, seen = self._capture_unread(signature) or capture_stack(stack, signature)
+        captured, seen = self._capture_unread(signature) or capture_stack(stack, signature, self.options.kernels)
         built = build(captured, self.options, self.cost, trailing=signature.trailing)
         keys = self._keys(captured, seen.states)
         self._watch(attention_modules(stack, keys.values()))
@@ -320,7 +320,8 @@ class SparseStack(Memory):
             return None
         constants = tuple((name, _Unread() if name in loose else held) for name, held in signature.constants)
         try:
-            found = capture_stack(copy_to_trace(self.stack), dataclasses.replace(signature, constants=constants))
+            loose_signature = dataclasses.replace(signature, constants=constants)
+            found = capture_stack(copy_to_trace(self.stack), loose_signature, self.options.kernels)
         except Exception:  # who looks at what is no number fails, in whatever way
             return None
         kind = dataclasses.replace(signature, constants=())
@@ -418,7 +419,7 @@ class _Observed:
     values: int = 0
 
 
-def capture_stack(stack: Any, signature: Signature) -> tuple[Captured, _Observed]:
+def capture_stack(stack: Any, signature: Signature, kernels: str = "auto") -> tuple[Captured, _Observed]:
     """The graph of `stack` for calls of this signature."""
     width = stack.get_input_embeddings().weight.shape[1]
     make: dict[str, Any] = {"device": signature.device}
@@ -432,7 +433,8 @@ def capture_stack(stack: Any, signature: Signature) -> tuple[Captured, _Observed
     shell = _Shell(stack, signature)
     mask = "attention_mask" if signature.mask is not None else None
     captured = capture(shell, stack, inputs, primary="inputs_embeds", prefix="stack", mask=mask,
-                       values=lambda: shell.observed.values, spare=("input_ids", "position_ids"))  # fmt: skip
+                       values=lambda: shell.observed.values, spare=("input_ids", "position_ids"),
+                       kernels=kernels)  # fmt: skip
     return captured, shell.observed
 
 

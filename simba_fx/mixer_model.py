@@ -102,7 +102,8 @@ class SparseMixer(SparseStack):
         inputs = {"input_ids": torch.zeros(*EXAMPLE.values(), dtype=ids, device=signature.device)}
         shell = _Shell(stack, signature.cache)
         with torch.inference_mode(False):  # `generate` of mamba_ssm runs in it; a graph outlives the call
-            captured = capture(shell, stack, inputs, primary="input_ids", prefix="stack", values=lambda: 1)
+            captured = capture(shell, stack, inputs, primary="input_ids", prefix="stack", values=lambda: 1,
+                               kernels=self.options.kernels)  # fmt: skip
             built = build(captured, self.options, self.cost)
         return Variant(built, Tensor, shell.stored.entries, {}, own_paths(stack, captured), now)
 

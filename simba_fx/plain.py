@@ -136,7 +136,7 @@ def install(model: nn.Module, options: Options, example: Any, cost: Any) -> fx.G
     mask = next((name for name in inputs if name in _MASKS), None)
     with one_at_a_time:
         traced = copy_to_trace(model)
-        captured = capture(traced, traced, inputs, primary=primary, mask=mask)
+        captured = capture(traced, traced, inputs, primary=primary, mask=mask, kernels=options.kernels)
         for node in captured.graph.find_nodes(op="placeholder"):  # numbers, flags and words are in the graph already
             if node.name not in captured.inputs:
                 captured.graph.erase_node(node)
