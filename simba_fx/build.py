@@ -14,6 +14,7 @@ from simba_fx import ops, passes, schedule
 from simba_fx.capture import Captured
 from simba_fx.directions import carrying, reaches_all
 from simba_fx.errors import CriterionError, GraphError, SimbaError
+from simba_fx.guards import check_guards
 from simba_fx.operands import SelectiveScan, SSDScan
 from simba_fx.passes.protect_tokens import named_positions
 from simba_fx.pipeline import Stage, run_passes
@@ -114,6 +115,13 @@ class Built:
     has_scan: tuple[bool, ...]
     """For each block whether it has a scan that tokens can be scored by."""
     history: list[Stage]
+    floor: int = 4
+
+    def check_sizes(self, name: str, rows: Any, length: Any, tail: int) -> None:
+        """Raises: InputError: the model `name` branches otherwise for these sizes, or for those of a block."""
+        if self.captured.guards:
+            inside = [(cut.block + 1, schedule.kept_count(length, cut.share, tail, self.floor)) for cut in self.cuts]
+            check_guards(self.captured.guards, name, rows, length, inside)
 
 
 def build(captured: Captured, options: Options, cost: Callable[..., schedule.Cost] | None = None, *,
@@ -135,7 +143,7 @@ def build(captured: Captured, options: Options, cost: Callable[..., schedule.Cos
     if options.compile == "blocks":
         top, stages = run_passes(graph, facts, [passes.OutlineBlocks(attributes)])
         history += stages[1:]
-    return Built(program_class(attributes, top), captured, graph, shares, cuts, has_scan, history)
+    return Built(program_class(attributes, top), captured, graph, shares, cuts, has_scan, history, options.least)
 
 
 def scoring_blocks(captured: Captured, options: Options) -> tuple[bool, ...]:

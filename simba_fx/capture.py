@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import sympy
@@ -20,6 +20,7 @@ from simba_fx import lift
 from simba_fx.errors import CaptureError, ScanNotFoundError, SimbaError
 from simba_fx.flat import Captured, advice, check_every_mixer, cut, drop_no_ops, settled, strip_paths
 from simba_fx.graphs import SCANS, expression, look_up, value
+from simba_fx.guards import Guard, Question, guards_of, watched
 from simba_fx.inputs import named_sizes
 
 __all__ = ["Captured", "capture"]
@@ -62,12 +63,13 @@ def capture(module: nn.Module, owner: nn.Module, inputs: Mapping[str, Any], *, p
     rows, length = _example_sizes(inputs, primary)
     dynamic = pytree.tree_map(lambda leaf: _dynamic_dims(leaf, rows, length), dict(inputs))
     root = _root(module, list(inputs))
+    questions: list[Question] = []
     try:
-        with lift.lifted(owner) as sites, torch.no_grad():
+        with lift.lifted(owner) as sites, watched(sites) as questions, torch.no_grad():
             exported = torch.export.export(root, (), dict(inputs), dynamic_shapes=dynamic, strict=False)
     except Exception as error:
-        raise _explained(error, owner) from error
-    flat = exported.module(check_guards=False)
+        raise _explained(error, owner, questions) from error
+    flat = exported.module(check_guards=False)  # of ours: they hold in every block, and are told in words
     flat.graph.set_codegen(fx.graph.CodeGen())  # inputs and outputs flat, without pytree code around them
     graph = copy.deepcopy(flat.graph)  # no longer owned by a module: nodes may name attributes of ours
     inside = ".".join(filter(None, (_ROOT, prefix)))
@@ -96,10 +98,11 @@ def capture(module: nn.Module, owner: nn.Module, inputs: Mapping[str, Any], *, p
             f"The sizes of {primary} did not stay symbolic in {type(owner).__name__}: expected (B, L, ...) with two "
             f"symbols, found {tuple(shape)}. A Python loop over tokens fixes the length.{advice(owner)}"
         )
+    guards = _guards(named, {name: named_sizes(inputs[name], rows, length) for name in named}, primary, questions)
     arguments, placeholders = tuple(named), tuple(node.name for node in named.values())
     count = None if values is None else values()
     facts = settled(graph, owner, named[primary], None if mask is None else named[mask], count)
-    return Captured(graph, attributes, facts, sites, exported.call_spec.out_spec, arguments, placeholders)
+    return Captured(graph, attributes, facts, sites, exported.call_spec.out_spec, arguments, placeholders, guards)
 
 
 def _example_sizes(inputs: Mapping[str, Any], primary: str) -> tuple[int, int]:
@@ -120,7 +123,25 @@ def _dynamic_dims(leaf: Any, rows: int, length: int) -> Any:
     }
 
 
-def _explained(error: Exception, owner: nn.Module) -> Exception:
+def _guards(named: Mapping[str, fx.Node], sizes: Mapping[str, tuple[int | str, ...]], primary: str,
+            questions: Sequence[Question]) -> tuple[Guard, ...]:  # fmt: skip
+    """What calls must share with the example. Every symbolic size is the B or the L of the call."""
+    letters = {}
+    for name, node in named.items():
+        for size, letter in zip(value(node).shape, sizes[name]):
+            if isinstance(letter, str):
+                letters.update(dict.fromkeys(_symbols(size), letter))
+    return guards_of(value(named[primary]).fake_mode.shape_env, questions, letters)
+
+
+def _symbols(size: int | torch.SymInt) -> tuple[sympy.Symbol, ...]:
+    """A size's symbol before and after those of several inputs became one."""
+    if not isinstance(size, torch.SymInt):
+        return ()
+    return tuple(s for s in (size.node._expr, size.node.expr) if isinstance(s, sympy.Symbol))
+
+
+def _explained(error: Exception, owner: nn.Module, questions: Sequence[Question]) -> Exception:
     """One of our own errors raised while tracing comes back as it is; anything else is told in one sentence."""
     cause: BaseException | None = error
     while cause is not None:
@@ -129,7 +150,9 @@ def _explained(error: Exception, owner: nn.Module) -> Exception:
         cause = cause.__cause__ or cause.__context__
     told = str(error).strip() or type(error).__name__
     if "Constraints violated" in told or "specialized" in told:
-        told = "a Python loop over tokens, or a branch on the length, fixes the length"
+        fixed = (q.line for q in questions if isinstance(q.fact, sympy.Eq) and any(a.is_number for a in q.fact.args))
+        line = next(fixed, "")
+        told = "a Python loop over tokens, or a branch on the length, fixes the length" + (f" ({line})" if line else "")
     return CaptureError(
         f"{type(owner).__name__} could not be captured as one graph with a symbolic length: "
         f"{told.splitlines()[0][:300].rstrip('.')}.{advice(owner)}"

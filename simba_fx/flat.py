@@ -19,6 +19,7 @@ from simba_fx import lift
 from simba_fx.directions import settle_flips
 from simba_fx.errors import CaptureError
 from simba_fx.graphs import REGION, SCANS, Facts, drop_dead_code, expression, is_size, returned, value
+from simba_fx.guards import Guard
 from simba_fx.regions import EVERYTHING, assign_regions, paths
 
 __all__ = ["Captured", "advice", "check_every_mixer", "cut", "drop_no_ops", "settled", "strip_paths"]
@@ -41,6 +42,9 @@ class Captured:
 
     inputs: tuple[str, ...]
     """The placeholders' own names, in the same order."""
+
+    guards: tuple[Guard, ...] = ()
+    """What calls must share with the example that was traced."""
 
 
 def settled(graph: fx.Graph, owner: nn.Module | None, primary: fx.Node, mask: fx.Node | None,

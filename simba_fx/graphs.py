@@ -75,11 +75,11 @@ def operator_of(node: fx.Node) -> Any:
 
 def is_size(node: fx.Node) -> bool:
     """Whether the node yields a (symbolic) number rather than tensors."""
-    return isinstance(value(node), int | torch.SymInt)
+    return isinstance(value(node), int | float | torch.SymInt | torch.SymFloat | torch.SymBool)
 
 
-def expression(size: int | torch.SymInt) -> sympy.Expr:
-    return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)
+def expression(size: float | torch.SymInt | torch.SymFloat | torch.SymBool) -> sympy.Expr:
+    return sympy.sympify(size) if isinstance(size, int | float) else size.node.expr
 
 
 def depends_on_length(node: fx.Node, facts: Facts) -> bool:

@@ -405,6 +405,7 @@ def _stack_class(cls: type[nn.Module], blocks: bool) -> type:
         runtime = self._simba
         variant = lookup(runtime, call.signature)
         inputs = [call.tensors[name] for name in variant.built.captured.arguments]
+        checked(variant.built, cls.__name__, *call.tensors["inputs_embeds"].shape[:2], runtime.tail)
         program = variant.built.program
         output = finish(runtime, variant, call, execute(program, program.forward, *inputs, runtime.tail))
         if blocks:
@@ -412,6 +413,7 @@ def _stack_class(cls: type[nn.Module], blocks: bool) -> type:
         return output
 
     lookup, mark, decode = python(SparseStack.variant), dynamic_marker(), python(_decoding)
+    checked = python(Built.check_sizes)
     execute = left_to_python(exporting.run) if blocks else exporting.run
     return subclass(cls, "blocks" if blocks else "whole", left_to_python(forward) if blocks else forward)
 

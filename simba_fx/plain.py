@@ -70,6 +70,7 @@ class PlainRuntime(Memory):
         inputs = [bound[name] for name in captured.arguments]
         lead, mask = inputs[captured.inputs.index(captured.facts.primary)], self._mask(inputs)
         check_mask(mask, lead.shape[0], lead.shape[1], self.tail, self.options.named)
+        self.built.check_sizes(self.name, lead.shape[0], lead.shape[1], self.tail)
         if (around := autocast_dtype(lead.device)) != self.autocast:
             raise InputError(
                 f"{self.name} was captured with torch.autocast {_told(self.autocast)} and is called with it "
