@@ -17,6 +17,7 @@ from simba_fx.graphs import (
     end_of,
     expression,
     from_mask_alone,
+    placeholder,
     region,
     selects,
     sequence_dims,
@@ -96,10 +97,12 @@ class GatherSurvivors:
         val = value(node)
         shared = dims == (1,) and expression(val.shape[0]) == 1 != expression(value(kept).shape[0])
         if shared:  # a table for all rows: each takes places of its own
-            count = insert(torch.ops.aten.sym_size.int, kept, 0, val=value(kept).shape[0])
+            early = Insert(insert.graph, end_of(insert.graph, region(node)), region(node), self.name)
+            lead = placeholder(insert.graph, facts.primary)
+            count = early(torch.ops.aten.sym_size.int, lead, 0, val=value(kept).shape[0])
             val = val.expand(value(kept).shape[0], *val.shape[1:])
             sizes = [count, *[-1] * (val.dim() - 1)]
-            node = insert(torch.ops.aten.expand.default, node, sizes, val=val, role="invariant", like=node)
+            node = early(torch.ops.aten.expand.default, node, sizes, val=val, role="invariant", like=node)
         if dims != (1,) or val.shape[0] != value(kept).shape[0]:
             raise GraphError(
                 f"Node {node.name} in {where(node)} has shape {shape_text(val, facts)} and crosses a cut; expected "
