@@ -13,12 +13,16 @@ from torch import Tensor, fx
 from simba_fx.errors import GraphError
 from simba_fx.graphs import (
     MARK,
+    SAME_PLACES,
+    SIMILAR,
     Facts,
     Insert,
     end_of,
     expression,
+    is_even,
     is_size,
     operator_of,
+    opname,
     placeholder,
     region,
     selects,
@@ -27,13 +31,6 @@ from simba_fx.graphs import (
     where,
 )
 
-_FACTORIES = ("full", "ones", "zeros", "empty", "rand", "randn", "randint", "scalar_tensor", "empty_strided")
-_SIMILAR = {"zeros_like": 0, "new_zeros": 0, "ones_like": 1, "new_ones": 1, "full_like": None, "new_full": None,
-            "empty_like": 0, "new_empty": 0, "rand_like": None, "randn_like": None, "randint_like": None}  # fmt: skip
-"""Read the shape of a tensor, not what is in it; and what they fill (None: see `_filled`)."""
-_SAME_PLACES = ("unsqueeze", "squeeze", "expand", "view", "reshape", "to", "_to_copy", "clone", "transpose", "permute",
-                "alias", "detach", "detach_", "contiguous", "expand_as", "view_as", "lift_fresh_copy", "flatten",
-                "_assert_tensor_metadata", "type_as", "float", "masked_fill", "where")  # fmt: skip
 _BROADCAST = ("scaled_dot_product_attention", "masked_fill", "where", "cat", "stack", "type_as", "expand_as")
 """Beside pointwise operators, those whose operands meet dimension by dimension, counted from the last."""
 
@@ -82,12 +79,12 @@ class HoistPositions:
             if region(node) <= first or not _is_write(node) or not free.issuperset(_tensors_read(node)):
                 continue
             written: Any = node.args[0]
-            while _opname(written) in (*_SAME_PLACES, "slice", "select"):
+            while opname(written) in (*SAME_PLACES, "slice", "select"):
                 written = written.args[0]
             if _length_dims(written, facts):
                 raise GraphError(
                     f"Node {node.name} in {where(node)} writes into a tensor made from the length, after tokens have "
-                    f"left; expected no {_opname(node)} there, since places are those of the whole input. Write it "
+                    f"left; expected no {opname(node)} there, since places are those of the whole input. Write it "
                     "without the trailing underscore or the assignment, or keep the blocks before it whole."
                 )
 
@@ -102,7 +99,7 @@ class HoistPositions:
         places = tuple(dim + ahead for dim in dims)
         exact = all(expression(val.shape[dim]) == facts.sequence for dim in dims)
         lead = sympy.Integer(1) if ahead else expression(val.shape[0])
-        catenated = _opname(user) in ("cat", "stack")
+        catenated = opname(user) in ("cat", "stack")
         if rank != val.dim() + ahead or not exact or lead not in (1, facts.batch) or (catenated and ahead):
             raise self._refusal(node, user, facts)
         steps: list[Any] = [(torch.ops.aten.unsqueeze.default, 0)] * ahead
@@ -129,7 +126,7 @@ class HoistPositions:
         return GraphError(
             f"Node {user.name} in {where(user)} reads {node.name} {shape_text(value(node), facts)}, which is computed "
             "from the length alone, after tokens have left; expected it to meet (B, L, ...) tokens place by place, or "
-            f"(B, H, L, L) pairs, found {_opname(user)}. Compute it outside of the model and pass it as an argument "
+            f"(B, H, L, L) pairs, found {opname(user)}. Compute it outside of the model and pass it as an argument "
             "(B, L, ...), or keep the blocks before it whole (give them the same share)."
         )
 
@@ -144,13 +141,9 @@ def _rank(user: fx.Node) -> int | None:
     target = operator_of(user)
     pointwise = torch.Tag.pointwise in getattr(target, "tags", ())
     val = value(user)
-    if not (pointwise or _opname(user) in _BROADCAST) or not isinstance(val, Tensor):
+    if not (pointwise or opname(user) in _BROADCAST) or not isinstance(val, Tensor):
         return None
-    return val.dim() - (_opname(user) == "stack")
-
-
-def _opname(node: fx.Node) -> str:
-    return str(getattr(node.target, "_opname", ""))
+    return val.dim() - (opname(user) == "stack")
 
 
 def _length_dims(node: fx.Node, facts: Facts) -> tuple[int, ...]:
@@ -199,7 +192,7 @@ def _positional(graph: fx.Graph, facts: Facts) -> tuple[set[fx.Node], list[fx.No
                 free.add(node)
             continue
         made = node.op == "call_function" and next(_tensors(node), None) is not None and _own(node)
-        if not made or _is_write(node) or not (_opname(node) in _SIMILAR or free.issuperset(read)):
+        if not made or _is_write(node) or not (opname(node) in SIMILAR or free.issuperset(read)):
             continue
         free.add(node)
         if region(node) < 0:
@@ -208,10 +201,7 @@ def _positional(graph: fx.Graph, facts: Facts) -> tuple[set[fx.Node], list[fx.No
         if ready.intersection(read):
             free.discard(node)
             continue
-        name = _opname(node)
-        even = name in (*_FACTORIES, *_SIMILAR, *_SAME_PLACES)
-        even = even or torch.Tag.pointwise in getattr(node.target, "tags", ())
-        uneven = not even and any(_is_place(n, facts) for n in (node, *read))
+        uneven = not is_even(node) and any(_is_place(n, facts) for n in (node, *read))
         outside = (n for n in read if n.op == "call_function" and region(n) < 0)
         if uneven or not placed.keys().isdisjoint(read) or any(_is_place(n, facts) for n in outside):
             placed[node] = None
@@ -238,7 +228,7 @@ class _Hoist:
     def __call__(self, node: fx.Node) -> fx.Node:
         if node.op != "call_function" or region(node) == -1:
             return node
-        if _opname(node) in _SIMILAR and any(isinstance(value(n), Tensor) for n in node.all_input_nodes):
+        if opname(node) in SIMILAR and any(isinstance(value(n), Tensor) for n in node.all_input_nodes):
             return self._filled(node)
         given: Any = (node.args, node.kwargs)
         args, kwargs = fx.node.map_arg(given, self)
@@ -256,8 +246,8 @@ class _Hoist:
 
     def _filled(self, node: fx.Node) -> fx.Node:
         """`ones_like(x)` and its kind, of the input's sizes: `x` is a block's."""
-        number = _SIMILAR[_opname(node)]
-        if number is None and _opname(node) in ("full_like", "new_full"):
+        number = SIMILAR[opname(node)]
+        if number is None and opname(node) in ("full_like", "new_full"):
             number = node.args[-1]
         if number is None or isinstance(number, fx.Node):
             raise GraphError(

@@ -19,7 +19,7 @@ class TrackTokens:
 
         rows = arange(batch).unsqueeze(1)                    # (B, 1) int64: x[rows, kept] picks tokens row by row
         positions = arange(length).expand(batch, length)     # (B, L) int64
-        real = attention_mask != 0                           # (B, L) bool, only with a padding mask
+        real = attention_mask != 0                           # (B, L) bool, only with a padding mask (== 0: of padding)
         lengths = real.sum(1)                                # (B,) int64, only with a padding mask
     """
 
@@ -46,6 +46,7 @@ class TrackTokens:
         insert(torch.ops.aten.expand.default, line, [batch, length], val=grid, role="positions", name="positions")
         if facts.mask is not None:
             mask = placeholder(graph, facts.mask)
-            real = insert(torch.ops.aten.ne.Scalar, mask, 0, val=grid.to(torch.bool), role="real", name="real")
+            marks = torch.ops.aten.ne.Scalar if facts.mask_marks == "real" else torch.ops.aten.eq.Scalar
+            real = insert(marks, mask, 0, val=grid.to(torch.bool), role="real", name="real")
             insert(torch.ops.aten.sum.dim_IntList, real, [1], val=grid[:, 0], role="lengths", name="lengths")
         return 1

@@ -28,6 +28,7 @@ def transform(model: nn.Module, schedule: ScheduleLike = "linear", *, criterion:
               output: Literal["full", "kept"] = "full", floor: int = 4, kernels: Literal["auto", "model"] = "auto",
               compile: Literal["blocks", "whole"] = "blocks", seed: int = 0, query: int | None = None,
               protect: Sequence[int] = (), labels: Literal["all", "kept"] = "all",
+              mask: str | Literal[False] | None = None, mask_marks: Literal["real", "padding"] = "real",
               example_inputs: tuple[Any, ...] | Mapping[str, Any] | None = None) -> Any:  # fmt: skip
     """A sparse twin of `model` over the same weights; `model` itself is untouched and stays dense.
 
@@ -56,6 +57,10 @@ def transform(model: nn.Module, schedule: ScheduleLike = "linear", *, criterion:
         protect: positions, counted likewise, that are kept in every block.
         labels: of a transformers model's own loss: "all" counts every label, also those predicted by tokens that left
             early; "kept" ignores the labels that such tokens should predict.
+        mask: of a plain `nn.Module` with arguments that may be padding masks `(B, L)`: the name of the one that is, or
+            False where none is.
+        mask_marks: what that mask's values other than 0 mark: "real" tokens (transformers' convention), or "padding"
+            (torch's `key_padding_mask`).
         example_inputs: for a plain `nn.Module`: its arguments, tensors `(B, L, ...)`, B ≠ L. Only shapes and dtypes are
             read. A module that takes token ids needs none.
 
@@ -90,7 +95,8 @@ def transform(model: nn.Module, schedule: ScheduleLike = "linear", *, criterion:
             "Transform the model first, and apply fully_shard to the blocks and to the model around them afterwards."
         )
     named: Any = protect  # checked, and made a tuple, in Options
-    options = Options(as_schedule(schedule), criterion, output, floor, kernels, compile, seed, query, named, labels)
+    options = Options(as_schedule(schedule), criterion, output, floor, kernels, compile, seed, query, named, labels,
+                      mask, mask_marks)  # fmt: skip
     budgeted = isinstance(options.schedule, Budget)  # else nothing needs to remember the dense model
     pretrained = huggingface.is_pretrained(model)
     if labels != "all" and not pretrained:
@@ -99,6 +105,11 @@ def transform(model: nn.Module, schedule: ScheduleLike = "linear", *, criterion:
             "whose loss is outside of it. Leave it out, and mask your own loss with simba_fx.reached(sparse)."
         )
     if pretrained or mixer_model.is_mixer(model):
+        if mask is not None or mask_marks != "real":
+            raise SimbaError(
+                f"mask and mask_marks are for plain modules; expected none for a {type(model).__name__}, whose "
+                "attention_mask marks real tokens, if it takes one. Leave the arguments out."
+            )
         if example_inputs is not None:
             library = "transformers" if pretrained else "mamba_ssm"
             raise SimbaError(

@@ -41,6 +41,8 @@ class Options:
     query: int | None = None
     protect: tuple[int, ...] = ()
     labels: Literal["all", "kept"] = "all"
+    mask: str | Literal[False] | None = None
+    mask_marks: Literal["real", "padding"] = "real"
 
     @property
     def named(self) -> tuple[int, ...]:
@@ -69,13 +71,18 @@ class Options:
                 f"{type(self.criterion).__name__}. Write for example criterion='simba'."
             )
         choices = {"output": ("full", "kept"), "kernels": ("auto", "model"), "compile": ("blocks", "whole"),
-                   "labels": ("all", "kept")}  # fmt: skip
+                   "labels": ("all", "kept"), "mask_marks": ("real", "padding")}  # fmt: skip
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise SimbaError(
                     f"Unknown {name}={getattr(self, name)!r}: expected {' or '.join(map(repr, known))}. Write "
                     f"transform(model, {name}={known[0]!r})."
                 )
+        if self.mask is not None and self.mask is not False and not isinstance(self.mask, str):
+            raise SimbaError(
+                "transform expects mask to be the name of the argument that is a padding mask, or False where there is "
+                f"none; found {self.mask!r}. Write for example mask='key_padding_mask'."
+            )
         for name, least in (("floor", 0), ("seed", -(2**31))):
             number = getattr(self, name)
             if isinstance(number, bool) or not isinstance(number, int) or not least <= number < 2**31:

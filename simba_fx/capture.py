@@ -44,7 +44,7 @@ def _root(module: nn.Module, names: list[str]) -> nn.Module:
 
 def capture(module: nn.Module, owner: nn.Module, inputs: Mapping[str, Any], *, primary: str, mask: str | None = None,
             prefix: str = "", values: Callable[[], int] | None = None,
-            spare: Collection[str] = ()) -> Captured:  # fmt: skip
+            spare: Collection[str] = (), marks: str = "real") -> Captured:  # fmt: skip
     """Trace `module(**inputs)` into a flat graph.
 
     Args:
@@ -53,6 +53,7 @@ def capture(module: nn.Module, owner: nn.Module, inputs: Mapping[str, Any], *, p
         inputs: example tensors by name, B ≠ L, both > 1; a first dimension of size B and later ones of size L become
             symbolic.
         primary: the name of the tensor `(B, L, ...)` that sizes are read from; `mask`: of the padding mask.
+        marks: what the padding mask's values other than 0 mark, "real" tokens or "padding".
         values: called after tracing; how many flat outputs are values (the others are cache states). None: all.
         spare: names of inputs that are left out of the graph where nothing reads them.
 
@@ -101,7 +102,7 @@ def capture(module: nn.Module, owner: nn.Module, inputs: Mapping[str, Any], *, p
     guards = _guards(named, {name: named_sizes(inputs[name], rows, length) for name in named}, primary, questions)
     arguments, placeholders = tuple(named), tuple(node.name for node in named.values())
     count = None if values is None else values()
-    facts = settled(graph, owner, named[primary], None if mask is None else named[mask], count)
+    facts = settled(graph, owner, named[primary], None if mask is None else named[mask], count, marks)
     return Captured(graph, attributes, facts, sites, exported.call_spec.out_spec, arguments, placeholders, guards)
 
 
