@@ -94,6 +94,8 @@ def test_the_signature_of_transform() -> None:
         "query": None,
         "protect": (),
         "labels": "all",
+        "mask": None,
+        "mask_marks": "real",
         "example_inputs": None,
     }
     keyword_only = [name for name, p in parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY]
