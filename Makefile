@@ -1,4 +1,4 @@
-# make test | lint | demo | bench | speed | table     Needs Python 3.11 or newer with pip; everything goes into .venv.
+# make test | lint | demo | bench | speed | table | fuzz     Needs Python 3.11 or newer with pip; everything goes into .venv.
 
 PYTHON ?= python3
 # torch comes first and pinned: pip takes the CPU build (2.13.0+cpu) where the configured index offers it, and a looser
@@ -11,7 +11,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: test lint demo bench speed table clean
+.PHONY: test lint demo bench speed table fuzz clean
 
 test: $(VENV)/.dev $(VENV)/.triton $(VENV)/.mamba-ssm $(VENV)/.torchao
 	$(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
@@ -38,6 +38,11 @@ speed: $(VENV)/.dev
 # What each family of models can do, as the tests just showed it.
 table: $(VENV)/.dev $(VENV)/.triton $(VENV)/.mamba-ssm
 	$(BIN)/pytest -n $(WORKERS) -q --capabilities $(ARGS)
+
+# Modules and calls drawn from grammars, as many as FUZZ says of each kind (hours); `make test` draws a few.
+FUZZ ?= 10000
+fuzz: $(VENV)/.dev
+	SIMBA_FX_FUZZ=$(FUZZ) $(BIN)/pytest -n $(WORKERS) tests/test_fuzz_*.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) build

@@ -449,13 +449,17 @@ def test_explain_tells_what_each_pass_did_and_what_was_left_alone(make: Callable
         "TrackTokens",
         "ScoreTokens",
         "SelectTokens",
+        "HoistPositions",
         "GatherSurvivors",
         "RestoreLength",
         "OutlineBlocks",
     ]
     changed = dict(zip(names, (int(heading.split(": ")[-1].split()[0]) for heading in headings)))
     assert changed["ScoreTokens"] == changed["SelectTokens"] == changed["GatherSurvivors"] == 2
-    assert [name for name, sites in changed.items() if not sites] in (["DropCasts"], ["ChannelLast", "DropCasts"])
+    assert [name for name, sites in changed.items() if not sites] in (
+        ["DropCasts", "HoistPositions"],
+        ["ChannelLast", "DropCasts", "HoistPositions"],
+    )
     inserted = [line for line in lines if line.startswith("+") and "selective_token_score(" in line]
     assert [line.split("# ")[1] for line in inserted] == ["score-tokens, block 0", "score-tokens, block 2"]
     parent = "layers" if "layers" in text.split("==")[-1] else "blocks"

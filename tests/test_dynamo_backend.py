@@ -502,7 +502,8 @@ def test_unknown_options_and_those_that_do_not_apply() -> None:
 
     assert said(shedule="linear") == (
         "Unknown option 'shedule' of backend=\"simba_fx\": expected schedule, criterion, floor, seed, query, protect, "
-        'tail, backend, mode, options. Options of the inner backend go one level down: options={"options": {...}}.'
+        "mask, mask_marks, tail, backend, mode, options. Options of the inner backend go one level down: "
+        'options={"options": {...}}.'
     )
     assert said(output="kept") == (
         "Option 'output' does not apply to backend=\"simba_fx\": Dynamo has fixed what the model returns before the "
