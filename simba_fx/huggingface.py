@@ -532,6 +532,7 @@ def _stack_class(cls: type[nn.Module], blocks: bool) -> type:
             return step(self, given)
         runtime = self._simba
         variant = lookup(runtime, call.signature)
+        checked(variant.built, cls.__name__, *call.tensors["inputs_embeds"].shape[:2], call.ends.tail)
         program = variant.built.program
         inputs = call.inputs(variant.built.captured.arguments)
         output = finish(runtime, variant, call, execute(program, program.forward, *inputs))
@@ -551,6 +552,7 @@ def _stack_class(cls: type[nn.Module], blocks: bool) -> type:
     lookup, mark, decode = python(SparseStack.variant), dynamic_marker(), python(_decoding)
     remember = python(_expected_tokens)
     step = left_to_python(guarded) if blocks else lambda self, given: own(self, **decode(given))
+    checked = python(Built.check_sizes)
     execute = left_to_python(exporting.run) if blocks else exporting.run
     return subclass(cls, "blocks" if blocks else "whole", left_to_python(forward) if blocks else forward)
 

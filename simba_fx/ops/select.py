@@ -304,12 +304,22 @@ def _(square: Tensor, positions: Tensor, real: Tensor | None) -> Tensor:
     return square.new_empty(rows, square.shape[1], slots, slots)
 
 
-def _no_gradient(ctx: Any, _: Tensor) -> tuple[None, None, None]:
-    return None, None, None
+def _scattered(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    """What each pair of the input was taken for: a bias may be learned."""
+    positions, real = ctx.saved_tensors
+    if real is not None:
+        grad = grad.masked_fill(~real[:, None, None, :], 0)
+    rows = torch.arange(ctx.sizes[0], device=grad.device)[:, None, None]
+    index = positions.clamp(max=ctx.sizes[2] - 1)
+    back = grad.new_zeros([ctx.sizes[i] for i in (0, 2, 3, 1)])
+    back = back.index_put((rows, index[:, :, None], index[:, None, :]), grad.permute(0, 2, 3, 1), accumulate=True)
+    return back.permute(0, 3, 1, 2), None, None
 
 
-def _mask_only(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.mark_non_differentiable(output)
+def _taken(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    square, positions, real = inputs
+    ctx.save_for_backward(positions, real)
+    ctx.sizes = square.shape
 
 
-take_square.register_autograd(_no_gradient, setup_context=_mask_only)
+take_square.register_autograd(_scattered, setup_context=_taken)
