@@ -13,7 +13,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .PHONY: test lint demo bench speed table fuzz clean
 
-test: $(VENV)/.dev $(VENV)/.triton $(VENV)/.mamba-ssm $(VENV)/.torchao
+test: $(VENV)/.dev $(VENV)/.triton $(VENV)/.mamba-ssm $(VENV)/.torchao $(VENV)/.lm-eval
 	$(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # mypy reads the package as it is installed: passes/ at its place, simba_fx/passes.
@@ -79,6 +79,13 @@ $(VENV)/.mamba-ssm: $(VENV)/.torch
 $(VENV)/.torchao: $(VENV)/.torch
 	rm -rf $(VENV)/torchao
 	$(PIP) --no-deps --target $(VENV)/torchao torchao==0.18.0
+	@touch $@
+
+# lm-eval's wrapper of transformers models, with what importing that needs beyond the development tools: its data sets,
+# metrics and tasks are not run.
+$(VENV)/.lm-eval: $(VENV)/.torch
+	rm -rf $(VENV)/lm-eval
+	$(PIP) --no-deps --target $(VENV)/lm-eval lm_eval==0.4.13 requests==2.34.2 urllib3==2.8.0 certifi charset-normalizer
 	@touch $@
 
 $(VENV)/.demo: $(VENV)/.torch pyproject.toml

@@ -9,6 +9,7 @@ What each does, and what it needs before it:
     protect-tokens    where the tokens stand that a caller named           only with `query` or `protect`
     score-tokens      one score per cut, at the block's end                needs the scans' operands
     select-tokens     one selection per score                              needs the scores and the bookkeeping
+    hoist-positions   what blocks make of the length is the input's        needs the selections: what is behind a cut
     gather-survivors  everything alive across a cut is gathered            needs every selection in place
     restore-length    early exits and survivors back in their places       needs the gathers: they name the residual
     restore-kernels   the model's own scan functions                       last, since it hides the scans
@@ -29,6 +30,7 @@ from simba_fx.passes.channel_last import ChannelLast
 from simba_fx.passes.drop_casts import DropCasts
 from simba_fx.passes.erase_sites import EraseSites
 from simba_fx.passes.gather_survivors import GatherSurvivors
+from simba_fx.passes.hoist_positions import HoistPositions
 from simba_fx.passes.outline_blocks import OutlineBlocks
 from simba_fx.passes.protect_tokens import ProtectTokens
 from simba_fx.passes.restore_kernels import RestoreKernels
@@ -43,6 +45,7 @@ __all__ = [
     "DropCasts",
     "EraseSites",
     "GatherSurvivors",
+    "HoistPositions",
     "OutlineBlocks",
     "ProtectTokens",
     "RestoreKernels",
@@ -65,6 +68,7 @@ def pipeline(cuts: tuple[Cut, ...], *, criterion: str = "simba", floor: int = 4,
         *((ProtectTokens(query, protect),) if query is not None or protect else ()),
         ScoreTokens(cuts, criterion, floor, seed),
         SelectTokens(cuts, floor),
+        HoistPositions(output),
         GatherSurvivors(output),
         RestoreLength(output),
         *((RestoreKernels(sites),) if own_kernels else ()),

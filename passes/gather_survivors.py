@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,9 @@ from simba_fx.graphs import (
     end_of,
     expression,
     from_mask_alone,
+    is_even,
+    is_size,
+    placeholder,
     region,
     selects,
     sequence_dims,
@@ -38,7 +41,7 @@ class GatherSurvivors:
     After, at the start of block 4:
 
         survivors = h[rows, kept_3]             # (B, k, D); one gather for every live tensor with a length
-        mask_4 = where(real_3, mask[kept_3], 0)  # what is computed from the padding mask alone: fillers are padding
+        mask_4 = where(real_3, mask[kept_3], 0)  # fillers are padding; ~mask and its kind are made anew
         square_4 = take_square(mask_of_pairs, positions_3, real_3)  # (B, 1, L, L): only where a block reads it
         length_4 = kept_3.size(1)                # and size arithmetic that starts from it
 
@@ -55,9 +58,11 @@ class GatherSurvivors:
     def rewrite(self, graph: fx.Graph, facts: Facts) -> int:
         last = facts.n_blocks - (self.output == "full")
         from_mask = from_mask_alone(graph, facts)
-        return sum(self._cut(graph, facts, select, last, from_mask) for select in selects(graph))
+        masks = [placeholder(graph, facts.mask)] if facts.mask is not None else []  # as each cut leaves it
+        return sum(self._cut(graph, facts, select, last, from_mask, masks) for select in selects(graph))
 
-    def _cut(self, graph: fx.Graph, facts: Facts, select: fx.Node, last: int, from_mask: set[fx.Node]) -> int:
+    def _cut(self, graph: fx.Graph, facts: Facts, select: fx.Node, last: int, from_mask: set[fx.Node],
+             masks: list[fx.Node]) -> int:  # fmt: skip
         results = {node.args[1]: node for node in select.users}
         kept, renamed = results[0], {"positions": results[2], "real": results.get(4)}
         if any(user.meta.get("simba_fx", {}).get("pass") == self.name for user in kept.users):
@@ -70,6 +75,22 @@ class GatherSurvivors:
 
         live = [node for node in graph.nodes if region(node) <= block and any(map(beyond, node.users))]
         insert = Insert(graph, end_of(graph, block), block + 1, self.name)
+        shorter = self._shorter(facts, insert, kept)
+        fresh: dict[fx.Node, fx.Node] = {}
+
+        def anew(node: fx.Node) -> fx.Node:
+            """The mask, or what is computed from it place by place, of the tokens that are left."""
+            if is_size(node):
+                return shorter(node)
+            if node not in fresh and node is masks[-1]:
+                fresh[node] = self._gather(insert, node, (1,), kept, False, facts)
+                fresh[node] = self._blank_fillers(insert, fresh[node], (1,), renamed["real"], facts)
+            elif node not in fresh:
+                given: Any = (node.args, node.kwargs)
+                args, kwargs = fx.node.map_arg(given, anew)
+                fresh[node] = insert(node.target, *args, val=value(node), role="invariant", like=node, **kwargs)
+            return fresh[node]
+
         for node in live:
             role = node.meta.get("simba_fx", {}).get("role")
             if node.op == "get_attr" or node in results.values() or role == "rows":
@@ -82,13 +103,22 @@ class GatherSurvivors:
             if dims == (2, 3) and value(node).dim() == 4:
                 self._take_square(insert, node, results, until, facts)
                 continue
+            if masks and _place_by_place(node, masks[-1]):
+                node.replace_all_uses_with(anew(node), delete_user_cb=lambda u: beyond(u) and not _inserted_now(u))
+                continue
             carried = region(node) == block and role not in ("carried", "invariant") and node not in from_mask
             gathered = self._gather(insert, node, dims, kept, carried, facts)
             if node in from_mask and renamed["real"] is not None:
-                gathered = self._blank_fillers(insert, gathered, dims, renamed["real"])
+                gathered = self._blank_fillers(insert, gathered, dims, renamed["real"], facts)
                 from_mask.add(gathered)
             node.replace_all_uses_with(gathered, delete_user_cb=lambda user: beyond(user) and not _inserted_now(user))
-        self._shorten(graph, facts, insert, kept, live, beyond)
+        for node in live:
+            if depends_on_length(node, facts):
+                for user in [user for user in node.users if beyond(user) and not _counts_from_input(user)]:
+                    user.replace_input_with(node, shorter(node))
+        if masks and masks[-1] in fresh:
+            masks.append(fresh[masks[-1]])
+        from_mask.update(fresh.values())
         return 1
 
     def _gather(self, insert: Insert, node: fx.Node, dims: tuple[int, ...], kept: fx.Node, carried: bool,
@@ -96,10 +126,12 @@ class GatherSurvivors:
         val = value(node)
         shared = dims == (1,) and expression(val.shape[0]) == 1 != expression(value(kept).shape[0])
         if shared:  # a table for all rows: each takes places of its own
-            count = insert(torch.ops.aten.sym_size.int, kept, 0, val=value(kept).shape[0])
+            early = Insert(insert.graph, end_of(insert.graph, region(node)), region(node), self.name)
+            lead = placeholder(insert.graph, facts.primary)
+            count = early(torch.ops.aten.sym_size.int, lead, 0, val=value(kept).shape[0])
             val = val.expand(value(kept).shape[0], *val.shape[1:])
             sizes = [count, *[-1] * (val.dim() - 1)]
-            node = insert(torch.ops.aten.expand.default, node, sizes, val=val, role="invariant", like=node)
+            node = early(torch.ops.aten.expand.default, node, sizes, val=val, role="invariant", like=node)
         if dims != (1,) or val.shape[0] != value(kept).shape[0]:
             raise GraphError(
                 f"Node {node.name} in {where(node)} has shape {shape_text(val, facts)} and crosses a cut; expected "
@@ -126,21 +158,37 @@ class GatherSurvivors:
         if not readers:
             return
         name = f"square_{insert.region}"
-        taken = insert(torch.ops.simba_fx.take_square.default, node, results[2], results.get(4), val=value(node),
+        real = results.get(4) if _reads_mask(node, facts) else None  # by places alone there is no filler to be hidden
+        taken = insert(torch.ops.simba_fx.take_square.default, node, results[2], real, val=value(node),
                        role="square", like=node, name=name)  # fmt: skip
         for user in readers:
             user.replace_input_with(node, taken)
 
-    def _blank_fillers(self, insert: Insert, gathered: fx.Node, dims: tuple[int, ...], real: fx.Node) -> fx.Node:
-        val = value(gathered)
+    def _blank_fillers(self, insert: Insert, gathered: fx.Node, dims: tuple[int, ...], real: fx.Node,
+                       facts: Facts) -> fx.Node:  # fmt: skip
+        val, name = value(gathered), f"mask_{insert.region}"
+        if facts.mask_marks == "padding" and val.dim() == 2:
+            padded = self._padded(insert.graph, facts)
+            return insert(torch.ops.aten.where.self, real, gathered, padded, val=val, role="invariant", like=gathered,
+                          name=name)  # fmt: skip
         for _ in range(val.dim() - 2):
             real = insert(torch.ops.aten.unsqueeze.default, real, -1, val=value(real)[..., None])
-        target, name = torch.ops.aten.where.ScalarOther, f"mask_{insert.region}"
         nothing = False if val.dtype == torch.bool else 0  # a number would make integers of truth values
-        return insert(target, real, gathered, nothing, val=val, role="invariant", like=gathered, name=name)
+        return insert(torch.ops.aten.where.ScalarOther, real, gathered, nothing, val=val, role="invariant",
+                      like=gathered, name=name)  # fmt: skip
 
-    def _shorten(self, graph: fx.Graph, facts: Facts, insert: Insert, kept: fx.Node, live: Iterable[fx.Node],
-                 beyond: Any) -> None:  # fmt: skip
+    def _padded(self, graph: fx.Graph, facts: Facts) -> fx.Node:
+        """What the mask says of padding, `(B, 1)`: its value at the first pad of each row. A row without one has no
+        fillers either."""
+        if (known := tracked(graph, "padded")) is not None:
+            return known
+        mask, real = placeholder(graph, str(facts.mask)), tracked(graph, "real")
+        insert = Insert(graph, end_of(graph, -1), -1, self.name)
+        numbers = insert(torch.ops.aten.to.dtype, real, torch.int64, val=value(real).long())
+        first = insert(torch.ops.aten.argmin.default, numbers, 1, True, val=value(numbers)[:, :1])
+        return insert(torch.ops.aten.gather.default, mask, 1, first, val=value(mask)[:, :1], role="padded")
+
+    def _shorter(self, facts: Facts, insert: Insert, kept: fx.Node) -> Callable[[fx.Node], fx.Node]:
         """Size arithmetic that is used beyond the cut starts from the new length. Selections count from the input's."""
         clones: dict[fx.Node, fx.Node] = {}
 
@@ -155,10 +203,24 @@ class GatherSurvivors:
                 clones[node] = insert(node.target, *args, val=value(node), like=node, **kwargs)
             return clones[node]
 
-        for node in live:
-            if depends_on_length(node, facts):
-                for user in [user for user in node.users if beyond(user) and not _counts_from_input(user)]:
-                    user.replace_input_with(node, shorter(node))
+        return shorter
+
+
+def _place_by_place(node: fx.Node, mask: fx.Node) -> bool:
+    """Whether a node is the padding mask, or computed from it alone by operators that do the same at every place."""
+    read = [n for n in node.all_input_nodes if not is_size(n)]
+    even = node.op == "call_function" and node.meta.get("simba_fx", {}).get("role") != "real" and is_even(node)
+    return node is mask or (even and bool(read) and all(_place_by_place(n, mask) for n in read))
+
+
+def _reads_mask(node: fx.Node, facts: Facts) -> bool:
+    """Whether anything that a node is computed from is the padding mask."""
+    seen, ahead = set[fx.Node](), [node]
+    while ahead:
+        if (one := ahead.pop()) not in seen:
+            seen.add(one)
+            ahead += one.all_input_nodes
+    return any(one.op == "placeholder" and one.name == facts.mask for one in seen)
 
 
 def _inserted_now(user: fx.Node) -> bool:

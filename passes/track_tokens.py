@@ -19,7 +19,7 @@ class TrackTokens:
 
         rows = arange(batch).unsqueeze(1)                    # (B, 1) int64: x[rows, kept] picks tokens row by row
         positions = arange(length).expand(batch, length)     # (B, L) int64
-        real = attention_mask != 0                           # (B, L) bool, only with a padding mask
+        real = attention_mask != 0                           # (B, L) bool, only with a padding mask (== 0: of padding)
         lengths = real.sum(1)                                # (B,) int64, only with a padding mask
 
     With `trailing`, for a model that is given no mask: `def forward(inputs_embeds, tail, lengths)`, `lengths` `(B,)`
@@ -60,7 +60,8 @@ class TrackTokens:
         )
         if facts.mask is not None:
             mask = placeholder(graph, facts.mask)
-            real = insert(torch.ops.aten.ne.Scalar, mask, 0, val=grid.to(torch.bool), role="real", name="real")
+            marks = torch.ops.aten.ne.Scalar if facts.mask_marks == "real" else torch.ops.aten.eq.Scalar
+            real = insert(marks, mask, 0, val=grid.to(torch.bool), role="real", name="real")
             insert(torch.ops.aten.sum.dim_IntList, real, [1], val=grid[:, 0], role="lengths", name="lengths")
         elif self.trailing:
             column = insert(torch.ops.aten.unsqueeze.default, last, 1, val=grid[:, :1])

@@ -30,6 +30,7 @@ def transform(model: nn.Module, schedule: ScheduleLike = "linear", *, criterion:
               compile: Literal["blocks", "whole"] = "blocks", seed: int = 0, query: int | None = None,
               protect: Sequence[int] = (), labels: Literal["all", "kept"] = "all",
               tail: Literal["last", "labels"] = "last", pad_token_id: int | None = None,
+              mask: str | Literal[False] | None = None, mask_marks: Literal["real", "padding"] = "real",
               example_inputs: tuple[Any, ...] | Mapping[str, Any] | None = None) -> Any:  # fmt: skip
     """A sparse twin of `model` over the same weights; `model` itself is untouched and stays dense.
 
@@ -65,6 +66,10 @@ def transform(model: nn.Module, schedule: ScheduleLike = "linear", *, criterion:
             differ, the host waits once for their sizes.
         pad_token_id: of a transformers model: the id that pads rows at their end where no attention_mask is passed.
             None: the config's, where that is no end of sequence as well.
+        mask: of a plain `nn.Module` with arguments that may be padding masks `(B, L)`: the name of the one that is, or
+            False where none is.
+        mask_marks: what that mask's values other than 0 mark: "real" tokens (transformers' convention), or "padding"
+            (torch's `key_padding_mask`).
         example_inputs: for a plain `nn.Module`: its arguments, tensors `(B, L, ...)`, B ≠ L. Only shapes and dtypes are
             read. A module that takes token ids needs none.
 
@@ -100,7 +105,7 @@ def transform(model: nn.Module, schedule: ScheduleLike = "linear", *, criterion:
         )
     named: Any = protect  # checked, and made a tuple, in Options
     options = Options(as_schedule(schedule), criterion, output, floor, kernels, compile, seed, query, named, labels,
-                      tail, pad_token_id)  # fmt: skip
+                      tail, pad_token_id, mask, mask_marks)  # fmt: skip
     budgeted = isinstance(options.schedule, Budget)  # else nothing needs to remember the dense model
     pretrained = huggingface.is_pretrained(model)
     if labels != "all" and not pretrained:
@@ -116,6 +121,11 @@ def transform(model: nn.Module, schedule: ScheduleLike = "linear", *, criterion:
                 "simba_fx.answer(sparse, n)."
             )
     if pretrained or mixer_model.is_mixer(model):
+        if mask is not None or mask_marks != "real":
+            raise SimbaError(
+                f"mask and mask_marks are for plain modules; expected none for a {type(model).__name__}, whose "
+                "attention_mask marks real tokens, if it takes one. Leave the arguments out."
+            )
         if example_inputs is not None:
             library = "transformers" if pretrained else "mamba_ssm"
             raise SimbaError(

@@ -14,6 +14,7 @@ from simba_fx import ops, passes, schedule
 from simba_fx.capture import Captured
 from simba_fx.directions import carrying, reaches_all
 from simba_fx.errors import CriterionError, GraphError, SimbaError
+from simba_fx.guards import check_guards
 from simba_fx.operands import SelectiveScan, SSDScan
 from simba_fx.passes.protect_tokens import named_positions
 from simba_fx.pipeline import Stage, run_passes
@@ -42,6 +43,8 @@ class Options:
     labels: Literal["all", "kept"] = "all"
     tail: Literal["last", "labels"] = "last"
     pad_token_id: int | None = None
+    mask: str | Literal[False] | None = None
+    mask_marks: Literal["real", "padding"] = "real"
 
     @property
     def named(self) -> tuple[int, ...]:
@@ -70,13 +73,19 @@ class Options:
                 f"{type(self.criterion).__name__}. Write for example criterion='simba'."
             )
         choices = {"output": ("full", "kept"), "kernels": ("auto", "model"), "compile": ("blocks", "whole"),
-                   "labels": ("all", "kept"), "tail": ("last", "labels")}  # fmt: skip
+                   "labels": ("all", "kept"), "tail": ("last", "labels"),
+                   "mask_marks": ("real", "padding")}  # fmt: skip
         for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise SimbaError(
                     f"Unknown {name}={getattr(self, name)!r}: expected {' or '.join(map(repr, known))}. Write "
                     f"transform(model, {name}={known[0]!r})."
                 )
+        if self.mask is not None and self.mask is not False and not isinstance(self.mask, str):
+            raise SimbaError(
+                "transform expects mask to be the name of the argument that is a padding mask, or False where there is "
+                f"none; found {self.mask!r}. Write for example mask='key_padding_mask'."
+            )
         for name, least in (("floor", 0), ("seed", -(2**31))):
             number = getattr(self, name)
             if isinstance(number, bool) or not isinstance(number, int) or not least <= number < 2**31:
@@ -128,11 +137,18 @@ class Built:
     history: list[Stage]
     trailing: bool = False
     """Whether the program is told the rows' lengths, as an input after `tail`."""
+    floor: int = 4
 
     @property
     def ragged(self) -> bool:
         """Whether rows may differ in length: selections then say which of the kept tokens are real."""
         return self.trailing or self.captured.facts.mask is not None
+
+    def check_sizes(self, name: str, rows: Any, length: Any, tail: int) -> None:
+        """Raises: InputError: the model `name` branches otherwise for these sizes, or for those of a block."""
+        if self.captured.guards:
+            inside = [(cut.block + 1, schedule.kept_count(length, cut.share, tail, self.floor)) for cut in self.cuts]
+            check_guards(self.captured.guards, name, rows, length, inside)
 
 
 def build(captured: Captured, options: Options, cost: Callable[..., schedule.Cost] | None = None, *,
@@ -157,7 +173,9 @@ def build(captured: Captured, options: Options, cost: Callable[..., schedule.Cos
     if options.compile == "blocks":
         top, stages = run_passes(graph, facts, [passes.OutlineBlocks(attributes)])
         history += stages[1:]
-    return Built(program_class(attributes, top), captured, graph, shares, cuts, has_scan, history, trailing)
+    return Built(
+        program_class(attributes, top), captured, graph, shares, cuts, has_scan, history, trailing, options.least
+    )
 
 
 def scoring_blocks(captured: Captured, options: Options) -> tuple[bool, ...]:

@@ -7,8 +7,9 @@ The result is normalised at once to a plain graph (`simba_fx.flat`). Parameters 
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import sympy
@@ -17,9 +18,11 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from simba_fx import lift
+from simba_fx.comparison import compare_adapters, say_not_compared
 from simba_fx.errors import CaptureError, ScanNotFoundError, SimbaError
 from simba_fx.flat import Captured, advice, check_every_mixer, cut, drop_no_ops, settled, strip_paths
 from simba_fx.graphs import SCANS, expression, look_up, value
+from simba_fx.guards import Guard, Question, guards_of, watched
 from simba_fx.inputs import named_sizes
 
 __all__ = ["Captured", "capture"]
@@ -43,7 +46,7 @@ def _root(module: nn.Module, names: list[str]) -> nn.Module:
 
 def capture(module: nn.Module, owner: nn.Module, inputs: Mapping[str, Any], *, primary: str, mask: str | None = None,
             prefix: str = "", values: Callable[[], int] | None = None,
-            spare: Collection[str] = ()) -> Captured:  # fmt: skip
+            spare: Collection[str] = (), kernels: str = "auto", marks: str = "real") -> Captured:  # fmt: skip
     """Trace `module(**inputs)` into a flat graph.
 
     Args:
@@ -52,22 +55,29 @@ def capture(module: nn.Module, owner: nn.Module, inputs: Mapping[str, Any], *, p
         inputs: example tensors by name, B ≠ L, both > 1; a first dimension of size B and later ones of size L become
             symbolic.
         primary: the name of the tensor `(B, L, ...)` that sizes are read from; `mask`: of the padding mask.
+        marks: what the padding mask's values other than 0 mark, "real" tokens or "padding".
         values: called after tracing; how many flat outputs are values (the others are cache states). None: all.
         spare: names of inputs that are left out of the graph where nothing reads them.
+        kernels: the option of `transform`: whether a user's scan function runs itself or as its adapter says.
 
     Raises:
         ScanNotFoundError: no registered scan function ran.
-        CaptureError: tracing failed, the length did not stay symbolic, or a scan was missed.
+        CaptureError: tracing failed, the length did not stay symbolic, a scan was missed, or a user's adapter does not
+            say what the function computes.
     """
     rows, length = _example_sizes(inputs, primary)
     dynamic = pytree.tree_map(lambda leaf: _dynamic_dims(leaf, rows, length), dict(inputs))
     root = _root(module, list(inputs))
+    sites: list[lift.CallSite] = []
+    compare = functools.partial(compare_adapters, module, owner, inputs, mask=mask, kernels=kernels)
+    questions: list[Question] = []
     try:
-        with lift.lifted(owner) as sites, torch.no_grad():
+        with lift.lifted(owner) as sites, watched(sites) as questions, torch.no_grad():
             exported = torch.export.export(root, (), dict(inputs), dynamic_shapes=dynamic, strict=False)
     except Exception as error:
-        raise _explained(error, owner) from error
-    flat = exported.module(check_guards=False)
+        compare(sites)  # a result of the wrong shape may be what stopped the trace
+        raise _explained(error, owner, questions) from error
+    flat = exported.module(check_guards=False)  # of ours: they hold in every block, and are told in words
     flat.graph.set_codegen(fx.graph.CodeGen())  # inputs and outputs flat, without pytree code around them
     graph = copy.deepcopy(flat.graph)  # no longer owned by a module: nodes may name attributes of ours
     inside = ".".join(filter(None, (_ROOT, prefix)))
@@ -79,6 +89,8 @@ def capture(module: nn.Module, owner: nn.Module, inputs: Mapping[str, Any], *, p
             f"while it was traced, found none.{advice(owner)}"
         )
     check_every_mixer(graph, owner)
+    if why := compare(sites):
+        say_not_compared((site.function for site in sites), why)
     attributes = {}
     for node in graph.find_nodes(op="get_attr"):
         tensor = look_up(flat, node.target)
@@ -96,10 +108,11 @@ def capture(module: nn.Module, owner: nn.Module, inputs: Mapping[str, Any], *, p
             f"The sizes of {primary} did not stay symbolic in {type(owner).__name__}: expected (B, L, ...) with two "
             f"symbols, found {tuple(shape)}. A Python loop over tokens fixes the length.{advice(owner)}"
         )
+    guards = _guards(named, {name: named_sizes(inputs[name], rows, length) for name in named}, primary, questions)
     arguments, placeholders = tuple(named), tuple(node.name for node in named.values())
     count = None if values is None else values()
-    facts = settled(graph, owner, named[primary], None if mask is None else named[mask], count)
-    return Captured(graph, attributes, facts, sites, exported.call_spec.out_spec, arguments, placeholders)
+    facts = settled(graph, owner, named[primary], None if mask is None else named[mask], count, marks)
+    return Captured(graph, attributes, facts, sites, exported.call_spec.out_spec, arguments, placeholders, guards)
 
 
 def _example_sizes(inputs: Mapping[str, Any], primary: str) -> tuple[int, int]:
@@ -120,7 +133,25 @@ def _dynamic_dims(leaf: Any, rows: int, length: int) -> Any:
     }
 
 
-def _explained(error: Exception, owner: nn.Module) -> Exception:
+def _guards(named: Mapping[str, fx.Node], sizes: Mapping[str, tuple[int | str, ...]], primary: str,
+            questions: Sequence[Question]) -> tuple[Guard, ...]:  # fmt: skip
+    """What calls must share with the example. Every symbolic size is the B or the L of the call."""
+    letters = {}
+    for name, node in named.items():
+        for size, letter in zip(value(node).shape, sizes[name]):
+            if isinstance(letter, str):
+                letters.update(dict.fromkeys(_symbols(size), letter))
+    return guards_of(value(named[primary]).fake_mode.shape_env, questions, letters)
+
+
+def _symbols(size: int | torch.SymInt) -> tuple[sympy.Symbol, ...]:
+    """A size's symbol before and after those of several inputs became one."""
+    if not isinstance(size, torch.SymInt):
+        return ()
+    return tuple(s for s in (size.node._expr, size.node.expr) if isinstance(s, sympy.Symbol))
+
+
+def _explained(error: Exception, owner: nn.Module, questions: Sequence[Question]) -> Exception:
     """One of our own errors raised while tracing comes back as it is; anything else is told in one sentence."""
     cause: BaseException | None = error
     while cause is not None:
@@ -129,7 +160,9 @@ def _explained(error: Exception, owner: nn.Module) -> Exception:
         cause = cause.__cause__ or cause.__context__
     told = str(error).strip() or type(error).__name__
     if "Constraints violated" in told or "specialized" in told:
-        told = "a Python loop over tokens, or a branch on the length, fixes the length"
+        fixed = (q.line for q in questions if isinstance(q.fact, sympy.Eq) and any(a.is_number for a in q.fact.args))
+        line = next(fixed, "")
+        told = "a Python loop over tokens, or a branch on the length, fixes the length" + (f" ({line})" if line else "")
     return CaptureError(
         f"{type(owner).__name__} could not be captured as one graph with a symbolic length: "
         f"{told.splitlines()[0][:300].rstrip('.')}.{advice(owner)}"

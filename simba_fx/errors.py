@@ -29,3 +29,7 @@ class GraphError(SimbaError, RuntimeError):
 
 class InputError(SimbaError, ValueError):
     """A call of a transformed model with inputs it cannot prune correctly."""
+
+
+class OperandError(SimbaError, ValueError):
+    """An operator was given operands that do not fit together, or indices of tokens that are not there."""

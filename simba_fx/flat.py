@@ -19,6 +19,7 @@ from simba_fx import lift
 from simba_fx.directions import settle_flips
 from simba_fx.errors import CaptureError
 from simba_fx.graphs import REGION, SCANS, Facts, drop_dead_code, expression, is_size, returned, value
+from simba_fx.guards import Guard
 from simba_fx.regions import EVERYTHING, assign_regions, paths
 
 __all__ = ["Captured", "advice", "check_every_mixer", "cut", "drop_no_ops", "settled", "strip_paths"]
@@ -42,21 +43,26 @@ class Captured:
     inputs: tuple[str, ...]
     """The placeholders' own names, in the same order."""
 
+    guards: tuple[Guard, ...] = ()
+    """What calls must share with the example that was traced."""
+
 
 def settled(graph: fx.Graph, owner: nn.Module | None, primary: fx.Node, mask: fx.Node | None,
-            values: int | None = None) -> Facts:  # fmt: skip
+            values: int | None = None, marks: str = "real") -> Facts:  # fmt: skip
     """Give every node its region and every size its one place, in place; returns what is then known of the graph.
 
     Args:
         graph: flat, normalised (`drop_no_ops`), with at least one scan.
         owner: the module that the paths in `nn_module_stack` start from, if there is one.
         primary: the placeholder `(B, L, ...)` whose size 1 is a symbol; `mask`: that of the padding mask.
+        marks: what the mask's values other than 0 mark, "real" tokens or "padding".
         values: how many of the outputs are the model's values; None: all.
     """
     batch, sequence = (expression(size) for size in value(primary).shape[:2])
     blocks = assign_regions(graph, owner, sequence)
     mask_name = None if mask is None else mask.name
-    facts = Facts(sequence, batch, primary.name, mask_name, blocks, len(returned(graph)) if values is None else values)
+    outputs = len(returned(graph)) if values is None else values
+    facts = Facts(sequence, batch, primary.name, mask_name, blocks, outputs, marks)
     _read_sizes_once(graph, facts)
     settle_flips(graph, facts)
     graph.lint()

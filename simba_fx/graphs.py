@@ -47,6 +47,8 @@ class Facts:
     """The module path of each block, in order."""
     values: int
     """How many of the graph's flat outputs are the model's values; the others are cache states."""
+    mask_marks: str = "real"
+    """What values of the mask other than 0 mark: "real" tokens or "padding"."""
 
     @property
     def n_blocks(self) -> int:
@@ -75,11 +77,11 @@ def operator_of(node: fx.Node) -> Any:
 
 def is_size(node: fx.Node) -> bool:
     """Whether the node yields a (symbolic) number rather than tensors."""
-    return isinstance(value(node), int | torch.SymInt)
+    return isinstance(value(node), int | float | torch.SymInt | torch.SymFloat | torch.SymBool)
 
 
-def expression(size: int | torch.SymInt) -> sympy.Expr:
-    return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size)
+def expression(size: float | torch.SymInt | torch.SymFloat | torch.SymBool) -> sympy.Expr:
+    return sympy.sympify(size) if isinstance(size, int | float) else size.node.expr
 
 
 def depends_on_length(node: fx.Node, facts: Facts) -> bool:
@@ -134,6 +136,25 @@ def from_mask_alone(graph: fx.Graph, facts: Facts) -> set[fx.Node]:
         if inputs and isinstance(value(node), Tensor) and not bookkeeping and all(n in found for n in inputs):
             found.add(node)
     return found
+
+
+FACTORIES = ("full", "ones", "zeros", "empty", "rand", "randn", "randint", "scalar_tensor", "empty_strided")
+SIMILAR = {"zeros_like": 0, "new_zeros": 0, "ones_like": 1, "new_ones": 1, "full_like": None, "new_full": None,
+           "empty_like": 0, "new_empty": 0, "rand_like": None, "randn_like": None, "randint_like": None}  # fmt: skip
+"""Operators that read the shape of a tensor, not what is in it; and the number that they fill (None: a given one)."""
+SAME_PLACES = ("unsqueeze", "squeeze", "expand", "view", "reshape", "to", "_to_copy", "clone", "transpose", "permute",
+               "alias", "detach", "detach_", "contiguous", "expand_as", "view_as", "lift_fresh_copy", "flatten",
+               "type_as", "float", "masked_fill", "where")  # fmt: skip
+
+
+def opname(node: fx.Node) -> str:
+    return str(getattr(node.target, "_opname", ""))
+
+
+def is_even(node: fx.Node) -> bool:
+    """Whether the operator does the same at every place of a sequence."""
+    known = opname(node) in (*FACTORIES, *SIMILAR, *SAME_PLACES)
+    return known or torch.Tag.pointwise in getattr(node.target, "tags", ())
 
 
 def stem(name: str) -> str:

@@ -224,6 +224,8 @@ class SparseStack(Memory):
     """Of rows that may be padded with tokens that may be text; once is enough."""
     variants: dict[Signature, list[Variant]] = field(default_factory=dict)
     """For each kind of call the graphs of the stack as it was then, the last one used last."""
+    unread: dict[Signature, frozenset[str]] = field(default_factory=dict)
+    """For each kind of call, whatever its constants: numbers among its keywords that the model does not look at."""
     capturing: Any = field(default_factory=threading.RLock)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SparseStack:
@@ -246,6 +248,7 @@ class SparseStack(Memory):
 
     def variant(self, signature: Signature) -> Variant:
         """The program for calls of this signature to the stack as it is now; captured on first use."""
+        signature = self._without_unread(signature)
         known = self.variants.get(signature, [])
         if traced():
             if not known:
@@ -270,6 +273,10 @@ class SparseStack(Memory):
     def _captured_anew(self, signature: Signature, known: list[Variant], now: Snapshot) -> Variant:
         with one_at_a_time:
             variant = self._capture(signature, now)
+        if (used := self._without_unread(signature)) != signature:  # the capture has told more
+            signature, known = used, self.variants.get(used, [])
+            if (same := next((other for other in known if other.seen == now), None)) is not None:
+                return same
         variant.built.program.bind(self.stack, variant.own)
         attributes = variant.built.captured.attributes  # what the tensors look like is all that is asked of them
         attributes.update({path: hollow(attributes[path]) for path in variant.own})
@@ -285,9 +292,14 @@ class SparseStack(Memory):
         self.variants[signature] = [*known, variant]
         return variant
 
+    def _without_unread(self, signature: Signature) -> Signature:
+        unread = self.unread.get(dataclasses.replace(signature, constants=()), frozenset())
+        used = tuple((name, held) for name, held in signature.constants if name not in unread)
+        return signature if len(used) == len(signature.constants) else dataclasses.replace(signature, constants=used)
+
     def _capture(self, signature: Signature, now: Snapshot) -> Variant:
         stack = copy_to_trace(self.stack)
-        captured, seen = capture_stack(stack, signature)
+        captured, seen = self._capture_unread(signature) or capture_stack(stack, signature, self.options.kernels)
         built = build(captured, self.options, self.cost, trailing=signature.trailing)
         keys = self._keys(captured, seen.states)
         self._watch(attention_modules(stack, keys.values()))
@@ -296,6 +308,25 @@ class SparseStack(Memory):
         full = self.options.output == "full"
         whole = tuple(full or not any(cut.block < region(node) for cut in built.cuts) for node in values)
         return Variant(built, seen.output_type, seen.states, before, whole, own_paths(stack, captured), now)
+
+    def _capture_unread(self, signature: Signature) -> tuple[Captured, _Observed] | None:
+        """The graph if the numbers that the forward has no parameters for are looked at by nobody; None if they are.
+
+        A trainer hands on numbers to whoever may want them (`num_items_in_batch`), another one at each call.
+        """
+        own = inspect_parameters(type(self.stack))
+        loose = {name for name, held in signature.constants if _is_number(held) and name not in own}
+        if not loose:
+            return None
+        constants = tuple((name, _Unread() if name in loose else held) for name, held in signature.constants)
+        try:
+            loose_signature = dataclasses.replace(signature, constants=constants)
+            found = capture_stack(copy_to_trace(self.stack), loose_signature, self.options.kernels)
+        except Exception:  # who looks at what is no number fails, in whatever way
+            return None
+        kind = dataclasses.replace(signature, constants=())
+        self.unread[kind] = self.unread.get(kind, frozenset()) | loose
+        return found
 
     def _keys(self, captured: Captured, states: tuple[Entry, ...]) -> dict[int, fx.Node]:
         """The node of each attention layer's keys.
@@ -363,6 +394,22 @@ def own_paths(stack: nn.Module, captured: Captured) -> tuple[str, ...]:
     return tuple(path for path in captured.attributes if path in own)
 
 
+def _is_number(held: Any) -> bool:
+    return isinstance(held, int | float) and not isinstance(held, bool)
+
+
+class _Unread:
+    """Stands for a number: whoever computes with it, compares it, or hands it to an operator, fails."""
+
+    def __bool__(self) -> bool:
+        raise TypeError("this number is looked at")
+
+    def __eq__(self, other: object) -> bool:
+        raise TypeError("this number is looked at")
+
+    __hash__ = object.__hash__
+
+
 @dataclass
 class _Observed:
     """What a shell saw while it was traced. Not attributes of the module: export puts those back."""
@@ -372,7 +419,7 @@ class _Observed:
     values: int = 0
 
 
-def capture_stack(stack: Any, signature: Signature) -> tuple[Captured, _Observed]:
+def capture_stack(stack: Any, signature: Signature, kernels: str = "auto") -> tuple[Captured, _Observed]:
     """The graph of `stack` for calls of this signature."""
     width = stack.get_input_embeddings().weight.shape[1]
     make: dict[str, Any] = {"device": signature.device}
@@ -386,7 +433,8 @@ def capture_stack(stack: Any, signature: Signature) -> tuple[Captured, _Observed
     shell = _Shell(stack, signature)
     mask = "attention_mask" if signature.mask is not None else None
     captured = capture(shell, stack, inputs, primary="inputs_embeds", prefix="stack", mask=mask,
-                       values=lambda: shell.observed.values, spare=("input_ids", "position_ids"))  # fmt: skip
+                       values=lambda: shell.observed.values, spare=("input_ids", "position_ids"),
+                       kernels=kernels)  # fmt: skip
     return captured, shell.observed
 
 
@@ -484,6 +532,7 @@ def _stack_class(cls: type[nn.Module], blocks: bool) -> type:
             return step(self, given)
         runtime = self._simba
         variant = lookup(runtime, call.signature)
+        checked(variant.built, cls.__name__, *call.tensors["inputs_embeds"].shape[:2], call.ends.tail)
         program = variant.built.program
         inputs = call.inputs(variant.built.captured.arguments)
         output = finish(runtime, variant, call, execute(program, program.forward, *inputs))
@@ -503,6 +552,7 @@ def _stack_class(cls: type[nn.Module], blocks: bool) -> type:
     lookup, mark, decode = python(SparseStack.variant), dynamic_marker(), python(_decoding)
     remember = python(_expected_tokens)
     step = left_to_python(guarded) if blocks else lambda self, given: own(self, **decode(given))
+    checked = python(Built.check_sizes)
     execute = left_to_python(exporting.run) if blocks else exporting.run
     return subclass(cls, "blocks" if blocks else "whole", left_to_python(forward) if blocks else forward)
 

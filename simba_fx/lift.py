@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from simba_fx import lifts
-from simba_fx.errors import CaptureError, SimbaError
+from simba_fx.errors import CaptureError, OperandError, SimbaError
 from simba_fx.operands import Adapter, Finish, Operands, Row, StandIn
 
 __all__ = [
@@ -39,10 +39,12 @@ __all__ = [
     "lifted",
     "named_operands",
     "one_at_a_time",
+    "recorder",
     "register_scan",
     "registered",
     "traced",
     "when_registered",
+    "wrong_operands",
 ]
 
 
@@ -144,12 +146,8 @@ def _row(owner: Any, name: str, value: Any) -> Row | None:
     user's code imports a library's function, by whose function it is."""
     if not callable(value):
         return None
-    for candidate in (value, inspect.unwrap(value)):
-        try:
-            if candidate in _registered:
-                return _registered[candidate]
-        except TypeError:  # an unhashable callable
-            continue
+    if (adapter := registered(value)) is not None:
+        return adapter
     if not inspect.ismodule(owner):
         return None
     row = lifts.row_of(owner.__name__, name)
@@ -167,8 +165,14 @@ def _callers(model: nn.Module) -> Iterator[Any]:
 
 
 def registered(function: Callable[..., Any]) -> Adapter | None:
-    """The adapter that a user registered for a function."""
-    return _registered.get(function)
+    """The adapter that a user registered for a function, or for what it wraps."""
+    for candidate in (function, inspect.unwrap(function)):
+        try:
+            if candidate in _registered:
+                return _registered[candidate]
+        except TypeError:  # an unhashable callable
+            continue
+    return None
 
 
 def known_functions() -> Iterator[tuple[Callable[..., Any], Row]]:
@@ -198,9 +202,13 @@ def suggestions(model: nn.Module) -> list[str]:
 
 
 @contextmanager
-def lifted(model: nn.Module) -> Iterator[list[CallSite]]:
+def lifted(model: nn.Module, record: Recorder | None = None) -> Iterator[list[CallSite]]:
     """Replace the scan functions that `model` calls while the body runs; yield the list of call sites, filled as the
-    model is traced. One thread at a time: names are patched for the whole process."""
+    model is traced. One thread at a time: names are patched for the whole process.
+
+    `record` makes what stands in for a function, from it, its adapter and that list; None: `recorder`.
+    """
+    record = record or recorder
     lifts.refuse_unsupported(model)
     global _capturing
     sites: list[CallSite] = []
@@ -214,7 +222,7 @@ def lifted(model: nn.Module) -> Iterator[list[CallSite]]:
                     if row is None:
                         continue
                     undo.append((owner, name, value))
-                    stand_in = row.stand_in(value) if isinstance(row, StandIn) else _recorder(value, row, sites)
+                    stand_in = row.stand_in(value) if isinstance(row, StandIn) else record(value, row, sites)
                     setattr(owner, name, _in_this_thread(value, stand_in))
             yield sites
         finally:
@@ -269,7 +277,14 @@ def named_operands(function: Callable[..., Any], adapter: Adapter, args: Sequenc
     return operands, finish
 
 
-def _recorder(function: Callable[..., Any], adapter: Adapter, sites: list[CallSite]) -> Callable[..., Any]:
+def wrong_operands(function: Callable[..., Any], error: Exception) -> CaptureError:
+    """What is said where our scan cannot run on what an adapter returned."""
+    return CaptureError(
+        f"The adapter registered for {function.__qualname__} returned operands that do not fit: {error}"
+    )
+
+
+def recorder(function: Callable[..., Any], adapter: Adapter, sites: list[CallSite]) -> Callable[..., Any]:
     """What stands in for a scan `function` while the model is traced."""
 
     def record(*args: Any, **kwargs: Any) -> Any:
@@ -288,7 +303,10 @@ def _recorder(function: Callable[..., Any], adapter: Adapter, sites: list[CallSi
         sites.append(site)
         index = len(sites) - 1
         entered = torch.ops.simba_fx.site_enter(getattr(operands, operands.entry), tensors, index)
-        result = finish(*dataclasses.replace(operands, **{operands.entry: entered}).run())
+        try:
+            result = finish(*dataclasses.replace(operands, **{operands.entry: entered}).run())
+        except OperandError as error:
+            raise wrong_operands(function, error) from error
         flat, result_spec = pytree.tree_flatten(result)
         site.results = len(flat)
         marked = [torch.ops.simba_fx.site_exit(leaf, index, i) for i, leaf in enumerate(flat)]
@@ -298,3 +316,4 @@ def _recorder(function: Callable[..., Any], adapter: Adapter, sites: list[CallSi
 
 
 _HOLE = _Hole()
+Recorder = Callable[[Callable[..., Any], Adapter, list[CallSite]], Callable[..., Any]]

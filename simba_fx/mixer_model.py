@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from simba_fx import exporting
-from simba_fx.build import Options, build
+from simba_fx.build import Built, Options, build
 from simba_fx.caches import Entry
 from simba_fx.capture import capture
 from simba_fx.errors import CaptureError, InputError
@@ -102,7 +102,8 @@ class SparseMixer(SparseStack):
         inputs = {"input_ids": torch.zeros(*EXAMPLE.values(), dtype=ids, device=signature.device)}
         shell = _Shell(stack, signature.cache)
         with torch.inference_mode(False):  # `generate` of mamba_ssm runs in it; a graph outlives the call
-            captured = capture(shell, stack, inputs, primary="input_ids", prefix="stack", values=lambda: 1)
+            captured = capture(shell, stack, inputs, primary="input_ids", prefix="stack", values=lambda: 1,
+                               kernels=self.options.kernels)  # fmt: skip
             built = build(captured, self.options, self.cost)
         return Variant(built, Tensor, shell.stored.entries, {}, (True,), own_paths(stack, captured), now)
 
@@ -184,6 +185,7 @@ def _stack_class(cls: type[nn.Module], blocks: bool) -> type:
     names = tuple(inspect.signature(own).parameters)[1:]
     python: Callable[[Any], Any] = left_alone if blocks else lambda function: function
     prepare, finish, lookup = python(_prepare), python(SparseMixer.finish), python(SparseMixer.variant)
+    checked = python(Built.check_sizes)
     mark, execute = dynamic_marker(), left_to_python(exporting.run) if blocks else exporting.run
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -192,6 +194,7 @@ def _stack_class(cls: type[nn.Module], blocks: bool) -> type:
             return own(self, *args, **kwargs)
         runtime = self._simba
         variant = lookup(runtime, call.signature)
+        checked(variant.built, cls.__name__, *call.ids.shape, runtime.tail)
         program = variant.built.program
         output = finish(runtime, variant, call, execute(program, program.forward, call.ids, runtime.tail))
         if blocks:

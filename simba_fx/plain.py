@@ -26,7 +26,7 @@ from simba_fx.twins import copy_to_trace
 
 __all__ = ["PlainProgram", "PlainRuntime", "install"]
 
-_MASKS = ("attention_mask", "mask", "padding_mask")
+_LIKE_A_MASK = ("mask", "pad", "lengths")
 
 
 @dataclass(eq=False)
@@ -72,6 +72,7 @@ class PlainRuntime(Memory):
         lead, mask = inputs[captured.inputs.index(captured.facts.primary)], self._mask(inputs)
         refuse_ragged(self.name, self.asked)
         check_mask(mask, lead.shape[0], lead.shape[1], self.asked.least, self.options.named)
+        self.built.check_sizes(self.name, lead.shape[0], lead.shape[1], self.tail)
         if (around := autocast_dtype(lead.device)) != self.autocast:
             raise InputError(
                 f"{self.name} was captured with torch.autocast {_told(self.autocast)} and is called with it "
@@ -95,8 +96,12 @@ class PlainRuntime(Memory):
         return pytree.tree_unflatten(list(values), captured.out_spec)
 
     def _mask(self, inputs: list[Any]) -> Tensor | None:
+        """The padding mask of a call, other than 0 where a token is real."""
         captured = self.built.captured
-        return None if captured.facts.mask is None else inputs[captured.inputs.index(captured.facts.mask)]
+        if captured.facts.mask is None:
+            return None
+        mask: Tensor = inputs[captured.inputs.index(captured.facts.mask)]
+        return mask if self.options.mask_marks == "real" else mask == 0
 
 
 def _told(autocast: torch.dtype | None) -> str:
@@ -132,11 +137,14 @@ def install(model: nn.Module, options: Options, example: Any, cost: Any) -> fx.G
     """Capture `model` and return its program, callable as the module was."""
     signature = inspect.signature(model.forward)
     inputs = _examples(model, signature, example)
-    primary = next(name for name, value in inputs.items() if isinstance(value, Tensor) and value.dim() >= 2)
-    mask = next((name for name in inputs if name in _MASKS), None)
+    wide = [name for name, value in inputs.items() if isinstance(value, Tensor) and value.dim() >= 2]
+    texts = [name for name in wide if name != options.mask and not _like_a_mask(name, inputs[name])]
+    primary = (texts or wide)[0]
+    mask = _stated_mask(type(model).__name__, inputs, primary, options)
     with one_at_a_time:
         traced = copy_to_trace(model)
-        captured = capture(traced, traced, inputs, primary=primary, mask=mask)
+        captured = capture(traced, traced, inputs, primary=primary, mask=mask, marks=options.mask_marks,
+                           kernels=options.kernels)  # fmt: skip
         for node in captured.graph.find_nodes(op="placeholder"):  # numbers, flags and words are in the graph already
             if node.name not in captured.inputs:
                 captured.graph.erase_node(node)
@@ -227,6 +235,43 @@ def _examples(model: nn.Module, signature: inspect.Signature, example: Any) -> d
         )
     rows, length = lead.shape[:2]
     return {key: _resized(value, rows, length) for key, value in bound.items() if value is not None}
+
+
+def _stated_mask(model: str, inputs: Mapping[str, Any], primary: str, options: Options) -> str | None:
+    """The name of the argument that is a padding mask, as the caller states it.
+
+    Raises:
+        InputError: it is no argument `(B, L)`; or nothing is stated, and there are arguments that may be one.
+    """
+    told = options.mask
+    if isinstance(told, str):
+        held = inputs.get(told)
+        if not isinstance(held, Tensor) or tuple(held.shape) != tuple(EXAMPLE.values()) or told == primary:
+            found = ", ".join(f"{name} {tuple(h.shape)}" for name, h in inputs.items() if isinstance(h, Tensor))
+            raise InputError(
+                f"mask={told!r}: expected the name of an argument (B, L) beside {primary} among the example_inputs of "
+                f"{model}; found {found}. Pass an example of the mask in example_inputs, or its right name."
+            )
+        return told
+    alike = [name for name, held in inputs.items() if name != primary and _like_a_mask(name, held)]
+    if alike and told is None:
+        raise InputError(
+            f"{model} has the argument {alike[0]}, which may be a padding mask, and was not told; expected it "
+            "to be stated, since a mask that is taken for text, or in the wrong sense, changes results. Pass "
+            f"mask={alike[0]!r} to transform if values other than 0 mark real tokens, mask={alike[0]!r}, "
+            "mask_marks='padding' if they mark padding, or mask=False if no argument says what is padding."
+        )
+    return None
+
+
+def _like_a_mask(name: str, held: Any) -> bool:
+    if not isinstance(held, Tensor):
+        return False
+    named = any(word in name.lower() for word in _LIKE_A_MASK)
+    rows, length = EXAMPLE.values()
+    return (held.dim() == 2 and tuple(held.shape) == (rows, length) and (named or held.dtype == torch.bool)) or (
+        named and tuple(held.shape) == (rows,)
+    )
 
 
 def _resized(value: Any, rows: int, length: int) -> Any:

@@ -98,6 +98,8 @@ def test_the_signature_of_transform() -> None:
         "labels": "all",
         "tail": "last",
         "pad_token_id": None,
+        "mask": None,
+        "mask_marks": "real",
         "example_inputs": None,
     }
     keyword_only = [name for name, p in parameters.items() if p.kind is inspect.Parameter.KEYWORD_ONLY]
@@ -451,13 +453,17 @@ def test_explain_tells_what_each_pass_did_and_what_was_left_alone(make: Callable
         "TrackTokens",
         "ScoreTokens",
         "SelectTokens",
+        "HoistPositions",
         "GatherSurvivors",
         "RestoreLength",
         "OutlineBlocks",
     ]
     changed = dict(zip(names, (int(heading.split(": ")[-1].split()[0]) for heading in headings)))
     assert changed["ScoreTokens"] == changed["SelectTokens"] == changed["GatherSurvivors"] == 2
-    assert [name for name, sites in changed.items() if not sites] in (["DropCasts"], ["ChannelLast", "DropCasts"])
+    assert [name for name, sites in changed.items() if not sites] in (
+        ["DropCasts", "HoistPositions"],
+        ["ChannelLast", "DropCasts", "HoistPositions"],
+    )
     inserted = [line for line in lines if line.startswith("+") and "selective_token_score(" in line]
     by = dict.fromkeys(line.split("# ")[1] for line in inserted)  # behind a cut its `real` is another: shown again
     assert list(by) == ["score-tokens, block 0", "score-tokens, block 2"]

@@ -319,7 +319,8 @@ def test_a_mixer_whose_function_is_not_registered_beside_one_that_is() -> None:
 def test_a_python_loop_over_tokens() -> None:
     assert message(errors.CaptureError, model(loop_scan, looping_scan)) == (
         "Plain could not be captured as one graph with a symbolic length: a Python loop over tokens, or a branch on the"
-        f" length, fixes the length.{UNREGISTERED}"
+        " length, fixes the length (test_capture.py, line 36: "
+        f"`return torch.stack([u[:, :, : t + 1].sum(2) for t in range(u.shape[2])], 2)`).{UNREGISTERED}"
     )
 
 

@@ -272,7 +272,8 @@ def test_a_scan_registered_after_the_backend_was_loaded_in_a_model_without_a_lis
     simba_fx.register_scan(scan_of_test, own_model.adapter)
     torch.manual_seed(1)
     model, x = Two().eval(), torch.randn(2, 30, 8)
-    reference = simba_fx.transform(model, 0.5, example_inputs=(x,))
+    with pytest.warns(UserWarning, match="scan_of_test was not compared .*: only the graph is run"):
+        reference = simba_fx.transform(model, 0.5, example_inputs=(x,))
     with torch.no_grad():
         assert torch.equal(compiled(model, schedule=0.5)(x), reference(x))
 
@@ -502,7 +503,8 @@ def test_unknown_options_and_those_that_do_not_apply() -> None:
 
     assert said(shedule="linear") == (
         "Unknown option 'shedule' of backend=\"simba_fx\": expected schedule, criterion, floor, seed, query, protect, "
-        'tail, backend, mode, options. Options of the inner backend go one level down: options={"options": {...}}.'
+        "mask, mask_marks, tail, backend, mode, options. Options of the inner backend go one level down: "
+        'options={"options": {...}}.'
     )
     assert said(output="kept") == (
         "Option 'output' does not apply to backend=\"simba_fx\": Dynamo has fixed what the model returns before the "
@@ -593,16 +595,20 @@ def test_a_mask_that_has_no_name() -> None:
 
     assert refusal(lambda: compiled(step)(*call.values())) == (
         "The blocks read L['real'] (B, L), torch.int64, which may be a padding mask; expected one called "
-        "attention_mask, mask or padding_mask. Compile the model itself, or call the argument so."
+        "attention_mask, or to be told. Pass options={'mask': its name}, with 'mask_marks': 'padding' if values other "
+        "than 0 mark padding, or {'mask': False} if no argument says what is padding."
     )
 
-    def named(ids: Tensor, mask: Tensor) -> Tensor:
-        return model(ids, attention_mask=mask).logits
+    def inverse(ids: Tensor, padded: Tensor) -> Tensor:
+        return model(ids, attention_mask=(~padded).long()).logits
 
     with torch.no_grad():
-        assert torch.equal(compiled(named)(*call.values()), sparse("mamba", "linear")(**call).logits)
+        expected = sparse("mamba", "linear")(**call).logits
+        assert torch.equal(compiled(step, mask="real")(*call.values()), expected)
+        padding = call["attention_mask"] == 0
+        assert torch.equal(compiled(inverse, mask="padded", mask_marks="padding")(call["input_ids"], padding), expected)
         positional = compiled(model)(*call.values()).logits
-        assert torch.equal(positional, sparse("mamba", "linear")(**call).logits)
+        assert torch.equal(positional, expected)
 
 
 def test_a_mask_of_another_shape() -> None:
@@ -613,7 +619,7 @@ def test_a_mask_of_another_shape() -> None:
                 hidden = block(hidden)
             return self.head(self.norm(hidden))
 
-    said = refusal(lambda: compiled(Masked())(tokens(1, 2, 20), torch.ones(2, 20, 1, dtype=torch.int64)))
+    said = refusal(lambda: compiled(Masked(), mask="mask")(tokens(1, 2, 20), torch.ones(2, 20, 1, dtype=torch.int64)))
     assert said.startswith(
         "Expected one attention_mask (B, L), 1 for real tokens and 0 for padding; found L['mask'] (2, "
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import dataclasses
+import functools
 import json
 from fractions import Fraction
 from pathlib import Path
@@ -13,12 +14,15 @@ import models
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import simba_fx
 from simba_fx import flops
 from simba_fx.build import Options
 from simba_fx.errors import ScheduleError, SimbaError
+from simba_fx.huggingface import stack_of
 from simba_fx.report import DROPPED, KEPT, PADDING, Report
 from simba_fx.schedule import resolve_shares
 
@@ -121,14 +125,53 @@ def test_flops_do_not_depend_on_the_kernels_and_those_that_ran_are_named() -> No
 
 @pytest.mark.parametrize(
     ("name", "share", "shape", "output"),
-    [("mamba", 0.5, "constant", "full"), ("mamba2-one-group", 0.7, "cosine", "full"), ("mamba", 0.7, "linear", "kept")],
-)
+    [("mamba", 0.5, "constant", "full"), ("mamba2-one-group", 0.7, "cosine", "full"), ("mamba", 0.7, "linear", "kept"),
+     ("bamba", 0.8, "linear", "full")],
+)  # fmt: skip
 def test_a_budget_is_met_to_one_percent(name: str, share: float, shape: str, output: str) -> None:
     budget = simba_fx.Budget(share, shape=shape, length=1024)
     sparse = simba_fx.transform(models.dense(name), budget, output=output, compile="whole")
     found = simba_fx.report(sparse, models.tokens(6, 1, 1024))
     assert share - 0.01 < found.total.share <= share
     assert str(budget) in str(found)
+    costs = [simba_fx.report(sparse, models.tokens(6, 1, length)).total.share for length in (40, 5000)]
+    assert costs == sorted(costs, reverse=True)  # what is said of other lengths
+    assert costs[0] > share > costs[-1] - 0.001
+
+
+@functools.cache
+def price(name: str) -> tuple[flops.BudgetCost, Any]:
+    captured = simba_fx.program(models.sparse(name, "linear")).captured
+    return flops.budget_cost(models.dense(name), stack_of(models.dense(name))), captured
+
+
+@given(
+    name=st.sampled_from(["mamba", "mamba2-two-groups", "jamba"]),
+    shape=st.sampled_from(["linear", "cosine", "constant"]),
+    every=st.sampled_from([1, 1, 2]),
+    output=st.sampled_from(["full", "kept"]),
+    length=st.integers(6, 4096),
+    share=st.floats(0.2, 1),
+)
+@settings(max_examples=25)
+def test_a_budget_is_never_exceeded_and_met_where_a_final_share_meets_it(
+    name: str, shape: str, every: int, output: Any, length: int, share: float
+) -> None:
+    """Against the costs of 100 final shares, from the steepest ramp to just below dense, and of dense."""
+    budget = simba_fx.Budget(share, shape, 1 if shape == "constant" else every, length=length)
+    counted, captured = price(name)
+    cost, n_blocks = counted(captured, Options(budget, output=output), length), captured.facts.n_blocks
+    first = 1 if shape == "constant" else -10_000
+    steps = {first, 9_999, 10_000, *range(first, 10_000, (10_000 - first) // 100)}
+    within = [found for found in (cost(budget._shares(step, n_blocks)) for step in steps) if found <= share]
+    try:
+        solved = cost(resolve_shares(budget, n_blocks, cost))
+    except ScheduleError:
+        assert not within
+    else:
+        assert max(within, default=0.0) <= solved <= share
+        if length >= 100:
+            assert solved >= share - 0.01
 
 
 def test_a_budget_gives_every_capture_of_a_model_the_same_shares() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import warnings
 from typing import Any
 
@@ -422,3 +423,35 @@ def test_padding_between_the_tokens_of_a_row_is_refused(dtype: torch.dtype) -> N
     mask[1, 7:9] = 0
     with pytest.raises(simba_fx.errors.InputError, match="Row 1 of attention_mask has padding between its tokens"):
         model(ids, attention_mask=mask.to(dtype))
+
+
+# --- keywords --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["bamba", "jamba"])
+def test_a_number_that_nobody_reads_captures_no_graph(name: str) -> None:
+    """Trainers pass another `num_items_in_batch` at each call; a hybrid hands it to its block stack."""
+    model, ids = simba_fx.transform(dense(name), "linear"), tokens(1, 1, 30)
+    variants = model.__dict__["_simba_stack"].variants
+    right = logits(model, ids)
+    before = [len(graphs) for graphs in variants.values()]
+    for items in (57, 58, 59.5):
+        assert torch.equal(logits(model, ids, num_items_in_batch=items), right)
+    assert [len(graphs) for graphs in variants.values()] == before
+
+
+def test_a_number_that_is_read_is_part_of_the_graph() -> None:
+    class Scaled(type(dense("bamba").model)):  # type: ignore[misc]  # a class of transformers
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            scale = kwargs.pop("scale", 1)
+            output = super().forward(*args, **kwargs)
+            output.last_hidden_state = output.last_hidden_state * scale
+            return output
+
+    Scaled.forward.__signature__ = inspect.signature(type(dense("bamba").model).forward)
+    plain = Scaled(dense("bamba").config).eval()
+    model, ids = simba_fx.transform(plain, [1.0] * plain.config.num_hidden_layers), tokens(1, 1, 30)
+    for scale in (1, 2, 3.5):
+        with torch.no_grad():
+            got, right = (one(ids, scale=scale, use_cache=False).last_hidden_state for one in (model, plain))
+        assert_close(f"scaled by {scale}", got, right, EXACT)

@@ -55,9 +55,10 @@ def simba_fx(gm: fx.GraphModule, example_inputs: list[Any], *, options: Mapping[
 
     Args:
         gm, example_inputs: as Dynamo gives them to a backend.
-        options: of `torch.compile`. "schedule", "criterion", "floor", "seed", "query" and "protect" as in `transform`;
-            "tail": trailing tokens that are kept, scored at the first of them (1; with a query 0); "backend": the inner
-            one, a name or a function ("inductor"); "mode" and "options": of `torch.compile`, for the inner backend.
+        options: of `torch.compile`. "schedule", "criterion", "floor", "seed", "query", "protect", "mask", "mask_marks"
+            as in `transform`; "tail": trailing tokens that are kept, scored at the first of them (1; with a query 0);
+            "backend": the inner one, a name or a function ("inductor"); "mode" and "options": of `torch.compile`, for
+            the inner backend.
         mode: of `torch.compile`, for the inner backend.
 
     Raises:
@@ -107,7 +108,7 @@ substitutes.keep_fresh(simba_fx)
 
 # --- options -----------------------------------------------------------------------------------------------------
 
-_PRUNING = ("schedule", "criterion", "floor", "seed", "query", "protect")
+_PRUNING = ("schedule", "criterion", "floor", "seed", "query", "protect", "mask", "mask_marks")
 _KNOWN = (*_PRUNING, "tail", "backend", "mode", "options")
 _ELSEWHERE = {
     "compile": "torch.compile makes one graph, and the inner backend compiles it. Leave the option out",
@@ -182,12 +183,12 @@ def _pruned(gm: fx.GraphModule, flat: Flat, frame: Frame, settings: Settings, le
         check_every_mixer(graph, owner)
     nodes = list(graph.find_nodes(op="placeholder"))
     given = {node: g for node, g in zip(nodes, frame.inputs) if not g.owned and isinstance(g.example, Tensor)}
-    primary = primary_of(given, length)
-    mask = mask_of(given, primary)
+    primary = primary_of(given, length, options)
+    mask = mask_of(given, primary, options)
     refuse_states(given, length)
-    facts = settled(graph, owner, primary, mask)
+    facts = settled(graph, owner, primary, mask, marks=options.mask_marks)
     refuse_one_block(facts.n_blocks, scans)
-    refuse_nameless_masks(given, primary, mask, facts.n_blocks)
+    refuse_nameless_masks(given, primary, mask, facts.n_blocks, options)
     refuse_keys(graph, facts)
     check_lengths(value(primary), length, options, tail)
     names = tuple(node.name for node in nodes)

@@ -35,11 +35,16 @@ __all__ = [
     "refuse_states",
 ]
 
-_MASKS = ("attention_mask", "mask", "padding_mask", "linear_attention")  # the last: in a dict of masks, of a cache
+_MASKS = ("attention_mask", "linear_attention")  # of transformers; the last: in a dict of masks, of a cache
 _POSITIONS = ("position_ids", "token_type_ids")
 
 
-def primary_of(given: Mapping[fx.Node, Input], length: sympy.Expr) -> fx.Node:
+def _masks(options: Options) -> tuple[str, ...]:
+    """What a padding mask is called: as the options say, else by transformers."""
+    return _MASKS if options.mask is None else (options.mask,) if options.mask else ()
+
+
+def primary_of(given: Mapping[fx.Node, Input], length: sympy.Expr, options: Options) -> fx.Node:
     """The input `(B, L, ...)` that sizes are read from: the first that is no mask."""
     found = [node for node in given if value(node).dim() > 1 and expression(value(node).shape[1]) == length]
     if not found or not isinstance(length, sympy.Symbol):
@@ -48,11 +53,11 @@ def primary_of(given: Mapping[fx.Node, Input], length: sympy.Expr) -> fx.Node:
             f"{', '.join(f'{g.source} {tuple(value(node).shape)}' for node, g in given.items()) or 'without tensors'}. "
             "Use simba_fx.transform."
         )
-    return next((node for node in found if given[node].name not in _MASKS), found[0])
+    return next((node for node in found if given[node].name not in _masks(options)), found[0])
 
 
-def mask_of(given: Mapping[fx.Node, Input], primary: fx.Node) -> fx.Node | None:
-    masks = [node for node, g in given.items() if g.name in _MASKS and node is not primary]
+def mask_of(given: Mapping[fx.Node, Input], primary: fx.Node, options: Options) -> fx.Node | None:
+    masks = [node for node, g in given.items() if g.name in _masks(options) and node is not primary]
     if not masks:
         return None
     sizes = [expression(size) for size in value(masks[0]).shape]
@@ -126,8 +131,10 @@ def refuse_states(given: Mapping[fx.Node, Input], length: sympy.Expr) -> None:
             )
 
 
-def refuse_nameless_masks(given: Mapping[fx.Node, Input], primary: fx.Node, mask: fx.Node | None,
-                           n_blocks: int) -> None:  # fmt: skip
+def refuse_nameless_masks(given: Mapping[fx.Node, Input], primary: fx.Node, mask: fx.Node | None, n_blocks: int,
+                           options: Options) -> None:  # fmt: skip
+    if options.mask is False or (options.mask is not None and mask is not None):
+        return
     sizes = [expression(size) for size in value(primary).shape[:2]]
     for node, g in given.items():
         val = value(node)
@@ -140,7 +147,8 @@ def refuse_nameless_masks(given: Mapping[fx.Node, Input], primary: fx.Node, mask
         if any(region(user) < n_blocks for user in node.users):
             raise InputError(
                 f"The blocks read {g.source} (B, L), {val.dtype}, which may be a padding mask; expected one called "
-                "attention_mask, mask or padding_mask. Compile the model itself, or call the argument so."
+                "attention_mask, or to be told. Pass options={'mask': its name}, with 'mask_marks': 'padding' if "
+                "values other than 0 mark padding, or {'mask': False} if no argument says what is padding."
             )
 
 

@@ -21,6 +21,7 @@ from torch._dynamo.callback import callback_handler
 from torch._dynamo.symbolic_convert import InstructionTranslator
 
 from simba_fx import lift
+from simba_fx.comparison import say_not_compared
 from simba_fx.operands import Row, StandIn
 
 __all__ = ["is_lifted_call", "keep_fresh", "tracing_for"]
@@ -93,6 +94,7 @@ def _call_in_graph(function: types.FunctionType) -> Callable[..., Any]:
         adapted = lift.named_operands(function, adapter, args, kwargs)
         if adapted is None:
             return function(*args, **kwargs)
+        say_not_compared([function], "torch.compile traces it without values; simba_fx.transform(model) compares")
         operands, finish = adapted
         return finish(*operands.run())
 

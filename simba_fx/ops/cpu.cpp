@@ -290,7 +290,7 @@ void backward_tile(const Selective& s, Tile tile, const Tokens& dy, const float*
     Lanes dt = w.step(w.raw(t)), dtu = dt * w.input(t);
     for (int64_t n = 0; n < states; ++n) h[n] = exp2(dt * w.rate[n]) * h[n] + dtu * w.B[t * states + n];
   }
-  std::copy(h, h + states, starts + (chunks - 1) * states);
+  if (chunks) std::copy(h, h + states, starts + (chunks - 1) * states);  // none: there are no tokens
 
   Lanes g[kMaxStates], dA[kMaxStates] = {}, dskip = {};
   const int64_t first = tile.row * s.channels + tile.channel;

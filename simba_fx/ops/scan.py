@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from simba_fx.ops import backends, chunked, chunked_ssd
+from simba_fx.ops import backends, checks, chunked, chunked_ssd
 from simba_fx.ops.inline import inline_on_gpu
 
 NO_LIMIT = torch.finfo(torch.float32).max
@@ -23,19 +23,6 @@ NO_LIMIT = torch.finfo(torch.float32).max
 def _grouped(operand: Tensor) -> Tensor:
     """`(B, N, L)` -> `(B, 1, N, L)`; a grouped operand `(B, G, N, L)` is returned as it is."""
     return operand.unsqueeze(1) if operand.dim() == 3 else operand
-
-
-def _check_groups(sharing: int, *groups: int) -> None:
-    """Raises: ValueError unless the channels (heads) can be divided evenly among the groups of B and of C.
-
-    Symbolic sizes are not looked at: a check would guard on them.
-    """
-    if not all(isinstance(count, int) for count in (sharing, *groups)):
-        return
-    if any(count < 1 or sharing % count for count in groups) or len(set(groups)) > 1:
-        raise ValueError(
-            f"a scan's {sharing} channels or heads must be a multiple of the groups of B and C, found {groups} groups"
-        )
 
 
 def _token_output(like: Tensor) -> Tensor:
@@ -99,9 +86,8 @@ def selective_scan(
     Returns:
         y `(B, D, L)` in u's dtype, channel-last; the last state `(B, D, N)`, float32.
     """
-    B, C = _grouped(B), _grouped(C)
-    _check_groups(u.shape[1], B.shape[1], C.shape[1])
-    return backends.selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+    checks.fit("selective_scan", checks.SELECTIVE, u=u, delta=delta, A=A, B=B, C=C, D=D, z=z, delta_bias=delta_bias)
+    return backends.selective_scan(u, delta, A, _grouped(B), _grouped(C), D, z, delta_bias, delta_softplus)
 
 
 @selective_scan.register_fake
@@ -116,7 +102,7 @@ def _(
     delta_bias: Tensor | None = None,
     delta_softplus: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    _check_groups(u.shape[1], _grouped(B).shape[1], _grouped(C).shape[1])
+    checks.fit("selective_scan", checks.SELECTIVE, u=u, delta=delta, A=A, B=B, C=C, D=D, z=z, delta_bias=delta_bias)
     return _token_output(u), u.new_empty(u.shape[0], u.shape[1], A.shape[1], dtype=torch.float32)
 
 
@@ -135,6 +121,8 @@ def selective_scan_backward(
     delta_softplus: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of u, delta, A, B, C, D, z and delta_bias from those of y and last_state; empty for absent operands."""
+    operands = {"u": u, "delta": delta, "A": A, "B": B, "C": C, "D": D, "z": z, "delta_bias": delta_bias}
+    checks.fit("selective_scan_backward", checks.SELECTIVE, **operands, dy=dy, dlast=dlast)
     du, ddelta, dA, dB, dC, dD, dz, dbias = backends.selective_scan_backward(
         dy, dlast, u, delta, A, _grouped(B), _grouped(C), D, z, delta_bias, delta_softplus
     )
@@ -227,7 +215,8 @@ def ssd_scan(
     Returns:
         y `(B, L, H, P)` contiguous in x's dtype; the last state `(B, H, P, N)`, float32.
     """
-    _check_groups(x.shape[2], B.shape[2], C.shape[2])
+    checks.fit("ssd_scan", checks.SSD, x=x, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias)
+    checks.least("ssd_scan", {"chunk_size": (chunk_size, 1)})
     y, last = backends.ssd_scan(x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_min, dt_max, chunk_size)
     return y.contiguous(), last.contiguous()  # as the fake kernel has them: a compiled graph dies of other strides
 
@@ -247,8 +236,8 @@ def _(
     dt_max: float = NO_LIMIT,
     chunk_size: int = 256,
 ) -> tuple[Tensor, Tensor]:
+    checks.fit("ssd_scan", checks.SSD, x=x, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias)
     rows, _, heads, width = x.shape
-    _check_groups(heads, B.shape[2], C.shape[2])
     return x.new_empty(x.shape), x.new_empty(rows, heads, width, B.shape[3], dtype=torch.float32)
 
 
@@ -273,6 +262,9 @@ def ssd_scan_backward(
 
     A step held at `dt_min` or `dt_max` passes no gradient on, as `torch.clamp` has it.
     """
+    operands = {"x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D, "z": z, "dt_bias": dt_bias}
+    checks.fit("ssd_scan_backward", checks.SSD, **operands, dy=dy, dlast=dlast)
+    checks.least("ssd_scan_backward", {"chunk_size": (chunk_size, 1)})
     raw = dt.float() if dt_bias is None else dt.float() + dt_bias.float()
     step = F.softplus(raw) if dt_softplus else raw
     free = (step >= dt_min) & (step <= dt_max)
@@ -333,6 +325,7 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None = None, activat
     Returns:
         `(B, D, L)` in x's dtype, channel-last.
     """
+    checks.fit("causal_conv1d", checks.CONV, x=x, weight=weight, bias=bias)
     return backends.causal_conv1d(x, weight, bias, _is_silu(activation))
 
 
@@ -344,6 +337,7 @@ def _is_silu(activation: str) -> bool:
 
 @causal_conv1d.register_fake
 def _(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "none") -> Tensor:
+    checks.fit("causal_conv1d", checks.CONV, x=x, weight=weight, bias=bias)
     _is_silu(activation)
     return _token_output(x)
 
@@ -353,6 +347,7 @@ def causal_conv1d_backward(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight and bias (empty if there is none) from that of y `(B, D, L)`."""
+    checks.fit("causal_conv1d_backward", checks.CONV, x=x, weight=weight, bias=bias, dy=dy)
     dpre = dy.transpose(1, 2).float()
     if _is_silu(activation):
         dpre = dpre * chunked.silu_gradient(chunked.causal_conv1d(x, weight, bias))

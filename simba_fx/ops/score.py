@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from simba_fx.errors import CriterionError
-from simba_fx.ops import backends, chunked_ssd
+from simba_fx.ops import backends, checks, chunked_ssd
 from simba_fx.ops.chunked import split_groups, step_size
 from simba_fx.ops.inline import inline_on_gpu
-from simba_fx.ops.scan import _check_groups, _grouped
+from simba_fx.ops.scan import _grouped
 
 CRITERIA = ("simba", "simba-abs", "no-decay", "delta-norm", "clip")
 """What a scan's operands can be scored by: Song et al. 2025; its absolute value; its response without the decay;
@@ -88,8 +88,11 @@ def selective_token_score(
         CriterionError: for an unknown criterion.
     """
     _check(criterion)
+    checks.fit(
+        "selective_token_score", checks.SELECTIVE, u=u, delta=delta, A=A, B=B, C=C, delta_bias=delta_bias, real=real
+    )
+    checks.least("selective_token_score", {"tail": (tail, 1)})
     B, C = _grouped(B), _grouped(C)
-    _check_groups(u.shape[1], B.shape[1], C.shape[1])
     if (kernels := backends.triton_scan(u, A.shape[1])) is not None and criterion in ("simba", "simba-abs"):
         absolute = criterion == "simba-abs"
         fused: Tensor = kernels.score.selective_token_score(
@@ -141,6 +144,10 @@ def _(
     criterion: str,
 ) -> Tensor:
     _check(criterion)
+    checks.fit(
+        "selective_token_score", checks.SELECTIVE, u=u, delta=delta, A=A, B=B, C=C, delta_bias=delta_bias, real=real
+    )
+    checks.least("selective_token_score", {"tail": (tail, 1)})
     return u.new_empty(u.shape[0], u.shape[2], dtype=torch.float32)
 
 
@@ -171,6 +178,8 @@ def ssd_token_score(
         CriterionError: for an unknown criterion.
     """
     _check(criterion)
+    checks.fit("ssd_token_score", checks.SSD, x=x, dt=dt, A=A, B=B, C=C, dt_bias=dt_bias, real=real)
+    checks.least("ssd_token_score", {"tail": (tail, 1)})
     rows, length, _, _ = x.shape
     groups = B.shape[2]
     query = query_position(real, tail, rows=rows, length=length, device=x.device)
@@ -219,6 +228,8 @@ def _(
     criterion: str,
 ) -> Tensor:
     _check(criterion)
+    checks.fit("ssd_token_score", checks.SSD, x=x, dt=dt, A=A, B=B, C=C, dt_bias=dt_bias, real=real)
+    checks.least("ssd_token_score", {"tail": (tail, 1)})
     return x.new_empty(x.shape[0], x.shape[1], dtype=torch.float32)
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from simba_fx.errors import CriterionError
-from simba_fx.ops import backends
+from simba_fx.ops import backends, checks
 from simba_fx.ops.inline import inline_on_gpu
 from simba_fx.schedule import kept_count
 
@@ -60,6 +60,8 @@ def select_tokens(
         kept `(B, k)` and dropped `(B, m - k + 2)`, slots in ascending order, then the positions of both. The last two
         columns of dropped are spare (`SPARE`): slot 0, position `length`.
     """
+    checks.fit("select_tokens", checks.SLOTS, score=score, positions=positions)
+    checks.rule("select_tokens", length, tail, share_p, share_q, floor)
     slots = score.shape[1]
     k = _kept(slots, length, tail, share_p, share_q, floor)
     if (kernels := backends.triton_for(score)) is not None:
@@ -84,6 +86,8 @@ def _of_whole_rows(
 def _(
     score: Tensor, positions: Tensor, length: int, tail: int, share_p: int, share_q: int, floor: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    checks.fit("select_tokens", checks.SLOTS, score=score, positions=positions)
+    checks.rule("select_tokens", length, tail, share_p, share_q, floor)
     rows, slots = score.shape
     k = _kept(slots, length, tail, share_p, share_q, floor)
     sizes = (k, slots - k + SPARE, k, slots - k + SPARE)
@@ -122,6 +126,9 @@ def select_real_tokens(
         `(B, k)`. Over a chain of cuts, all dropped and the last kept positions name every position exactly once, and
         `length` any number of times.
     """
+    checks.fit("select_real_tokens", checks.SLOTS, score=score, positions=positions, real=real, lengths=lengths)
+    checks.rule("select_real_tokens", length, tail, share_p, share_q, floor)
+    checks.inside("select_real_tokens", "lengths", lengths, 0, length)
     slots = score.shape[1]
     k = _kept(slots, length, tail, share_p, share_q, floor)
     if (kernels := backends.triton_for(score)) is not None:
@@ -170,6 +177,8 @@ def _(
     share_q: int,
     floor: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    checks.fit("select_real_tokens", checks.SLOTS, score=score, positions=positions, real=real, lengths=lengths)
+    checks.rule("select_real_tokens", length, tail, share_p, share_q, floor)
     rows, slots = score.shape
     k = _kept(slots, length, tail, share_p, share_q, floor)
     sizes = (k, slots - k + SPARE, k, slots - k + SPARE)
@@ -204,6 +213,8 @@ def position_score(
         CriterionError: for an unknown criterion.
     """
     _check(criterion)
+    checks.fit("position_score", checks.SLOTS, positions=positions, real=real, lengths=lengths)
+    checks.rule("position_score", length, tail, share_p, share_q, floor)
     rows, slots = positions.shape
     if criterion == "recent":
         return torch.arange(slots, device=positions.device, dtype=torch.float32).repeat(rows, 1)
@@ -254,6 +265,8 @@ def _(
     seed: int,
 ) -> Tensor:
     _check(criterion)
+    checks.fit("position_score", checks.SLOTS, positions=positions, real=real, lengths=lengths)
+    checks.rule("position_score", length, tail, share_p, share_q, floor)
     return positions.new_empty(positions.shape, dtype=torch.float32)
 
 
@@ -269,6 +282,8 @@ def take_square(square: Tensor, positions: Tensor, real: Tensor | None) -> Tenso
     Returns:
         `(B, H, k, k)` in the dtype of `square`.
     """
+    checks.fit("take_square", checks.SLOTS, square=square, positions=positions, real=real)
+    checks.inside("take_square", "positions", positions, 0, square.shape[2])
     rows = torch.arange(square.shape[0], device=square.device)[:, None, None]
     index = positions.clamp(max=square.shape[2] - 1)
     taken = square[rows, :, index[:, :, None], index[:, None, :]]  # (B, k, k, H): advanced indices come first
@@ -284,16 +299,27 @@ def _lowest(dtype: torch.dtype) -> float:
 
 @take_square.register_fake
 def _(square: Tensor, positions: Tensor, real: Tensor | None) -> Tensor:
+    checks.fit("take_square", checks.SLOTS, square=square, positions=positions, real=real)
     rows, slots = positions.shape
     return square.new_empty(rows, square.shape[1], slots, slots)
 
 
-def _no_gradient(ctx: Any, _: Tensor) -> tuple[None, None, None]:
-    return None, None, None
+def _scattered(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    """What each pair of the input was taken for: a bias may be learned."""
+    positions, real = ctx.saved_tensors
+    if real is not None:
+        grad = grad.masked_fill(~real[:, None, None, :], 0)
+    rows = torch.arange(ctx.sizes[0], device=grad.device)[:, None, None]
+    index = positions.clamp(max=ctx.sizes[2] - 1)
+    back = grad.new_zeros([ctx.sizes[i] for i in (0, 2, 3, 1)])
+    back = back.index_put((rows, index[:, :, None], index[:, None, :]), grad.permute(0, 2, 3, 1), accumulate=True)
+    return back.permute(0, 3, 1, 2), None, None
 
 
-def _mask_only(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.mark_non_differentiable(output)
+def _taken(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    square, positions, real = inputs
+    ctx.save_for_backward(positions, real)
+    ctx.sizes = square.shape
 
 
-take_square.register_autograd(_no_gradient, setup_context=_mask_only)
+take_square.register_autograd(_scattered, setup_context=_taken)

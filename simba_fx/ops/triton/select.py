@@ -78,6 +78,7 @@ def select_kernel(
         earlier = (share_p * (tokens - tail) + share_q - 1) // share_q
         earlier = tl.where(tokens < tail, 0, earlier)
         wanted = tl.minimum(tokens, tail + tl.maximum(earlier, floor)).to(tl.int32)
+        wanted = tl.maximum(tl.minimum(wanted, k), 0)  # whatever `lengths` says, nothing is written beyond the lists
         count = tl.maximum(tl.minimum(wanted, present), present - (slots - k) - 1)
         fillers = k - count
         ghost_wanted = present + fillers > slots
