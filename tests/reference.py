@@ -398,7 +398,8 @@ class Pruning:
         """Scores and sizes of the tokens before the tail (and of some behind, whose scores are not read)."""
         count = max(rival, 0)
         if self.criterion == "random":
-            values = np.array([hashed(self.positions[-1] - position, self.seed) for position in self.positions])
+            before = self.positions[-1] - self.tail  # the last token that competes
+            values = np.array([hashed(before - position, self.seed) for position in self.positions])
             return values, values
         if self.criterion == "stride":
             values = np.array(spread(count, self.planned[i + 1] - self.tail))

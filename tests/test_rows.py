@@ -234,6 +234,19 @@ def test_answers_of_different_lengths_in_a_batch(entry: Entry, side: str) -> Non
         assert torch.equal(reached[b, starts[b] : starts[b] + len(row)], simba_fx.reached(model)[0])
 
 
+@pytest.mark.parametrize("criterion", ["random", "stride", "recent"])
+def test_answers_of_different_lengths_and_criteria_that_look_at_positions(criterion: str) -> None:
+    """A row that gets padding for a longer tail draws what it draws alone: distances are counted from the tail."""
+    model, ids, numbers = sparse("mamba", "linear", criterion=criterion), tokens(1, 3, 33), [2, 11, 5]
+    with simba_fx.answer(model, torch.tensor(numbers)):
+        logits(model, ids)
+    kept = [kept_rows(model, b) for b in range(3)]
+    for row, n, own in zip(ids, numbers, kept):
+        with simba_fx.answer(model, n):
+            logits(model, row[None])
+        assert own == kept_rows(model)
+
+
 def test_answers_of_different_lengths_and_an_output_of_survivors() -> None:
     """Its slots are those of `kept`, also where nothing was dropped of rows that are as short as their tails."""
     short, full = sparse("mamba", "linear", output="kept"), sparse("mamba", "linear")

@@ -206,8 +206,9 @@ def position_score(
     """Scores that need no scan, `(B, m)` float32, higher = keep; arguments as in `select_real_tokens`.
 
     `"recent"`: the slot's index. `"random"`: uniform in [0, 1), a hash of the seed and of the distance from the row's
-    last real token in input positions, so a row's draw does not depend on the batch it is in. `"stride"`: 1 for evenly
-    spaced real tokens before the tail, as many as the row keeps there, else 0.
+    tail in input positions, so a row's draw does not depend on the batch it is in, nor on padding that is counted as
+    its tail (`simba_fx.rows`). `"stride"`: 1 for evenly spaced real tokens before the tail, as many as the row keeps
+    there, else 0.
 
     Raises:
         CriterionError: for an unknown criterion.
@@ -221,7 +222,7 @@ def position_score(
     mask = torch.ones_like(positions, dtype=torch.bool) if real is None else real
     if criterion == "random":
         last = torch.where(mask, positions, -1).amax(1, keepdim=True)
-        return _uniform(last - positions, seed)
+        return _uniform(last - tail - positions, seed)
     earlier = mask & (mask.flip(1).cumsum(1).flip(1) > tail)
     available = earlier.sum(1, keepdim=True)
     inputs = torch.full((rows,), length, device=positions.device) if lengths is None else lengths
