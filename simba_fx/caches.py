@@ -61,16 +61,15 @@ def fill(cache: Any, entries: tuple[Entry, ...], tensors: Any) -> None:
 def is_warm(cache: Any) -> bool:
     """Whether a cache already holds tokens. Room that was allocated beforehand, or is left of a reset, holds none.
 
-    (Of a static cache on a GPU that is read there. Nobody asks in a decoding step.)
+    Layers with recurrent states are asked first, who know it in Python: what a static layer of keys holds is read on
+    its device, which a decoding step must not wait for.
     """
-    for layer in getattr(cache, "layers", ()):
-        started = getattr(layer, "has_previous_state", None)
-        if isinstance(started, dict) and any(started.values()):
-            return True
-        keys = getattr(layer, "keys", None)
-        if isinstance(keys, Tensor) and keys.numel() and bool(layer.get_seq_length() > 0):
-            return True
-    return False
+    layers = getattr(cache, "layers", ())
+    started = [getattr(layer, "has_previous_state", None) for layer in layers]
+    if any(isinstance(states, dict) and any(states.values()) for states in started):
+        return True
+    rooms = [(layer, getattr(layer, "keys", None)) for layer in layers]
+    return any(isinstance(keys, Tensor) and keys.numel() and bool(layer.get_seq_length() > 0) for layer, keys in rooms)
 
 
 def new_cache(config: Any) -> Any:

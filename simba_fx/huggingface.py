@@ -567,9 +567,9 @@ def _prepare(stack: Any, given: dict[str, Any]) -> Call | None:
         return None  # the model's own message
     lead: Any = embeds if ids is None else ids
     rows, length = lead.shape[:2]
-    if cache is not None and length == 1:
-        return None
     if cache is not None and is_warm(cache):
+        if length == 1:
+            return None
         raise InputError(
             f"{type(stack).__name__} was called with {length} new tokens on a warm cache; expected a whole prompt with "
             "an empty cache, or one new token. Pass the tokens one at a time, or start with an empty cache."

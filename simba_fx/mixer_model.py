@@ -105,7 +105,7 @@ class SparseMixer(SparseStack):
             captured = capture(shell, stack, inputs, primary="input_ids", prefix="stack", values=lambda: 1,
                                kernels=self.options.kernels)  # fmt: skip
             built = build(captured, self.options, self.cost)
-        return Variant(built, Tensor, shell.stored.entries, {}, own_paths(stack, captured), now)
+        return Variant(built, Tensor, shell.stored.entries, {}, (True,), own_paths(stack, captured), now)
 
     def finish(self, variant: Variant, call: Any, flat: Any) -> Any:
         """Fill the states; return the stack's output `(B, L, M)`."""

@@ -218,7 +218,7 @@ class Case:
     def _transformers(self) -> Captured:
         kind = torch.int64 if self.mask else None
         cpu, cache = torch.device("cpu"), bool(self.cache)
-        extra = Signature.default(self.module, self.module.get_input_embeddings().weight).extra
+        extra = Signature.default(self.module, self.module.get_input_embeddings().weight, False).extra
         return capture_stack(self.module, Signature(torch.float32, cpu, kind, cache, False, False, extra=extra))[0]
 
     @property

@@ -5,13 +5,18 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from models import BY_NAME, CACHE, Entry, names, padded, sparse, tokens
+from reference import cache_name
 from torch import Tensor, nn
-from transformers import StaticCache
+from transformers import DynamicCache, StaticCache
+
+import simba_fx
+from simba_fx.caches import is_warm
 
 HYBRIDS = [BY_NAME[name] for name in ("bamba", "falcon-h1", "jamba", "zamba2")]
 every_hybrid = pytest.mark.parametrize("entry", HYBRIDS, ids=names(HYBRIDS))
@@ -79,3 +84,31 @@ def test_a_step_that_failed_leaves_the_cache_as_it_was(name: str) -> None:
     with pytest.raises(IndexError):
         step(model, argument, cache, mask, token=10**6)
     assert torch.equal(step(model, argument, cache, mask), right)
+
+
+@pytest.mark.parametrize("name", ["mamba", "bamba"])
+def test_a_prompt_of_one_token_is_a_prompt(name: str) -> None:
+    """With an empty cache, as `generate` passes it: `kept` tells of it, and what it cannot have is refused."""
+    pruned, ids = sparse(name, "linear"), tokens(1, 2, 1)
+    with torch.no_grad():
+        pruned(tokens(2, 1, 20))
+        pruned.generate(ids, max_new_tokens=2, do_sample=False, pad_token_id=0)
+        assert [block.tolist() for block in simba_fx.kept(pruned)] == [[[0], [0]]] * 4
+        empty = {cache_name(pruned): DynamicCache(config=pruned.config)}
+        with simba_fx.tail(pruned, 2), pytest.raises(simba_fx.errors.InputError, match="last 2 tokens, but the prompt"):
+            pruned(ids, use_cache=True, **empty)
+
+
+def test_a_decoding_step_does_not_ask_a_device_how_full_a_cache_is() -> None:
+    """Layers with recurrent states know it in Python, wherever they stand."""
+
+    def asked() -> int:
+        raise AssertionError("a static layer's length is on its device")
+
+    keys = SimpleNamespace(keys=torch.ones(1, 1, 4, 2), get_seq_length=asked)
+    for state in ({0: True}, {0: False, 1: True}):
+        assert is_warm(SimpleNamespace(layers=[keys, SimpleNamespace(has_previous_state=state)]))
+    keys.get_seq_length = lambda: torch.tensor(0)
+    assert not is_warm(SimpleNamespace(layers=[keys, SimpleNamespace(has_previous_state={0: False})]))
+    keys.get_seq_length = lambda: torch.tensor(3)
+    assert is_warm(SimpleNamespace(layers=[keys]))
