@@ -186,7 +186,7 @@ class Signature:
     """Whether the program is told the rows' lengths. The model's part of the graph knows nothing of them."""
 
     @staticmethod
-    def default(stack: nn.Module, weight: Tensor, trailing: bool) -> Signature:
+    def default(stack: nn.Module, weight: Tensor, trailing: bool = False) -> Signature:
         config: Any = stack.config
         cache = bool(config.use_cache and not stack.training)
         hidden = bool(getattr(config, "output_hidden_states", False))

@@ -694,7 +694,7 @@ def test_a_pass_prints_as_its_configuration() -> None:
         "EraseSites()",
         "ChannelLast()",
         "DropCasts()",
-        "TrackTokens()",
+        "TrackTokens(trailing=False)",
         "ScoreTokens(cuts=(0→3/4, 1→1/2), criterion='simba', floor=4, seed=0)",
         "SelectTokens(cuts=(0→3/4, 1→1/2), floor=4)",
         "HoistPositions(output='full')",
