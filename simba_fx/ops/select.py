@@ -112,8 +112,10 @@ def select_real_tokens(
     Row b keeps its last `tail` real tokens and its best-scored earlier real ones, `kept_count(lengths[b], ...)` in all.
     The other of the k slots are fillers: pads of the row, leftmost first. A row may have one pad too few (counts round
     up; drops of two lengths differ from proportion by less than one token each). Its worst dropped real token then
-    stays as a **ghost**: marked not real, moved to the end of the row that is padded (left if the last slot is real),
-    with position `length`, a place outside the input. The ghost's true position is listed with the dropped ones.
+    stays as a **ghost**: marked not real, with position `length`, a place outside the input, and moved to the end of
+    the row that was padded in the input: right, unless the row's last real token stood last there. (No pad may be left,
+    and a model that is given no mask computes with the ghost, which must then stand behind everything real.) The
+    ghost's true position is listed with the dropped ones.
 
     Args:
         score: `(B, m)` float32, higher = keep; whatever a pad's score, it never outranks a real token.
@@ -151,7 +153,8 @@ def select_real_tokens(
     filler = (rank >= present) & (rank < present + k - count)
     ghost = (rank == present - 1) & (present + k - count > slots)
     stays = stays_real | filler | ghost
-    outer = torch.where(real[:, -1:], -1, slots)
+    last = torch.where(real, positions, -1).amax(1, keepdim=True)
+    outer = torch.where(last == length - 1, -1, slots)
     outwards = torch.where(stays, torch.where(ghost, outer, slot), slots + 1).argsort(dim=1, stable=True)
     kept = _plain(outwards[:, :k])
     gone = torch.where(stays, slots, slot).argsort(dim=1, stable=True)[:, : slots - k]

@@ -66,6 +66,7 @@ def select_kernel(
             present += tl.sum(_real(real, start + tl.arange(0, BLOCK), slots, REAL).to(tl.int32), axis=0)
         # the tail begins where so many real tokens have passed
         passed = 0
+        last = 0  # the row's last real slot
         protected_from = slots
         for start in range(0, slots, BLOCK):
             slot = start + tl.arange(0, BLOCK)
@@ -73,6 +74,7 @@ def select_kernel(
             index = passed + tl.cumsum(is_real.to(tl.int32), axis=0) - 1
             first = tl.min(tl.where(is_real & (index >= present - tail), slot, slots), axis=0)
             protected_from = tl.minimum(protected_from, first)
+            last = tl.maximum(last, tl.max(tl.where(is_real, slot, 0), axis=0))
             passed += tl.sum(is_real.to(tl.int32), axis=0)
         tokens = tl.load(lengths + row)
         earlier = (share_p * (tokens - tail) + share_q - 1) // share_q
@@ -82,7 +84,7 @@ def select_kernel(
         count = tl.maximum(tl.minimum(wanted, present), present - (slots - k) - 1)
         fillers = k - count
         ghost_wanted = present + fillers > slots
-        ghost_first = tl.load(real + slots - 1) != 0  # the row is padded on the left
+        ghost_first = tl.load(positions + last * position_slot) == length - 1  # the row was padded on the left alone
 
     # Radix select over the real slots: the key of the count-th best, how many of that key stay, and how many there are.
     threshold = tl.zeros((), tl.uint32)
