@@ -108,7 +108,7 @@ SCORES: dict[str, Callable[..., Tensor]] = {
 @pytest.mark.parametrize("kind", SCORES)
 @pytest.mark.parametrize("length", [1, 2, 17, 40, 1100])
 def test_the_selection_is_that_of_the_cpu_bit_for_bit(kind: str, length: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also behind an earlier cut, where rows hold ghosts."""
+    """Also behind an earlier cut, where rows hold ghosts, and where one comes of rows that have no pad left."""
     torch.manual_seed(length)
     positions = torch.arange(length).expand(3, length)
     lengths = torch.tensor([length, max(1, length // 2), max(1, length - 1)])
@@ -123,6 +123,14 @@ def test_the_selection_is_that_of_the_cpu_bit_for_bit(kind: str, length: int, mo
             first = OPS.select_real_tokens(score, positions, real, lengths, length, tail, 9, 10, 4)
             kept, _, kept_at, _, kept_real = first
             cases.append((OPS.select_real_tokens, (score.gather(1, kept), kept_at, kept_real, lengths, *rule)))
+        if length > 1:  # rows of one token less, whose padding at the end is used up
+            less = (
+                score[:, 1:],
+                positions[:, :-1],
+                torch.ones(3, length - 1, dtype=torch.bool),
+                lengths * 0 + length - 1,
+            )
+            cases.append((OPS.select_real_tokens, (*less, *rule)))
         for operator, arguments in cases:
             right = operator(*arguments)
             with monkeypatch.context() as patch:
