@@ -106,7 +106,7 @@ class GatherSurvivors:
             if masks and _place_by_place(node, masks[-1]):
                 node.replace_all_uses_with(anew(node), delete_user_cb=lambda u: beyond(u) and not _inserted_now(u))
                 continue
-            carried = region(node) == block and role not in ("carried", "invariant") and node not in from_mask
+            carried = region(node) == block and role not in ("carried", "invariant", "place") and node not in from_mask
             gathered = self._gather(insert, node, dims, kept, carried, facts)
             if node in from_mask and renamed["real"] is not None:
                 gathered = self._blank_fillers(insert, gathered, dims, renamed["real"], facts)
@@ -123,7 +123,7 @@ class GatherSurvivors:
 
     def _gather(self, insert: Insert, node: fx.Node, dims: tuple[int, ...], kept: fx.Node, carried: bool,
                 facts: Facts) -> fx.Node:  # fmt: skip
-        val = value(node)
+        val, place = value(node), _is_place(node, facts)
         shared = dims == (1,) and expression(val.shape[0]) == 1 != expression(value(kept).shape[0])
         if shared:  # a table for all rows: each takes places of its own
             early = Insert(insert.graph, end_of(insert.graph, region(node)), region(node), self.name)
@@ -138,7 +138,7 @@ class GatherSurvivors:
                 f"(B, L, ...) with L in dimension 1 alone, or (B, H, L, L), found it in {dims}. This layout cannot be "
                 "gathered; keep the blocks around it whole (give them the same share)."
             )
-        role = "carried" if carried else "invariant"
+        role = "place" if place else "carried" if carried else "invariant"
         if val.dim() == 2:
             return insert(torch.ops.aten.gather.default, node, 1, kept, val=val, role=role, like=node)
         rows = tracked(insert.graph, "rows")
@@ -158,7 +158,9 @@ class GatherSurvivors:
         if not readers:
             return
         name = f"square_{insert.region}"
-        real = results.get(4) if _reads_mask(node, facts) else None  # by places alone there is no filler to be hidden
+        real = (
+            results.get(4) if facts.mask in _inputs_read(node) else None
+        )  # by places alone there is no filler to be hidden
         taken = insert(torch.ops.simba_fx.take_square.default, node, results[2], real, val=value(node),
                        role="square", like=node, name=name)  # fmt: skip
         for user in readers:
@@ -213,14 +215,22 @@ def _place_by_place(node: fx.Node, mask: fx.Node) -> bool:
     return node is mask or (even and bool(read) and all(_place_by_place(n, mask) for n in read))
 
 
-def _reads_mask(node: fx.Node, facts: Facts) -> bool:
-    """Whether anything that a node is computed from is the padding mask."""
+def _inputs_read(node: fx.Node) -> set[str]:
+    """The graph's inputs that a node is computed from, other than by their sizes."""
     seen, ahead = set[fx.Node](), [node]
     while ahead:
         if (one := ahead.pop()) not in seen:
             seen.add(one)
-            ahead += one.all_input_nodes
-    return any(one.op == "placeholder" and one.name == facts.mask for one in seen)
+            ahead += [read for read in one.all_input_nodes if not is_size(read)]
+    return {one.name for one in seen if one.op == "placeholder"}
+
+
+def _is_place(node: fx.Node, facts: Facts) -> bool:
+    """Whether a value, or what it is gathered from, depends on no token: the place of a token, not what it carries."""
+    if node.meta.get("simba_fx", {}).get("role") == "place":
+        return True
+    tokens = (name for name in _inputs_read(node) if sequence_dims(placeholder(node.graph, name), facts))
+    return region(node) == -1 and not set(tokens) - {facts.mask}
 
 
 def _inserted_now(user: fx.Node) -> bool:

@@ -110,6 +110,7 @@ def guards_of(shape_env: ShapeEnv, questions: Sequence[Question],
     guards: dict[str, Guard] = {}
     for question in every:
         fact = question.fact.xreplace(letters)
+        fact = fact.canonical if isinstance(fact, sympy.core.relational.Relational) else fact
         if fact in (sympy.true, True):
             continue
         text = PythonPrinter().doprint(fact)

@@ -19,7 +19,7 @@ from simba_fx.capture import capture
 from simba_fx.errors import CaptureError, InputError
 from simba_fx.exporting import CallsOfModule, Memory
 from simba_fx.inputs import EXAMPLE, autocast_dtype, check_mask, named_sizes
-from simba_fx.lift import one_at_a_time
+from simba_fx.lift import one_at_a_time, traced
 from simba_fx.program import Program, dynamic_marker, left_alone, left_to_python
 from simba_fx.twins import copy_to_trace
 
@@ -68,6 +68,8 @@ class PlainRuntime(Memory):
                 f"{', '.join(bound) or 'none'}. Transform the module again with example_inputs like this call's."
             )
         inputs = [bound[name] for name in captured.arguments]
+        if not traced():
+            self._check_looks(dict(zip(captured.arguments, inputs)))
         lead, mask = inputs[captured.inputs.index(captured.facts.primary)], self._mask(inputs)
         check_mask(mask, lead.shape[0], lead.shape[1], self.tail, self.options.named)
         self.built.check_sizes(self.name, lead.shape[0], lead.shape[1], self.tail)
@@ -78,6 +80,25 @@ class PlainRuntime(Memory):
                 "simba_fx.transform inside the autocast that the model will run in."
             )
         return [*inputs, self.tail]
+
+    def _check_looks(self, given: Mapping[str, Any]) -> None:
+        """Raises: InputError: an argument has other sizes, or another kind of numbers, than the graph was made for."""
+        captured = self.built.captured
+        lead = given[captured.arguments[captured.inputs.index(captured.facts.primary)]]
+        for name, held in given.items():
+            dtype, shape = self.tensors[name]
+            kind = (dtype == torch.bool, dtype.is_floating_point, dtype.is_complex)
+            named = named_sizes(torch.empty(shape, device="meta"), *EXAMPLE.values())
+            sizes = {"B": lead.shape[0], "L": lead.shape[1]} if isinstance(lead, Tensor) and lead.dim() > 1 else {}
+            expected = [sizes.get(size, size) if isinstance(size, str) else size for size in named]
+            alike = isinstance(held, Tensor) and [*held.shape] == expected
+            if not alike or (held.dtype == torch.bool, held.is_floating_point(), held.is_complex()) != kind:
+                found = f"{held.dtype} {tuple(held.shape)}" if isinstance(held, Tensor) else type(held).__name__
+                raise InputError(
+                    f"{self.name} was captured with {name} ({', '.join(map(str, named))}) of {dtype}, that is "
+                    f"{tuple(expected)} in this call; found {found}. Pass such a tensor, or transform the module again "
+                    "with example_inputs like this call's."
+                )
 
     def _fixed(self, name: str, held: Any) -> bool:
         """Whether an argument is a number, flag or word that the program was captured with, and holds."""

@@ -271,8 +271,8 @@ class Drawn(nn.Module):
             self.later = nn.ModuleList(blocks[half:])
         self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 4)
 
-    def blocks(self) -> list[Stepping]:
-        return [*self.layers, *(self.later if self.spec.lists == 2 else ())]  # type: ignore[list-item]
+    def blocks(self) -> dict[str, Stepping]:
+        return {path: block for path, block in self.named_modules() if isinstance(block, Stepping)}
 
     def real(self, mask: Tensor) -> Tensor:
         """`(B, L, 1)`: 1 where a token is real."""
@@ -285,19 +285,25 @@ class Drawn(nn.Module):
 
     def forward(self, x: Tensor, hide: Tensor | None = None) -> Tensor:
         early = self.real(hide) if hide is not None and self.spec.early else None
-        for block in self.blocks():
+        for block in self.blocks().values():
             real = early if early is not None or hide is None else self.real(hide)
             x = self.step(block, x, real)
         return self.head(self.norm(x))
 
-    def expected(self, x: Tensor, kept: list[Tensor], at: Tensor, length: int) -> Tensor:
+    def expected(self, x: Tensor, kept: dict[str, Tensor], at: Tensor, length: int) -> Tensor:
         """The same of tokens `x (B, L, D)` without padding, that stand at `at (B, L)` of an input of `length`, when
-        block i sees those that stand at `kept[i] (B, k_i)` and every other one leaves with what it has."""
-        result, hidden, here = x, x, at
-        for block, stay in zip(self.blocks(), kept):
-            index = (here[:, None, :] == stay[:, :, None]).float().argmax(2)[..., None].expand(-1, -1, WIDTH)
-            hidden, here = hidden.gather(1, index), stay
-            hidden = self.step(block, hidden, None, Places(here, length))
-            back = (at[:, None, :] == here[:, :, None]).float().argmax(2)[..., None].expand(-1, -1, WIDTH)
-            result = result.scatter(1, back, hidden)
+        the block at a path sees those that stand at `kept[path] (B, k)` and every other one has left with what it had.
+        A block that is not named sees every token."""
+        result = x
+        for path, block in self.blocks().items():
+            stay = kept.get(path, at)
+            hidden = result.gather(1, _places_among(stay, at))
+            hidden = self.step(block, hidden, None, Places(stay, length))
+            result = result.scatter(1, _places_among(stay, at), hidden)
         return self.head(self.norm(result))
+
+
+def _places_among(chosen: Tensor, every: Tensor) -> Tensor:
+    """For each of `chosen (B, k)` its index in `every (B, L)`, as wide as a token, `(B, k, D)`."""
+    found = (every[:, None, :] == chosen[:, :, None]).float().argmax(2)
+    return found[..., None].expand(-1, -1, WIDTH)
