@@ -64,7 +64,7 @@ class GatherSurvivors:
     def _cut(self, graph: fx.Graph, facts: Facts, select: fx.Node, last: int, from_mask: set[fx.Node],
              masks: list[fx.Node]) -> int:  # fmt: skip
         results = {node.args[1]: node for node in select.users}
-        kept, renamed = results[0], {"positions": results[2], "real": results.get(4)}
+        kept, renamed = results[0], dict[str, Any](positions=results[2], real=results.get(4))
         if any(user.meta.get("simba_fx", {}).get("pass") == self.name for user in kept.users):
             return 0
         block = region(select)
@@ -184,7 +184,8 @@ class GatherSurvivors:
         fillers either."""
         if (known := tracked(graph, "padded")) is not None:
             return known
-        mask, real = placeholder(graph, str(facts.mask)), tracked(graph, "real")
+        mask = placeholder(graph, str(facts.mask))
+        real: Any = tracked(graph, "real")
         insert = Insert(graph, end_of(graph, -1), -1, self.name)
         numbers = insert(torch.ops.aten.to.dtype, real, torch.int64, val=value(real).long())
         first = insert(torch.ops.aten.argmin.default, numbers, 1, True, val=value(numbers)[:, :1])

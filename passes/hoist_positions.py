@@ -246,7 +246,7 @@ class _Hoist:
 
     def _filled(self, node: fx.Node) -> fx.Node:
         """`ones_like(x)` and its kind, of the input's sizes: `x` is a block's."""
-        number = SIMILAR[opname(node)]
+        number: Any = SIMILAR[opname(node)]
         if number is None and opname(node) in ("full_like", "new_full"):
             number = node.args[-1]
         if number is None or isinstance(number, fx.Node):

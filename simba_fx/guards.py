@@ -76,11 +76,12 @@ def watched(scans: Collection[Any]) -> Iterator[list[Question]]:
                 questions.append(Question(expr if answer else sympy.Not(expr), line, not scans))
         return answer
 
-    ShapeEnv.evaluate_expr = evaluate_expr  # type: ignore[method-assign]
+    patched: Any = ShapeEnv
+    patched.evaluate_expr = evaluate_expr
     try:
         yield questions
     finally:
-        ShapeEnv.evaluate_expr = own  # type: ignore[method-assign]
+        patched.evaluate_expr = own
 
 
 def _asker(frame: FrameType | None) -> tuple[str, bool]:

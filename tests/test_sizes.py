@@ -23,7 +23,7 @@ GUARDED: tuple[tuple[Step, str, tuple[int, int], tuple[int, int]], ...] = (
     (grammar.branch_on_rows, "B <= 4", (4, 9), (5, 9)),
     (grammar.branch_on_one_row, "B != 1", (2, 9), (1, 9)),
     (grammar.truth_as_int, "B != 1", (2, 9), (1, 9)),
-    (grammar.branch_on_one_token, "L != 1", (2, 2), (2, 1)),
+    (grammar.branch_on_one_token, "((-1) + L) != 0", (2, 2), (2, 1)),
     (grammar.fixed_slice, "L < 30", (2, 29), (2, 31)),
     (grammar.last_three, "L >= 3", (2, 4), (2, 2)),
 )
@@ -58,11 +58,10 @@ def test_a_branch_holds_in_every_block() -> None:
     sparse = transformed(module, (1, 0.5), floor=0)
     check(module, sparse, 2, 8, seed=0)
     with pytest.raises(InputError) as caught:
-        sparse(torch.randn(2, 3, WIDTH))
+        sparse(torch.randn(2, 4, WIDTH))
     assert "expected that to hold in every block" in str(caught.value)
-    assert "found B = 2, L = 2 at block 1, of 3 tokens. Use schedule='dense'" in str(caught.value)
-    module.spec = sparse = transformed(module, "dense")
-    assert sparse(torch.randn(2, 3, WIDTH)).shape == (2, 3, 4)
+    assert "found B = 2, L = 3 at block 1, of 4 tokens. Use schedule='dense'" in str(caught.value)
+    check(module, transformed(module, "dense"), 2, 4, seed=0)
 
 
 class Outer(nn.Module):
@@ -82,7 +81,7 @@ class Outer(nn.Module):
 
 def test_what_is_asked_of_the_input_alone_is_not_asked_of_survivors() -> None:
     """With few tokens a class token may be left alone in a block."""
-    sparse = simba_fx.transform(Outer(), [1, 0.1], query=0, floor=0, example_inputs=(torch.zeros(2, 24, WIDTH),))
+    sparse = simba_fx.transform(Outer(), [1, 0.1], query=-1, floor=0, example_inputs=(torch.zeros(2, 24, WIDTH),))
     sparse(torch.randn(2, 8, WIDTH))
     assert [block.shape[1] for block in simba_fx.kept(sparse)] == [8, 1]
     with pytest.raises(InputError, match="captured where L != 1"):
@@ -98,7 +97,7 @@ def test_a_length_that_becomes_a_number_is_refused_with_its_line(step: Step) -> 
 @pytest.mark.parametrize(
     ("step", "words"),
     [(grammar.mixed_by_places, "found matmul"), (grammar.written_places, "writes into a tensor made from the length"),
-     (grammar.taken_by_place, "found index")],
+     (grammar.taken_by_place, "moves tokens along the sequence")],
     ids=lambda value: getattr(value, "__name__", ""),
 )  # fmt: skip
 def test_places_that_cannot_be_gathered_are_refused(step: Step, words: str) -> None:
@@ -122,7 +121,7 @@ def test_a_learned_bias_over_pairs_gets_its_gradient() -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * float(theirs.abs().max()))
 
 
-# --- masks -------------------------------------------------------------------------------------------------------------
+# --- masks -----------------------------------------------------------------------------------------------------------
 
 MASKS = list(itertools.product((torch.bool, torch.int64, torch.float32), ("real", "padding"), (False, True)))
 
