@@ -123,12 +123,14 @@ class Built:
     """For each block whether it has a scan that tokens can be scored by."""
     history: list[Stage]
     floor: int = 4
+    restored: bool = True
+    """Whether results have the input's length."""
 
     def check_sizes(self, name: str, rows: Any, length: Any, tail: int) -> None:
         """Raises: InputError: the model `name` branches otherwise for these sizes, or for those of a block."""
         if self.captured.guards:
             inside = [(cut.block + 1, schedule.kept_count(length, cut.share, tail, self.floor)) for cut in self.cuts]
-            check_guards(self.captured.guards, name, rows, length, inside)
+            check_guards(self.captured.guards, name, rows, length, inside, self.restored)
 
 
 def build(captured: Captured, options: Options, cost: Callable[..., schedule.Cost] | None = None, *,
@@ -150,7 +152,8 @@ def build(captured: Captured, options: Options, cost: Callable[..., schedule.Cos
     if options.compile == "blocks":
         top, stages = run_passes(graph, facts, [passes.OutlineBlocks(attributes)])
         history += stages[1:]
-    return Built(program_class(attributes, top), captured, graph, shares, cuts, has_scan, history, options.least)
+    return Built(program_class(attributes, top), captured, graph, shares, cuts, has_scan, history, options.least,
+                 options.output == "full")  # fmt: skip
 
 
 def scoring_blocks(captured: Captured, options: Options) -> tuple[bool, ...]:
