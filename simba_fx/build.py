@@ -138,6 +138,8 @@ class Built:
     trailing: bool = False
     """Whether the program is told the rows' lengths, as an input after `tail`."""
     floor: int = 4
+    restored: bool = True
+    """Whether results have the input's length."""
 
     @property
     def ragged(self) -> bool:
@@ -148,7 +150,7 @@ class Built:
         """Raises: InputError: the model `name` branches otherwise for these sizes, or for those of a block."""
         if self.captured.guards:
             inside = [(cut.block + 1, schedule.kept_count(length, cut.share, tail, self.floor)) for cut in self.cuts]
-            check_guards(self.captured.guards, name, rows, length, inside)
+            check_guards(self.captured.guards, name, rows, length, inside, self.restored)
 
 
 def build(captured: Captured, options: Options, cost: Callable[..., schedule.Cost] | None = None, *,
@@ -173,9 +175,8 @@ def build(captured: Captured, options: Options, cost: Callable[..., schedule.Cos
     if options.compile == "blocks":
         top, stages = run_passes(graph, facts, [passes.OutlineBlocks(attributes)])
         history += stages[1:]
-    return Built(
-        program_class(attributes, top), captured, graph, shares, cuts, has_scan, history, trailing, options.least
-    )
+    return Built(program_class(attributes, top), captured, graph, shares, cuts, has_scan, history, trailing,
+                 options.least, options.output == "full")  # fmt: skip
 
 
 def scoring_blocks(captured: Captured, options: Options) -> tuple[bool, ...]:

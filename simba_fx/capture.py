@@ -22,7 +22,7 @@ from simba_fx.comparison import compare_adapters, say_not_compared
 from simba_fx.errors import CaptureError, ScanNotFoundError, SimbaError
 from simba_fx.flat import Captured, advice, check_every_mixer, cut, drop_no_ops, settled, strip_paths
 from simba_fx.graphs import SCANS, expression, look_up, value
-from simba_fx.guards import Guard, Question, guards_of, watched
+from simba_fx.guards import Question, guards_of, watched
 from simba_fx.inputs import named_sizes
 
 __all__ = ["Captured", "capture"]
@@ -108,10 +108,12 @@ def capture(module: nn.Module, owner: nn.Module, inputs: Mapping[str, Any], *, p
             f"The sizes of {primary} did not stay symbolic in {type(owner).__name__}: expected (B, L, ...) with two "
             f"symbols, found {tuple(shape)}. A Python loop over tokens fixes the length.{advice(owner)}"
         )
-    guards = _guards(named, {name: named_sizes(inputs[name], rows, length) for name in named}, primary, questions)
     arguments, placeholders = tuple(named), tuple(node.name for node in named.values())
     count = None if values is None else values()
     facts = settled(graph, owner, named[primary], None if mask is None else named[mask], count, marks)
+    letters = _letters(named, {name: named_sizes(inputs[name], rows, length) for name in named})
+    shape_env = value(named[primary]).fake_mode.shape_env
+    guards = guards_of(shape_env, questions, letters, len(sites), _block_modules(owner, facts.blocks))
     return Captured(graph, attributes, facts, sites, exported.call_spec.out_spec, arguments, placeholders, guards)
 
 
@@ -133,15 +135,21 @@ def _dynamic_dims(leaf: Any, rows: int, length: int) -> Any:
     }
 
 
-def _guards(named: Mapping[str, fx.Node], sizes: Mapping[str, tuple[int | str, ...]], primary: str,
-            questions: Sequence[Question]) -> tuple[Guard, ...]:  # fmt: skip
-    """What calls must share with the example. Every symbolic size is the B or the L of the call."""
+def _letters(named: Mapping[str, fx.Node], sizes: Mapping[str, tuple[int | str, ...]]) -> dict[sympy.Symbol, str]:
+    """Every symbolic size of an input is the B or the L of a call."""
     letters = {}
     for name, node in named.items():
         for size, letter in zip(value(node).shape, sizes[name]):
             if isinstance(letter, str):
                 letters.update(dict.fromkeys(_symbols(size), letter))
-    return guards_of(value(named[primary]).fake_mode.shape_env, questions, letters)
+    return letters
+
+
+def _block_modules(owner: nn.Module, paths: Sequence[str]) -> list[nn.Module]:
+    """The blocks, where they are the members of a list."""
+    lists = {path.rpartition(".")[0] for path in paths}
+    listed = all(isinstance(owner.get_submodule(path), nn.ModuleList | nn.Sequential) for path in lists)
+    return [owner.get_submodule(path) for path in paths] if listed else []
 
 
 def _symbols(size: int | torch.SymInt) -> tuple[sympy.Symbol, ...]:

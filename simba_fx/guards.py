@@ -21,6 +21,7 @@ from typing import Any
 
 import sympy
 import torch
+from torch import nn
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._sympy.printers import PythonPrinter
 
@@ -40,9 +41,12 @@ class Question:
     fact: sympy.Basic
     line: str
     """`net.py, line 16: if x.shape[1] > 30:`"""
-    early: bool
-    """Asked of sizes of the input alone: before the first scan, and answered without a guard, hence asked anew (and
-    noted anew) wherever else it matters."""
+    scans: int
+    """How many scans had been met."""
+    new: bool
+    """Whether torch noted it as a guard: it is then taken for granted wherever it is asked again."""
+    modules: frozenset[int]
+    """The ids of the modules that were at work."""
 
 
 @dataclass(frozen=True)
@@ -51,9 +55,10 @@ class Guard:
 
     text: str
     line: str
-    early: bool
+    reach: str
+    """Of which lengths it must hold: the "input"'s, the "result"'s, or those of all "blocks" as well."""
     holds: Callable[[Any, Any], bool]
-    """A function of B and L: of the lengths in blocks as well, unless `early`."""
+    """A function of B and L."""
 
 
 @contextmanager
@@ -70,10 +75,14 @@ def watched(scans: Collection[Any]) -> Iterator[list[Question]]:
         known = len(self.guards)
         answer = own(self, expr, *args, **kwargs)
         if threading.get_ident() == thread:
-            line, direct = _asker(sys._getframe(1))
-            questions.extend(Question(guard.expr, line, False) for guard in self.guards[known:])
-            if direct and len(self.guards) == known and isinstance(expr, sympy.logic.boolalg.Boolean):
-                questions.append(Question(expr if answer else sympy.Not(expr), line, not scans))
+            asker, direct = _asker(sys._getframe(1))
+            facts = [guard.expr for guard in self.guards[known:]]
+            new = bool(facts)
+            if direct and not new and isinstance(expr, sympy.logic.boolalg.Boolean):
+                facts = [expr if answer else sympy.Not(expr)]
+            if facts:
+                line, modules = _line(asker), _modules(asker)
+                questions.extend(Question(fact, line, len(scans), new, modules) for fact in facts)
         return answer
 
     patched: Any = ShapeEnv
@@ -84,32 +93,50 @@ def watched(scans: Collection[Any]) -> Iterator[list[Question]]:
         patched.evaluate_expr = own
 
 
-def _asker(frame: FrameType | None) -> tuple[str, bool]:
-    """The line of the model's code that a question comes from, and whether it asked itself, not a function of torch."""
+def _asker(frame: FrameType | None) -> tuple[FrameType | None, bool]:
+    """The model's own code that a question comes from, and whether it asked, not a function of torch that it called."""
     direct = False
-    while frame is not None and (ours := frame.f_code.co_filename).startswith((_TORCH, _OURS)):
-        direct = ours == _CONVERSIONS[0] and frame.f_code.co_name in _CONVERSIONS[1]
+    while frame is not None and (file := frame.f_code.co_filename).startswith((_TORCH, _OURS)):
+        direct = file == _CONVERSIONS[0] and frame.f_code.co_name in _CONVERSIONS[1]
         frame = frame.f_back
+    return frame, direct and frame is not None
+
+
+def _line(frame: FrameType | None) -> str:
     if frame is None:
-        return "", False
+        return ""
     file, number = frame.f_code.co_filename, frame.f_lineno
     code = linecache.getline(file, number).strip()
-    return f"{os.path.basename(file)}, line {number}" + (f": `{code}`" if code else ""), direct
+    return f"{os.path.basename(file)}, line {number}" + (f": `{code}`" if code else "")
 
 
-def guards_of(shape_env: ShapeEnv, questions: Sequence[Question],
-              sizes: Mapping[sympy.Symbol, str]) -> tuple[Guard, ...]:  # fmt: skip
-    """The guards of a trace. `sizes`: the symbols of its inputs' sizes, each "B" or "L".
+def _modules(frame: FrameType | None) -> frozenset[int]:
+    """The modules whose methods are running."""
+    found = set()
+    while frame is not None:
+        if isinstance(owner := frame.f_locals.get("self"), nn.Module):
+            found.add(id(owner))
+        frame = frame.f_back
+    return frozenset(found)
+
+
+def guards_of(shape_env: ShapeEnv, questions: Sequence[Question], sizes: Mapping[sympy.Symbol, str], scans: int,
+              blocks: Collection[nn.Module]) -> tuple[Guard, ...]:  # fmt: skip
+    """The guards of a trace.
+
+    Args:
+        sizes: the symbols of its inputs' sizes, each "B" or "L".
+        scans: how many it met; `blocks`: the modules that tokens leave between, if they are modules.
 
     Raises:
         CaptureError: a guard is about something else, so that no call can be checked against it.
     """
-    noted = {question.fact: question for question in reversed(questions)}
-    every = [noted.get(guard.expr, Question(guard.expr, "", False)) for guard in shape_env.guards]
-    every += [question for question in questions if question.fact not in {guard.expr for guard in shape_env.guards}]
+    inside = {id(block) for block in blocks}
+    noted = {question.fact for question in questions}
+    rest = (Question(guard.expr, "", 0, True, frozenset()) for guard in shape_env.guards if guard.expr not in noted)
     letters = {symbol: sympy.Symbol(name, integer=True, positive=True) for symbol, name in sizes.items()}
     guards: dict[str, Guard] = {}
-    for question in every:
+    for question in (*questions, *rest):
         fact = question.fact.xreplace(letters)
         fact = fact.canonical if isinstance(fact, sympy.core.relational.Relational) else fact
         if fact in (sympy.true, True):
@@ -120,9 +147,15 @@ def guards_of(shape_env: ShapeEnv, questions: Sequence[Question],
                 f"The model branches on {', '.join(sorted(map(str, unknown)))}, a size that depends on its data "
                 f"({question.line or text}); expected branches on the sizes of its inputs alone. Take the branch out."
             )
+        reach = "blocks"
+        if question.scans == 0 and not question.new:
+            reach = "input"
+        elif inside and question.scans == scans and not inside & question.modules:
+            reach = "result"
         known = guards.get(text)
-        if known is None or (known.early and not question.early):
-            guards[text] = Guard(text, question.line, question.early, _function(text))
+        if known is None or (known.reach != reach and known.reach != "blocks"):
+            reach = reach if known is None else "blocks"
+            guards[text] = Guard(text, question.line, reach, _function(text))
     return tuple(guards.values())
 
 
@@ -132,12 +165,14 @@ def _function(text: str) -> Callable[[Any, Any], bool]:
     return function
 
 
-def check_guards(guards: Sequence[Guard], name: str, rows: Any, length: Any, inside: Sequence[tuple[int, Any]]) -> None:
+def check_guards(guards: Sequence[Guard], name: str, rows: Any, length: Any, inside: Sequence[tuple[int, Any]],
+                 restored: bool) -> None:  # fmt: skip
     """Refuse sizes that would have taken another branch.
 
     Args:
         name: of the model; `rows`, `length`: B and L of the call.
         inside: for each cut the block behind it and the tokens that enter it.
+        restored: whether the result has the input's length, rather than the last block's.
 
     Raises:
         InputError: a guard does not hold, at the input or where fewer tokens are left.
@@ -149,7 +184,7 @@ def check_guards(guards: Sequence[Guard], name: str, rows: Any, length: Any, ins
                 f"{told}; expected calls for which that holds, since a graph has one side of a branch; found "
                 f"B = {rows}, L = {length}. Pass other sizes, or write the model without a branch on them."
             )
-        for block, count in () if guard.early else inside:
+        for block, count in inside if guard.reach == "blocks" or (guard.reach == "result" and not restored) else ():
             if not guard.holds(rows, count):
                 raise InputError(
                     f"{told}; expected that to hold in every block, since a graph has one side of a branch; found "

@@ -234,6 +234,8 @@ def options_to_json(options: Options, shares: tuple[Fraction, ...]) -> dict[str,
 
 def options_from_json(written: Mapping[str, Any], criterion: Criterion | None = None) -> Options:
     """Options again. Raises: SimbaError, by what is wrong with them."""
+    if isinstance(written, Mapping):
+        written = {"mask": None, "mask_marks": "real"} | dict(written)  # files of before these options were
     _expect_keys(written, {field.name for field in dataclasses.fields(Options)}, "options")
     given = dict(written)
     given["schedule"] = _schedule_from_json(written["schedule"])

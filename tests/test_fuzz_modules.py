@@ -21,7 +21,7 @@ from torch import Tensor
 import simba_fx
 from simba_fx.errors import SimbaError
 
-BUDGET = int(os.environ.get("SIMBA_FX_FUZZ", "8"))
+BUDGET = int(os.environ.get("SIMBA_FX_FUZZ", "6"))
 
 
 @st.composite

@@ -179,6 +179,8 @@ def test_the_file_is_meant_to_be_read(tmp_path: Path) -> None:
             "query": None,
             "protect": [],
             "labels": "all",
+            "mask": None,
+            "mask_marks": "real",
         },
         "shares": ["1", "1", "11/20", "1/10"],
     }
@@ -263,7 +265,7 @@ def test_a_plain_module_is_loaded_into_an_instance(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_examples_and_dtypes_of_a_plain_module_are_remembered(dtype: torch.dtype, tmp_path: Path) -> None:
     examples = {"x": torch.zeros(2, 24, 16, dtype=dtype), "attention_mask": torch.ones(2, 24), "scale": 0.5}
-    sparse = simba_fx.transform(tied(0).to(dtype), "linear", example_inputs=examples)
+    sparse = simba_fx.transform(tied(0).to(dtype), "linear", mask="attention_mask", example_inputs=examples)
     simba_fx.save(sparse, tmp_path)
     other = tied(1)
     found = simba_fx.load(tmp_path, other)
@@ -496,7 +498,7 @@ def copy(saved: Path, tmp_path: Path) -> Path:
 
 
 KEYS = "class, dtype, format, implementations, library, options"
-INNER = "compile, criterion, floor, kernels, labels, output, protect, query, schedule, seed"
+INNER = "compile, criterion, floor, kernels, labels, mask, mask_marks, output, protect, query, schedule, seed"
 FIX = "Correct the file, or use the version of simba_fx that wrote it."
 SPOILT: dict[str, tuple[dict[str, Any], str]] = {
     "another format": (
