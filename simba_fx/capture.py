@@ -24,17 +24,22 @@ from simba_fx.flat import Captured, advice, check_every_mixer, cut, drop_no_ops,
 from simba_fx.graphs import SCANS, expression, look_up, value
 from simba_fx.guards import Question, guards_of, watched
 from simba_fx.inputs import named_sizes
+from simba_fx.loops import RefuseLoops
 
 __all__ = ["Captured", "capture"]
 
 _ROOT = "module"
 
 
-def _root(module: nn.Module, names: list[str]) -> nn.Module:
-    """`module` under a path of its own, and with a signature that names every input: export names placeholders so."""
+def _root(module: nn.Module, names: list[str], watch: Callable[[], Any]) -> nn.Module:
+    """`module` under a path of its own, and with a signature that names every input: export names placeholders so.
+
+    It runs inside the context `watch()`.
+    """
 
     def forward(self: Any, **inputs: Any) -> Any:
-        return self.module(**inputs)
+        with watch():
+            return self.module(**inputs)
 
     parameters = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in ("self", *names)]
     forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
@@ -67,7 +72,7 @@ def capture(module: nn.Module, owner: nn.Module, inputs: Mapping[str, Any], *, p
     """
     rows, length = _example_sizes(inputs, primary)
     dynamic = pytree.tree_map(lambda leaf: _dynamic_dims(leaf, rows, length), dict(inputs))
-    root = _root(module, list(inputs))
+    root = _root(module, list(inputs), lambda: RefuseLoops(sites, type(owner).__name__))
     sites: list[lift.CallSite] = []
     compare = functools.partial(compare_adapters, module, owner, inputs, mask=mask, kernels=kernels)
     questions: list[Question] = []

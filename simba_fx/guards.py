@@ -27,7 +27,7 @@ from torch.utils._sympy.printers import PythonPrinter
 
 from simba_fx.errors import CaptureError, InputError
 
-__all__ = ["Guard", "Question", "check_guards", "guards_of", "watched"]
+__all__ = ["Guard", "Question", "check_guards", "guards_of", "is_foreign", "watched"]
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 _CONVERSIONS = (os.path.join(_TORCH, "__init__.py"), ("__bool__", "__int__"))
@@ -93,11 +93,16 @@ def watched(scans: Collection[Any]) -> Iterator[list[Question]]:
         patched.evaluate_expr = own
 
 
+def is_foreign(frame: FrameType) -> bool:
+    """Whether a frame runs code of torch's or of this package, and none of a model's."""
+    return frame.f_code.co_filename.startswith((_TORCH, _OURS))
+
+
 def _asker(frame: FrameType | None) -> tuple[FrameType | None, bool]:
     """The model's own code that a question comes from, and whether it asked, not a function of torch that it called."""
     direct = False
-    while frame is not None and (file := frame.f_code.co_filename).startswith((_TORCH, _OURS)):
-        direct = file == _CONVERSIONS[0] and frame.f_code.co_name in _CONVERSIONS[1]
+    while frame is not None and is_foreign(frame):
+        direct = frame.f_code.co_filename == _CONVERSIONS[0] and frame.f_code.co_name in _CONVERSIONS[1]
         frame = frame.f_back
     return frame, direct and frame is not None
 

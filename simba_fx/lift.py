@@ -30,7 +30,7 @@ from torch.utils import _pytree as pytree
 
 from simba_fx import lifts
 from simba_fx.errors import CaptureError, OperandError, SimbaError
-from simba_fx.operands import Adapter, Finish, Operands, Row, StandIn
+from simba_fx.operands import Adapter, CausalConv, Finish, Operands, Row, StandIn
 
 __all__ = [
     "CallSite",
@@ -57,6 +57,8 @@ class CallSite:
     leaves: list[Any]
     """Flattened (args, kwargs); tensors are None, in the order in which the enter marker lists them."""
     results: int = 0
+    scans: bool = True
+    """Whether it is a scan, and no convolution."""
 
     @property
     def name(self) -> str:
@@ -300,6 +302,7 @@ def recorder(function: Callable[..., Any], adapter: Adapter, sites: list[CallSit
             )
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         site = CallSite(function, spec, [_HOLE if isinstance(leaf, Tensor) else leaf for leaf in leaves])
+        site.scans = not isinstance(operands, CausalConv)
         sites.append(site)
         index = len(sites) - 1
         entered = torch.ops.simba_fx.site_enter(getattr(operands, operands.entry), tensors, index)

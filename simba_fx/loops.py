@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import sys
-from collections.abc import Sized
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 
 from simba_fx.errors import ScanNotFoundError
 from simba_fx.guards import is_foreign
+from simba_fx.lift import CallSite
 
 _CAPTURE = str(Path(__file__).with_name("capture.py"))
 _ROUNDS, _CALLS = 20, 60
@@ -24,17 +25,16 @@ class RefuseLoops(TorchFunctionMode):
     """While a model is traced: raises where a function loops before any scan was met.
 
     Args:
-        scans: grows as the trace meets registered scans; whoever has one may loop over what is left.
+        sites: grows as the trace meets registered functions; whoever has a scan may loop over what is left.
         name: of the model, for the message.
-        advice: the message's end.
 
     Raises:
         ScanNotFoundError: naming the function and its line.
     """
 
-    def __init__(self, scans: Sized, name: str, advice: str) -> None:
+    def __init__(self, sites: Sequence[CallSite], name: str) -> None:
         super().__init__()
-        self.scans, self.name, self.advice = scans, name, advice
+        self.sites, self.name = sites, name
         self.frame: int | None = None
         self.lines: collections.Counter[int] = collections.Counter()
 
@@ -42,7 +42,7 @@ class RefuseLoops(TorchFunctionMode):
         frame: FrameType | None = sys._getframe(1)
         while frame is not None and is_foreign(frame):
             frame = None if frame.f_code.co_filename == _CAPTURE else frame.f_back
-        if frame is not None and not self.scans:
+        if frame is not None and not any(site.scans for site in self.sites):
             self._count(frame)
         return function(*args, **(kwargs or {}))
 
@@ -56,5 +56,6 @@ class RefuseLoops(TorchFunctionMode):
         module, line = frame.f_globals.get("__name__", "?"), frame.f_lineno
         raise ScanNotFoundError(
             f"{self.name} calls {module}.{frame.f_code.co_qualname}, which loops over tokens in Python (line {line}); "
-            f"expected a registered scan function, found none before it.{self.advice}"
+            "expected a registered scan function, found none before it. If it computes the recurrence of Mamba or "
+            "Mamba-2, register it: simba_fx.register_scan(function, adapter). Other recurrences cannot be pruned."
         )

@@ -83,7 +83,7 @@ def may_be_padded(ids: Tensor, pad: int) -> bool:
     rows, length = ids.shape
     if ids.is_cuda:
         return rows > 1
-    ending = ids[:, -1] == pad
+    ending = (ids[:, -1] == pad) & (ids != pad).any(1)  # a row of nothing else is text, or nobody's
     twice = ending & (ids[:, -2] == pad) if length > 1 else torch.zeros_like(ending)
     return bool(twice.any() or (ending.any() and not ending.all()))
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import importlib
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -701,3 +702,19 @@ def test_a_layout_that_cannot_be_gathered() -> None:
         " alone, or (B, H, L, L), found it in (2,). This layout cannot be gathered; keep the blocks around it whole"
         " (give them the same share)."
     )
+
+
+def test_a_recurrence_that_loops_in_python_is_refused_at_once() -> None:
+    """By the function that loops, and before all layers are traced: that took minutes."""
+    from transformers import Qwen3NextConfig, Qwen3NextModel
+
+    config = Qwen3NextConfig(
+        vocab_size=53, hidden_size=32, num_hidden_layers=4, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
+        linear_num_key_heads=2, linear_num_value_heads=2, linear_key_head_dim=8, linear_value_head_dim=8,
+        intermediate_size=32, num_experts=2, num_experts_per_tok=1, moe_intermediate_size=16,
+        shared_expert_intermediate_size=16, experts_implementation="grouped_mm",
+    )  # fmt: skip
+    begun = time.perf_counter()
+    with pytest.raises(ScanNotFoundError, match=r"torch_chunk_gated_delta_rule, which loops over tokens in Python"):
+        simba_fx.transform(Qwen3NextModel(config).eval())
+    assert time.perf_counter() - begun < 60
