@@ -83,14 +83,33 @@ def advice(owner: nn.Module) -> str:
 
 
 def check_every_mixer(graph: fx.Graph, owner: nn.Module) -> None:
-    """Each module that owns an `A_log` parameter must have run a lifted scan."""
+    """Each module that owns an `A_log` parameter must have run a lifted scan, or one around it that reads it."""
     seen = {path for node in graph.nodes if node.target in SCANS for path in paths(node)}
     for path, module in owner.named_modules():
-        if "A_log" in module._parameters and not any(p == path or p.startswith(path + ".") for p in seen):
+        if "A_log" not in module._parameters or any(p == path or p.startswith(path + ".") for p in seen):
+            continue
+        names = [name for name, held in owner.named_parameters(remove_duplicate=False) if held is module.A_log]
+        if not _reach_a_scan([n for n in graph.find_nodes(op="get_attr") if any(_is_at(n, name) for name in names)]):
             raise CaptureError(
                 f"{path or type(owner).__name__} ({type(module).__name__}) holds the weights of a scan (A_log) but "
                 f"called no registered scan function while it was traced.{advice(owner)}"
             )
+
+
+def _is_at(node: fx.Node, path: str) -> bool:
+    return f".{node.target}".endswith(f".{path}")
+
+
+def _reach_a_scan(nodes: list[fx.Node]) -> bool:
+    """Whether a scan is computed from any of these nodes."""
+    met = set(nodes)
+    while nodes:
+        node = nodes.pop()
+        if node.target in SCANS:
+            return True
+        nodes += set(node.users) - met
+        met |= set(node.users)
+    return False
 
 
 def cut(path: str, prefix: str) -> str:

@@ -51,6 +51,8 @@ def check_mask(mask: Tensor | None, rows: int, length: int, tail: int, named: Se
             row, or a row too short for one of the `named` positions (of `query` and `protect`). On a GPU what concerns
             rows is asserted on the device, without a synchronisation.
     """
+    if isinstance(length, int) and length == 0:
+        raise InputError("Expected prompts of at least one token, found an empty one, (B, 0). Leave such calls out.")
     needed = max([1, *[_needed(position) for position in named]])
     if needed > length:
         raise InputError(

@@ -158,12 +158,26 @@ def _row(owner: Any, name: str, value: Any) -> Row | None:
     return row
 
 
+def _own_row(value: Any) -> Row | None:
+    return registered(value) if callable(value) else None
+
+
 def _callers(model: nn.Module) -> Iterator[Any]:
     """The Python modules and classes whose names a forward of `model` looks up."""
     classes = {cls for module in model.modules() for cls in type(module).__mro__}
     classes -= {nn.Module, object}
     yield from {id(m): m for cls in classes if (m := sys.modules.get(cls.__module__)) is not None}.values()
     yield from classes
+
+
+def _holders(model: nn.Module) -> Iterator[Any]:
+    """Whatever else holds a function that a user registered, under whatever name: the module that defines it, helpers
+    in other files that import it, modules of the model that keep it as an attribute."""
+    wanted = set(map(id, _registered))
+    loaded = [module for module in list(sys.modules.values()) if inspect.ismodule(module)] if wanted else []
+    for holder in (*loaded, *model.modules()):
+        if any(id(value) in wanted for value in list(vars(holder).values())):
+            yield holder
 
 
 def registered(function: Callable[..., Any]) -> Adapter | None:
@@ -218,9 +232,10 @@ def lifted(model: nn.Module, record: Recorder | None = None) -> Iterator[list[Ca
         before, _capturing = _capturing, threading.get_ident()
         undo: list[tuple[Any, str, Any]] = []
         try:
-            for owner in _callers(model):
+            callers = list(_callers(model))
+            for owner in {id(owner): owner for owner in (*callers, *_holders(model))}.values():
                 for name, value in list(vars(owner).items()):
-                    row = _row(owner, name, value)
+                    row = _row(owner, name, value) if owner in callers else _own_row(value)
                     if row is None:
                         continue
                     undo.append((owner, name, value))

@@ -192,7 +192,7 @@ def _mirror(model: nn.Module, program: Program) -> None:
     }
     submodules = {name: held for name, held in program._modules.items() if isinstance(held, CustomCriterion)}
     program._modules.clear()
-    for path, module in model.named_modules():
+    for path, module in model.named_modules(remove_duplicate=False):
         twin: nn.Module = program
         for name in filter(None, path.split(".")):
             if name not in twin._modules:
