@@ -261,7 +261,9 @@ def report(sparse: nn.Module, *args: Any, **kwargs: Any) -> Report:
             path=".".join(filter(None, (prefix, path))),
             scan=_scan_kind(built, block),
             tokens=tokens[block],
-            real_tokens=None if mask is None else float((positions[block] >= 0).sum(1).double().mean()),
+            real_tokens=None
+            if mask is None or bool((mask != 0).all())
+            else float((positions[block] >= 0).sum(1).double().mean()),
             share_asked=float(built.shares[block]),
             share_delivered=tokens[block] / length,
             flops_dense=flops.blocks[block](length),

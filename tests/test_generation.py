@@ -115,23 +115,6 @@ def test_one_beam_more_than_greedy_never_scores_worse() -> None:
     assert beams.sequences_scores[0].item() == pytest.approx(total, abs=1e-3)
 
 
-def test_generating_without_a_cache_prunes_every_call_anew() -> None:
-    entry, new = FLOAT32[0], 4
-    with torch.no_grad():
-        for seed in range(5):
-            ids = expected = tokens(seed, 30)
-            clear = True
-            for _ in range(new):
-                row = reference.run_row(dense(entry.name), expected, linear(entry))
-                clear = clear and DRAWS.clear(row)
-                expected = torch.cat([expected, row.logits[-1].argmax()[None]])
-            if clear:
-                break
-    assert clear
-    found = sparse(entry.name, linear(entry)).generate(ids[None], max_new_tokens=new, do_sample=False, use_cache=False)
-    assert found[0].tolist() == expected.tolist()
-
-
 # The cache.
 
 

@@ -181,6 +181,8 @@ def test_the_file_is_meant_to_be_read(tmp_path: Path) -> None:
             "labels": "all",
             "mask": None,
             "mask_marks": "real",
+            "tail": "last",
+            "pad_token_id": None,
         },
         "shares": ["1", "1", "11/20", "1/10"],
     }
@@ -498,7 +500,10 @@ def copy(saved: Path, tmp_path: Path) -> Path:
 
 
 KEYS = "class, dtype, format, implementations, library, options"
-INNER = "compile, criterion, floor, kernels, labels, mask, mask_marks, output, protect, query, schedule, seed"
+INNER = (
+    "compile, criterion, floor, kernels, labels, mask, mask_marks, output, pad_token_id, protect, query, schedule, "
+    "seed, tail"
+)
 FIX = "Correct the file, or use the version of simba_fx that wrote it."
 SPOILT: dict[str, tuple[dict[str, Any], str]] = {
     "another format": (

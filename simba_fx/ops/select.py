@@ -279,14 +279,14 @@ def take_square(square: Tensor, positions: Tensor, real: Tensor | None) -> Tenso
     """A mask over pairs of tokens, for survivors: `out[b, h, i, j] = square[b, h, positions[b, i], positions[b, j]]`.
 
     Args:
-        square: `(B, H, L, L)`, queries then keys: bool (True = attend) or additive floats.
+        square: `(B, H, L, L)`, queries then keys: bool (True = attend) or additive floats; B may be 1, for all rows.
         positions: `(B, k)` int64, where each survivor stood in the input; L for a ghost (`select_real_tokens`).
         real: `(B, k)` bool; keys that are not real are masked. None: all are.
 
     Returns:
         `(B, H, k, k)` in the dtype of `square`.
     """
-    checks.fit("take_square", checks.SLOTS, square=square, positions=positions, real=real)
+    checks.fit("take_square", checks.SLOTS, square=_of_each_row(square, positions), positions=positions, real=real)
     checks.inside("take_square", "positions", positions, 0, square.shape[2])
     rows = torch.arange(square.shape[0], device=square.device)[:, None, None]
     index = positions.clamp(max=square.shape[2] - 1)
@@ -297,13 +297,19 @@ def take_square(square: Tensor, positions: Tensor, real: Tensor | None) -> Tenso
     return taken.masked_fill_(~real[:, None, None, :], False if taken.dtype == torch.bool else _lowest(taken.dtype))
 
 
+def _of_each_row(square: Tensor, positions: Tensor) -> Tensor:
+    """`(B, H, L, L)` of one that all rows share."""
+    rows = square.shape[0] if square.dim() == 4 else None
+    return square.expand(positions.shape[0], -1, -1, -1) if type(rows) is int and rows == 1 else square
+
+
 def _lowest(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).min
 
 
 @take_square.register_fake
 def _(square: Tensor, positions: Tensor, real: Tensor | None) -> Tensor:
-    checks.fit("take_square", checks.SLOTS, square=square, positions=positions, real=real)
+    checks.fit("take_square", checks.SLOTS, square=_of_each_row(square, positions), positions=positions, real=real)
     rows, slots = positions.shape
     return square.new_empty(rows, square.shape[1], slots, slots)
 
