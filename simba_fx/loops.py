@@ -35,15 +35,18 @@ class RefuseLoops(TorchFunctionMode):
     def __init__(self, sites: Sequence[CallSite], name: str) -> None:
         super().__init__()
         self.sites, self.name = sites, name
+        self.met = False
         self.frame: int | None = None
         self.lines: collections.Counter[int] = collections.Counter()
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        frame: FrameType | None = sys._getframe(1)
-        while frame is not None and is_foreign(frame):
-            frame = None if frame.f_code.co_filename == _CAPTURE else frame.f_back
-        if frame is not None and not any(site.scans for site in self.sites):
-            self._count(frame)
+        self.met = self.met or any(site.scans for site in self.sites)
+        if not self.met:
+            frame: FrameType | None = sys._getframe(1)
+            while frame is not None and is_foreign(frame):
+                frame = None if frame.f_code.co_filename == _CAPTURE else frame.f_back
+            if frame is not None:
+                self._count(frame)
         return function(*args, **(kwargs or {}))
 
     def _count(self, frame: FrameType) -> None:
