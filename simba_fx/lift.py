@@ -199,48 +199,22 @@ def known_functions() -> Iterator[tuple[Callable[..., Any], Row]]:
             yield from lifts.rows_of(module)
 
 
-_SCAN_WORDS = ("scan", "delta_rule", "segsum")
-_WHOLE_WORDS = ("ssd", "ssm", "kda", "linear_attention", "linear_attn", "lightning", "mlstm", "recurrent", "recurrence",
-                "wkv", "retention", "lru", "chunk")  # fmt: skip
-
-
-def _like_a_scan(name: str) -> bool:
-    name = name.lower()
-    words = [word in name for word in _SCAN_WORDS] + [f"_{word}_" in f"_{name}_" for word in _WHOLE_WORDS]
-    return any(words) and "mask" not in name
+_SCAN_WORDS = ("scan", "delta_rule")
 
 
 def suggestions(model: nn.Module) -> list[str]:
-    """Names of functions in the model's own code that look like scans, are named where it may call them, and are not
-    registered."""
-    found, named = [], _named_in_code(model)
+    """Names of functions in the model's own code that look like scans and are not registered."""
+    found = []
     for owner in _callers(model):
         prefix = owner.__name__ if inspect.ismodule(owner) else f"{owner.__module__}.{owner.__qualname__}"
         if prefix.startswith(("torch.", "simba_fx.", "builtins")):
             continue
         for name, value in vars(owner).items():
             ours = str(getattr(value, "__module__", None)).startswith("simba_fx.")  # some things' module is None
-            called = name in named and inspect.isfunction(value)
-            if called and not ours and _like_a_scan(name) and _row(owner, name, value) is None:
+            alike = any(word in name.lower() for word in _SCAN_WORDS)
+            if inspect.isfunction(value) and not ours and alike and _row(owner, name, value) is None:
                 found.append(f"{prefix}.{name}")
     return sorted(found)
-
-
-def _named_in_code(model: nn.Module) -> set[str]:
-    """The names that the methods of a model's classes use, and the functions of their files that these use in turn."""
-    owners = list(_callers(model))
-    methods = [value for owner in owners if inspect.isclass(owner) for value in vars(owner).values()]
-    codes = [inspect.unwrap(value).__code__ for value in methods if inspect.isfunction(inspect.unwrap(value))]
-    functions = {name: held for owner in owners if inspect.ismodule(owner) for name, held in vars(owner).items()}
-    names: set[str] = set()
-    while codes:
-        code = codes.pop()
-        codes += [inner for inner in code.co_consts if inspect.iscode(inner)]
-        for name in set(code.co_names) - names:
-            names.add(name)
-            if inspect.isfunction(held := functions.get(name)):
-                codes.append(inspect.unwrap(held).__code__)
-    return names
 
 
 @contextmanager

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 import simba_fx
-from simba_fx.lift import suggestions
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
 own_model: Any = importlib.import_module("own_model")
@@ -112,32 +111,3 @@ def test_an_empty_prompt_is_refused() -> None:
     sparse = simba_fx.transform(own_model.MyMamba())
     with pytest.raises(simba_fx.errors.InputError, match="at least one token, found an empty one"):
         sparse(torch.zeros(2, 0, dtype=torch.int64))
-
-
-KERNELS = """
-import torch
-
-def segsum(x):
-    return x
-
-def mlstm_chunk(x):
-    return segsum(x)
-
-def kda_of_another_model(x):
-    return x
-
-def make_chunks(x):
-    return x
-
-class Mixer(torch.nn.Module):
-    def forward(self, x):
-        return make_chunks(mlstm_chunk(x))
-"""
-
-
-def test_what_looks_like_a_scan_is_named_where_it_may_be_called() -> None:
-    made = module("users_kernels", KERNELS)
-    try:
-        assert suggestions(made.Mixer()) == ["users_kernels.mlstm_chunk", "users_kernels.segsum"]
-    finally:
-        del sys.modules["users_kernels"]
