@@ -7,6 +7,7 @@ for `B == 1`: it takes every symbolic size for at least 2. So questions that the
 
 from __future__ import annotations
 
+import functools
 import linecache
 import math
 import os
@@ -95,7 +96,12 @@ def watched(scans: Collection[Any]) -> Iterator[list[Question]]:
 
 def is_foreign(frame: FrameType) -> bool:
     """Whether a frame runs code of torch's or of this package, and none of a model's."""
-    return frame.f_code.co_filename.startswith((_TORCH, _OURS))
+    return _is_foreign_file(frame.f_code.co_filename)
+
+
+@functools.cache  # asked for every frame of every question
+def _is_foreign_file(name: str) -> bool:
+    return name.startswith((_TORCH, _OURS))
 
 
 def _asker(frame: FrameType | None) -> tuple[FrameType | None, bool]:
