@@ -158,9 +158,8 @@ class GatherSurvivors:
         if not readers:
             return
         name = f"square_{insert.region}"
-        real = (
-            results.get(4) if facts.mask in _inputs_read(node) else None
-        )  # by places alone there is no filler to be hidden
+        hides_pads = facts.mask in _inputs_read(node)  # what is computed from places alone has no filler to hide
+        real = results.get(4) if hides_pads else None
         taken = insert(torch.ops.simba_fx.take_square.default, node, results[2], real, val=value(node),
                        role="square", like=node, name=name)  # fmt: skip
         for user in readers:

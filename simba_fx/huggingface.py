@@ -41,6 +41,7 @@ from simba_fx.rows import (
     Ends,
     check_lengths,
     ends_of,
+    lead_of,
     lengthened,
     may_be_padded,
     padding_id,
@@ -119,7 +120,7 @@ def _runtime_of(head: Any) -> SparseStack:
 def _check_call(head: Any, given: dict[str, Any]) -> None:
     """Refuse packed rows; some models drop the arguments that say so before their block stack sees them."""
     refuse_packed(type(head).__name__, given)
-    lead = given.get("input_ids") if given.get("inputs_embeds") is None else given["inputs_embeds"]
+    lead = lead_of(given)
     if given.get("position_ids") is not None and lead is not None and not takes_positions(type(head.base_model)):
         check_positions(given["position_ids"], lead, given.get("attention_mask"))
 

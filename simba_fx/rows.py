@@ -23,7 +23,17 @@ from simba_fx.errors import InputError, SimbaError
 from simba_fx.lift import traced
 from simba_fx.twins import subclass
 
-__all__ = ["IGNORED", "Asked", "Ends", "ends_of", "first_labels", "padding_id", "trailing_lengths", "watch_calls"]
+__all__ = [
+    "IGNORED",
+    "Asked",
+    "Ends",
+    "ends_of",
+    "first_labels",
+    "lead_of",
+    "padding_id",
+    "trailing_lengths",
+    "watch_calls",
+]
 
 IGNORED = -100
 """The label that losses of torch and transformers leave out."""
@@ -172,9 +182,9 @@ def ends_of(asked: Asked, rows: int, length: int, mask: Tensor | None, lengths: 
                 "expected at most those. Pass the number of answer tokens of each row."
             )
     tail = max(told[0])
-    more = max(0, max(end + tail - own for own, end in zip(told[0], told[1])) - length)
     if len(set(told[0])) == 1:
         return Ends(tail, lengths, mask)
+    more = max(0, max(end + tail - own for own, end in zip(told[0], told[1])) - length)
     ends = ends + tail - tails
     if mask is None:
         return Ends(tail, ends, None, more, apart=True)
@@ -198,7 +208,7 @@ def shortened(values: Iterable[Any], whole: Iterable[bool], length: int, more: i
     def is_longer(held: Any) -> bool:
         return isinstance(held, Tensor) and held.dim() > 1 and held.shape[1] == length + more
 
-    return [held[:, :length] if more and all_ and is_longer(held) else held for held, all_ in zip(values, whole)]
+    return [held[:, :length] if more and full and is_longer(held) else held for held, full in zip(values, whole)]
 
 
 # --- tails from labels ------------------------------------------------------------------------------------------------
@@ -254,8 +264,13 @@ def watch_calls(head: nn.Module, runtime: Any, check: Callable[[Any, dict[str, A
     head.__class__ = subclass(cls, f"watched, labels: {labels}", python(forward))
 
 
+def lead_of(given: dict[str, Any]) -> Any:
+    """The embeddings `(B, L, ...)` of a transformers model's call, or its ids `(B, L)`; None: neither was given."""
+    return given.get("input_ids") if given.get("inputs_embeds") is None else given["inputs_embeds"]
+
+
 def _asked_by(labels: Any, shifted: bool, given: dict[str, Any], before: Asked, name: str) -> Asked:
-    lead = given.get("input_ids") if given.get("inputs_embeds") is None else given["inputs_embeds"]
+    lead = lead_of(given)
     if not isinstance(labels, Tensor) or not isinstance(lead, Tensor) or labels.shape != lead.shape[:2]:
         found = tuple(labels.shape) if isinstance(labels, Tensor) else type(labels).__name__
         raise InputError(
