@@ -165,8 +165,18 @@ def _pickled(self: nn.Module, protocol: Any) -> Any:
         twin.__class__ = dense_class(twin)
         for name in [name for name in twin.__dict__ if name.startswith("_simba")]:
             del twin.__dict__[name]
+        _without_recorders(twin)
     runtime = self.__dict__.get("_simba_stack") or self.__dict__["_simba"]
     return _transformed_again, (copies[self], runtime.options)
+
+
+def _without_recorders(twin: nn.Module) -> None:
+    """transformers puts hooks that cannot be pickled on its modules with the first call for hidden states or router
+    logits, and puts them there again where they are missing."""
+    twin.__dict__.pop("_output_capturing_hooks_installed", None)
+    for key, hook in list(twin._forward_hooks.items()):
+        if getattr(hook, "__module__", "") == "transformers.utils.output_capturing":
+            del twin._forward_hooks[key]
 
 
 def _transformed_again(model: nn.Module, options: Any) -> nn.Module:

@@ -680,16 +680,28 @@ def test_the_registry_covers_every_pure_family() -> None:
 )
 def test_a_sparse_model_may_be_pickled(name: str, options: dict[str, Any], tmp_path: Path) -> None:
     """As the dense model and its options: same class, bits and kept tokens, also through `torch.save`."""
-    one = simba_fx.transform(dense(name), simba_fx.Linear(0.3), **options)
-    ids = tokens(1, 2, 37)
+    model, ids = BY_NAME[name].build(), tokens(1, 2, 37)
+    one = simba_fx.transform(model, simba_fx.Linear(0.3), **options)
     torch.save(one, tmp_path / "whole.pt")
     for two in (pickle.loads(pickle.dumps(one)), torch.load(tmp_path / "whole.pt", weights_only=False)):
         assert type(two) is type(one)
         assert two.state_dict().keys() == one.state_dict().keys()
         assert torch.equal(logits(two, {"input_ids": ids}), logits(one, {"input_ids": ids}))
         assert all(torch.equal(a, b) for a, b in zip(simba_fx.kept(two), simba_fx.kept(one)))
-    dense_again = pickle.loads(pickle.dumps(dense(name)))
-    assert torch.equal(logits(dense_again, {"input_ids": ids}), logits(dense(name), {"input_ids": ids}))
+    dense_again = pickle.loads(pickle.dumps(model))
+    assert torch.equal(logits(dense_again, {"input_ids": ids}), logits(model, {"input_ids": ids}))
+
+
+@pytest.mark.parametrize("name", ["mamba", "bamba"])
+def test_a_sparse_model_that_has_shown_its_hidden_states_may_be_pickled(name: str) -> None:
+    """transformers' own recorders, which it leaves on the modules, cannot be."""
+    one = simba_fx.transform(BY_NAME[name].build(), "linear")
+    ids = tokens(1, 2, 37)
+    for model in (one, two := pickle.loads(pickle.dumps(one)), pickle.loads(pickle.dumps(two))):
+        found = model(input_ids=ids, output_hidden_states=True).hidden_states
+        expected = one(input_ids=ids, output_hidden_states=True).hidden_states
+        assert len(found) == len(expected) == one.config.num_hidden_layers + 1
+        assert all(torch.equal(a, b) for a, b in zip(found, expected))
 
 
 def _kept_elsewhere(model: nn.Module, ids: Tensor, found: Any) -> None:
