@@ -1,20 +1,36 @@
 # make test | lint | demo | bench | speed | table | fuzz     Needs Python 3.11 or newer with pip; everything goes into .venv.
+# make test-oldest | test-newest | canary-oldest | canary-newest     The same on the ends of what is supported, each in an
+# environment of its own; from another Python: make test-newest PYTHON=python3.13
 
 PYTHON ?= python3
 # torch comes first and pinned: pip takes the CPU build (2.13.0+cpu) where the configured index offers it, and a looser
 # spec could pull gigabytes of CUDA libraries. On a GPU machine: make test TORCH=torch
 TORCH ?= torch==2.13.0
+TRANSFORMERS ?= transformers
 WORKERS ?= 2
 ARGS ?=
 
-VENV := .venv
+VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: test lint demo bench speed table fuzz clean
+OLDEST := VENV=.venv-oldest TORCH=torch==2.11.0 TRANSFORMERS=transformers==5.17.0
+NEWEST := VENV=.venv-newest TORCH=torch TRANSFORMERS=transformers
+
+.PHONY: test test-oldest test-newest canary canary-oldest canary-newest lint demo bench speed table fuzz clean
 
 test: $(VENV)/.dev $(VENV)/.triton $(VENV)/.mamba-ssm $(VENV)/.torchao $(VENV)/.lm-eval
 	$(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
+
+# On both ends: all tests, or in a minute whether what the library takes from torch and transformers is there and works.
+test-oldest canary-oldest:
+	$(MAKE) $(@:-oldest=) $(OLDEST)
+
+test-newest canary-newest:
+	$(MAKE) $(@:-newest=) $(NEWEST)
+
+canary: $(VENV)/.dev
+	$(BIN)/pytest -q $(ARGS) tests/test_canary.py
 
 # mypy reads the package as it is installed: passes/ at its place, simba_fx/passes.
 lint: $(VENV)/.dev
@@ -45,7 +61,7 @@ fuzz: $(VENV)/.dev $(VENV)/.triton $(VENV)/.mamba-ssm
 	$(BIN)/pytest -n $(WORKERS) -q $(ARGS) tests/test_fuzz_*.py
 
 clean:
-	rm -rf $(VENV) build
+	rm -rf .venv .venv-oldest .venv-newest build
 
 # Stamps: setup is redone only when pyproject.toml changes.
 $(VENV)/.torch:
@@ -55,7 +71,7 @@ $(VENV)/.torch:
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.torch pyproject.toml
-	$(PIP) -e '.[dev]'
+	$(PIP) -e '.[dev]' '$(TRANSFORMERS)'
 	@touch $@ $(VENV)/.demo
 
 # Triton in a folder that is not on sys.path: it serves the tests of the kernels (interpreted, and compiled for GPUs that
@@ -89,5 +105,5 @@ $(VENV)/.lm-eval: $(VENV)/.torch
 	@touch $@
 
 $(VENV)/.demo: $(VENV)/.torch pyproject.toml
-	$(PIP) -e '.[hf,plot]'
+	$(PIP) -e '.[hf,plot]' '$(TRANSFORMERS)'
 	@touch $@
