@@ -80,11 +80,13 @@ class RestoreLength:
         beside = read_last if node in read_last else []
         gathers = continued(node, [_result(cut, 0).users for cut in before], beside, facts)
         if gathers is None:
-            names = [[_read_by(gathered).name for gathered in _carried(cut)] for cut in before]
+            odd = next((cut for cut in before if len(_carried(cut)) != 1), before[0])
+            names = ", ".join(_read_by(gathered).name for gathered in _carried(odd))
+            left, right = facts.blocks[region(odd)], facts.blocks[region(odd) + 1]
             raise GraphError(
                 f"Node {node.name} in {where(node)} is read after the last block; expected one value per cut that it "
-                f"continues (the residual stream), found {names[0]} at the first cut and {names[-1]} at the last. Use "
-                "output='kept', or keep the blocks around it whole."
+                f"continues (the residual stream), found {names} between {left} and {right}. Use output='kept', or, "
+                "if these are halves of one block, make them one module of a ModuleList."
             )
         return gathers
 

@@ -17,28 +17,25 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from simba_fx import lift
+from simba_fx import leftovers, lift
 from simba_fx.comparison import compare_adapters, say_not_compared
-from simba_fx.errors import CaptureError, ScanNotFoundError, SimbaError
-from simba_fx.flat import Captured, advice, check_every_mixer, cut, drop_no_ops, settled, strip_paths
+from simba_fx.errors import CaptureError, ScanNotFoundError
+from simba_fx.flat import Captured, check_every_mixer, cut, drop_no_ops, settled, strip_paths
 from simba_fx.graphs import SCANS, expression, look_up, value
 from simba_fx.guards import Question, guards_of, watched
 from simba_fx.inputs import named_sizes
-from simba_fx.loops import RefuseLoops
+from simba_fx.refusals import Watch, advice, explained, refuse_quantised, told_in_words
 
 __all__ = ["Captured", "capture"]
 
 _ROOT = "module"
 
 
-def _root(module: nn.Module, names: list[str], watch: Callable[[], Any]) -> nn.Module:
-    """`module` under a path of its own, and with a signature that names every input: export names placeholders so.
-
-    It runs inside the context `watch()`.
-    """
+def _root(module: nn.Module, names: list[str], watch: Watch) -> nn.Module:
+    """`module` under a path of its own, and with a signature that names every input: export names placeholders so."""
 
     def forward(self: Any, **inputs: Any) -> Any:
-        with watch():
+        with told_in_words(watch.name), watch:
             return self.module(**inputs)
 
     parameters = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in ("self", *names)]
@@ -72,17 +69,19 @@ def capture(module: nn.Module, owner: nn.Module, inputs: Mapping[str, Any], *, p
     """
     rows, length = _example_sizes(inputs, primary)
     dynamic = pytree.tree_map(lambda leaf: _dynamic_dims(leaf, rows, length), dict(inputs))
-    root = _root(module, list(inputs), lambda: RefuseLoops(sites, type(owner).__name__))
-    sites: list[lift.CallSite] = []
+    refuse_quantised(owner)
+    watch = Watch(type(owner).__name__)
+    root = _root(module, list(inputs), watch)
     compare = functools.partial(compare_adapters, module, owner, inputs, mask=mask, kernels=kernels)
     questions: list[Question] = []
     try:
-        with lift.lifted(owner) as sites, watched(sites) as questions, torch.no_grad():
+        with leftovers.none_left(), lift.lifted(owner) as sites, watched(sites) as questions, torch.no_grad():
+            watch.sites = sites
             exported = torch.export.export(root, (), dict(inputs), dynamic_shapes=dynamic, strict=False)
+            flat = exported.module(check_guards=False)  # of ours: they hold in every block, and are told in words
     except Exception as error:
         compare(sites)  # a result of the wrong shape may be what stopped the trace
-        raise _explained(error, owner, questions) from error
-    flat = exported.module(check_guards=False)  # of ours: they hold in every block, and are told in words
+        raise explained(error, owner, module, inputs, questions, watch) from error
     flat.graph.set_codegen(fx.graph.CodeGen())  # inputs and outputs flat, without pytree code around them
     graph = copy.deepcopy(flat.graph)  # no longer owned by a module: nodes may name attributes of ours
     inside = ".".join(filter(None, (_ROOT, prefix)))
@@ -91,9 +90,9 @@ def capture(module: nn.Module, owner: nn.Module, inputs: Mapping[str, Any], *, p
     if not any(node.target in SCANS for node in graph.nodes):
         raise ScanNotFoundError(
             f"No scan was found in {type(owner).__name__}: expected at least one call of a registered scan function "
-            f"while it was traced, found none.{advice(owner)}"
+            f"while it was traced, found none.{advice(watch.called)}"
         )
-    check_every_mixer(graph, owner)
+    check_every_mixer(graph, owner, watch.called)
     if why := compare(sites):
         say_not_compared((site.function for site in sites), why)
     attributes = {}
@@ -111,7 +110,7 @@ def capture(module: nn.Module, owner: nn.Module, inputs: Mapping[str, Any], *, p
     if not isinstance(sequence, sympy.Symbol) or not isinstance(batch, sympy.Symbol):
         raise CaptureError(
             f"The sizes of {primary} did not stay symbolic in {type(owner).__name__}: expected (B, L, ...) with two "
-            f"symbols, found {tuple(shape)}. A Python loop over tokens fixes the length.{advice(owner)}"
+            f"symbols, found {tuple(shape)}. Write the model without a use of them as plain numbers."
         )
     arguments, placeholders = tuple(named), tuple(node.name for node in named.values())
     count = None if values is None else values()
@@ -162,21 +161,3 @@ def _symbols(size: int | torch.SymInt) -> tuple[sympy.Symbol, ...]:
     if not isinstance(size, torch.SymInt):
         return ()
     return tuple(s for s in (size.node._expr, size.node.expr) if isinstance(s, sympy.Symbol))
-
-
-def _explained(error: Exception, owner: nn.Module, questions: Sequence[Question]) -> Exception:
-    """One of our own errors raised while tracing comes back as it is; anything else is told in one sentence."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, SimbaError):
-            return type(cause)(*cause.args)
-        cause = cause.__cause__ or cause.__context__
-    told = str(error).strip() or type(error).__name__
-    if "Constraints violated" in told or "specialized" in told:
-        fixed = (q.line for q in questions if isinstance(q.fact, sympy.Eq) and any(a.is_number for a in q.fact.args))
-        line = next(fixed, "")
-        told = "a Python loop over tokens, or a branch on the length, fixes the length" + (f" ({line})" if line else "")
-    return CaptureError(
-        f"{type(owner).__name__} could not be captured as one graph with a symbolic length: "
-        f"{told.splitlines()[0][:300].rstrip('.')}.{advice(owner)}"
-    )

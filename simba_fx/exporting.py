@@ -9,17 +9,25 @@ the result of a call.
 
 from __future__ import annotations
 
+import itertools
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import fx
 
-from simba_fx.lift import exported
+from simba_fx.errors import CaptureError
+from simba_fx.lift import exported, traced
 from simba_fx.program import Program
 from simba_fx.rows import Asked
 
 __all__ = ["CallsOfModule", "Memory", "run"]
+
+
+_numbers = itertools.count()
+_asked: dict[int, Asked] = {}
+"""By runtime. Of tensors that a module leads to, Dynamo takes each size for a constant."""
 
 
 class Memory:
@@ -27,14 +35,26 @@ class Memory:
     mask). What a call under `torch.export` leaves is seen by what runs later in the same trace (a loss, a wrapper that
     asks `kept`) and by nobody else. And what the contexts around its calls ask for, as `asked`."""
 
-    asked: Asked
-
+    options: Any
     _called: tuple[Any, ...] | None = None
     _traced: tuple[Any, ...] | None = None
 
+    def __post_init__(self) -> None:
+        self._number = next(_numbers)
+        weakref.finalize(self, _asked.pop, self._number, None)
+        self.asked = Asked(self.options.least_tail)
+
+    @property
+    def asked(self) -> Asked:
+        return _asked[self._number]
+
+    @asked.setter
+    def asked(self, asked: Asked) -> None:
+        _asked[self._number] = asked
+
     @property
     def tail(self) -> int:
-        return self.asked.tail
+        return self.asked.sized_tail
 
     @property
     def last(self) -> tuple[Any, ...] | None:
@@ -49,7 +69,12 @@ class Memory:
 
 
 def run(program: Program, forward: Callable[..., Any], *inputs: Any) -> Any:
-    """`forward(*inputs)`, the program's; under `torch.export` over what it has put in the place of the parameters."""
+    """`forward(*inputs)`, the program's; under `torch.export` over what it has put in the place of the parameters.
+
+    Raises:
+        CaptureError: under `torch.onnx.export`.
+    """
+    _refuse_onnx()
     if not exported() or torch.compiler.is_dynamo_compiling():
         return forward(*inputs)
     put_back = _over_stand_ins(program)
@@ -57,6 +82,20 @@ def run(program: Program, forward: Callable[..., Any], *inputs: Any) -> Any:
         return forward(*inputs)
     finally:
         put_back()
+
+
+@torch.compiler.assume_constant_result  # Dynamo, whose export is the exporter's second try, takes it for False
+def _is_for_onnx() -> bool:
+    return torch.onnx.is_in_onnx_export()
+
+
+def _refuse_onnx() -> None:
+    if (traced() or torch.jit.is_tracing()) and _is_for_onnx():
+        raise CaptureError(
+            "A sparse model was given to torch.onnx.export; expected torch.export.export, because the operators that "
+            "choose and take tokens have no counterpart in ONNX. Export the dense model to ONNX, or the sparse one by "
+            "torch.export.export(model, ..., strict=False)."
+        )
 
 
 def _over_stand_ins(program: Program) -> Callable[[], None]:
@@ -91,6 +130,7 @@ class CallsOfModule(fx.graph.CodeGen):
     def process_inputs(self, *args: Any) -> Any:
         if not exported():
             return args
+        _refuse_onnx()
         inputs = self.prepare(args, {})
         self.open = inputs, _over_stand_ins(self.program)
         return inputs

@@ -7,6 +7,7 @@ each.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,9 +21,10 @@ from simba_fx.directions import settle_flips
 from simba_fx.errors import CaptureError
 from simba_fx.graphs import REGION, SCANS, Facts, drop_dead_code, expression, is_size, returned, value
 from simba_fx.guards import Guard
+from simba_fx.refusals import advice
 from simba_fx.regions import EVERYTHING, assign_regions, paths
 
-__all__ = ["Captured", "advice", "check_every_mixer", "cut", "drop_no_ops", "settled", "strip_paths"]
+__all__ = ["Captured", "check_every_mixer", "cut", "drop_no_ops", "settled", "strip_paths"]
 
 _ASSERTIONS = ("_assert_tensor_metadata", "_assert_scalar", "sym_constrain_range", "_assert_async")
 
@@ -69,21 +71,12 @@ def settled(graph: fx.Graph, owner: nn.Module | None, primary: fx.Node, mask: fx
     return facts
 
 
-def advice(owner: nn.Module) -> str:
-    """What to do where a scan was missed: the last sentence of a message."""
-    names = lift.suggestions(owner)
-    if names:
-        return (
-            f" Functions of its code that look like scans and are not registered: {', '.join(names)}. Register the one "
-            "that runs the scan: simba_fx.register_scan(function, adapter)."
-        )
-    return (
-        " If the model runs its scan in a function of its own, register it: simba_fx.register_scan(function, adapter)."
-    )
+def check_every_mixer(graph: fx.Graph, owner: nn.Module, called: Collection[str] = ()) -> None:
+    """Each module that owns an `A_log` parameter must have run a lifted scan, or one around it that reads it.
 
-
-def check_every_mixer(graph: fx.Graph, owner: nn.Module) -> None:
-    """Each module that owns an `A_log` parameter must have run a lifted scan, or one around it that reads it."""
+    Args:
+        called: functions of the model that look like scans and ran themselves.
+    """
     seen = {path for node in graph.nodes if node.target in SCANS for path in paths(node)}
     for path, module in owner.named_modules():
         if "A_log" not in module._parameters or any(p == path or p.startswith(path + ".") for p in seen):
@@ -92,7 +85,7 @@ def check_every_mixer(graph: fx.Graph, owner: nn.Module) -> None:
         if not _reach_a_scan([n for n in graph.find_nodes(op="get_attr") if any(_is_at(n, name) for name in names)]):
             raise CaptureError(
                 f"{path or type(owner).__name__} ({type(module).__name__}) holds the weights of a scan (A_log) but "
-                f"called no registered scan function while it was traced.{advice(owner)}"
+                f"called no registered scan function while it was traced.{advice(called)}"
             )
 
 

@@ -28,7 +28,7 @@ from torch.utils._sympy.printers import PythonPrinter
 
 from simba_fx.errors import CaptureError, InputError
 
-__all__ = ["Guard", "Question", "check_guards", "guards_of", "is_foreign", "watched"]
+__all__ = ["Guard", "Question", "check_guards", "guards_of", "is_foreign", "line_of", "watched"]
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 _CONVERSIONS = (os.path.join(_TORCH, "__init__.py"), ("__bool__", "__int__"))
@@ -82,7 +82,8 @@ def watched(scans: Collection[Any]) -> Iterator[list[Question]]:
             if direct and not new and isinstance(expr, sympy.logic.boolalg.Boolean):
                 facts = [expr if answer else sympy.Not(expr)]
             if facts:
-                line, modules = _line(asker), _modules(asker)
+                line = line_of(asker.f_code.co_filename, asker.f_lineno) if asker else ""
+                modules = _modules(asker)
                 questions.extend(Question(fact, line, len(scans), new, modules) for fact in facts)
         return answer
 
@@ -113,10 +114,8 @@ def _asker(frame: FrameType | None) -> tuple[FrameType | None, bool]:
     return frame, direct and frame is not None
 
 
-def _line(frame: FrameType | None) -> str:
-    if frame is None:
-        return ""
-    file, number = frame.f_code.co_filename, frame.f_lineno
+def line_of(file: str, number: int) -> str:
+    """`net.py, line 16: if x.shape[1] > 30:`"""
     code = linecache.getline(file, number).strip()
     return f"{os.path.basename(file)}, line {number}" + (f": `{code}`" if code else "")
 

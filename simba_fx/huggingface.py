@@ -37,7 +37,6 @@ from simba_fx.lift import one_at_a_time, traced
 from simba_fx.losses import count_kept_labels
 from simba_fx.program import dynamic_marker, left_alone, left_to_python
 from simba_fx.rows import (
-    Asked,
     Ends,
     check_lengths,
     ends_of,
@@ -92,11 +91,12 @@ def install(model: nn.Module, options: Options, cost: Any) -> nn.Module:
     Raises:
         CaptureError, ScheduleError, GraphError: from the first capture, which happens here.
     """
+    refuse_wrappers(model)
     stack: Any = stack_of(model)
     refuse_eager_experts(base_of(model))
     refuse_other_attention(stack)
     blocks = options.compile == "blocks"
-    runtime = SparseStack(stack, options, cost, Asked(options.least_tail))
+    runtime = SparseStack(stack, options, cost)
     twin = twin_around(model, runtime, _stack_class(type(stack), blocks), blocks)
     if options.labels == "kept":
         count_kept_labels(base_of(twin), runtime, blocks)
@@ -144,6 +144,26 @@ def refuse_generation_without_cache(model: nn.Module) -> None:
         return own(self, inputs, generation_config, *args, **kwargs)
 
     model.__class__ = subclass(cls, "generation with a cache", cls.forward, generate=generate)
+
+
+def refuse_wrappers(model: nn.Module) -> None:
+    """Models of several inputs (images, speech) hold a language model; that one is what can be transformed.
+
+    Raises:
+        CaptureError: names it.
+    """
+    base = base_of(model)
+    text = base.config.get_text_config()
+    if text is base.config:
+        return
+    inside = (p for p, module in model.named_modules() if module is not base and getattr(module, "config", 0) is text)
+    path = next(inside, None)
+    how = "Transform its language model alone, and put that in its place."
+    if path is not None:
+        how = f"Write model.{path} = simba_fx.transform(model.{path}, ...)."
+    raise CaptureError(
+        f"{type(base).__name__} holds a language model beside other parts; expected a model of texts. {how}"
+    )
 
 
 def refuse_eager_experts(model: nn.Module) -> None:
@@ -220,7 +240,6 @@ class SparseStack(Memory):
     stack: Any
     options: Options
     cost: Any
-    asked: Asked
     warned: bool = False
     """Of rows that may be padded with tokens that may be text; once is enough."""
     variants: dict[Signature, list[Variant]] = field(default_factory=dict)
@@ -231,7 +250,7 @@ class SparseStack(Memory):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SparseStack:
         """Programs hold the original's parameters: a copy captures its own."""
-        twin = type(self)(copy.deepcopy(self.stack, memo), self.options, self.cost, Asked(self.options.least_tail))
+        twin = type(self)(copy.deepcopy(self.stack, memo), self.options, self.cost)
         memo[id(self)] = twin
         return twin
 

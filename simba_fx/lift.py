@@ -199,24 +199,6 @@ def known_functions() -> Iterator[tuple[Callable[..., Any], Row]]:
             yield from lifts.rows_of(module)
 
 
-_SCAN_WORDS = ("scan", "delta_rule")
-
-
-def suggestions(model: nn.Module) -> list[str]:
-    """Names of functions in the model's own code that look like scans and are not registered."""
-    found = []
-    for owner in _callers(model):
-        prefix = owner.__name__ if inspect.ismodule(owner) else f"{owner.__module__}.{owner.__qualname__}"
-        if prefix.startswith(("torch.", "simba_fx.", "builtins")):
-            continue
-        for name, value in vars(owner).items():
-            ours = str(getattr(value, "__module__", None)).startswith("simba_fx.")  # some things' module is None
-            alike = any(word in name.lower() for word in _SCAN_WORDS)
-            if inspect.isfunction(value) and not ours and alike and _row(owner, name, value) is None:
-                found.append(f"{prefix}.{name}")
-    return sorted(found)
-
-
 @contextmanager
 def lifted(model: nn.Module, record: Recorder | None = None) -> Iterator[list[CallSite]]:
     """Replace the scan functions that `model` calls while the body runs; yield the list of call sites, filled as the
@@ -280,9 +262,19 @@ def named_operands(function: Callable[..., Any], adapter: Adapter, args: Sequenc
     """What one call of a lifted function is given, and how its result is made; None: the call is left as it is.
 
     Raises:
-        CaptureError: the adapter returned something else, or refuses the call.
+        CaptureError: the adapter fails, returned something else, or refuses the call.
     """
-    adapted = adapter(*args, **kwargs)
+    try:
+        adapted = adapter(*args, **kwargs)
+    except SimbaError:
+        raise
+    except Exception as error:
+        told = (str(error).strip() or "no more is said").splitlines()[0]
+        raise CaptureError(
+            f"The adapter registered for {function.__qualname__} raised {type(error).__name__}: {told}. It is given "
+            "what the function is given; expected the scan's operands in return. Correct the call of "
+            "simba_fx.register_scan."
+        ) from error
     if adapted is None:
         return None
     operands, finish = adapted if isinstance(adapted, tuple) else (adapted, lambda y, _: y)

@@ -26,7 +26,7 @@ from simba_fx.errors import CaptureError, InputError
 from simba_fx.huggingface import Signature, SparseStack, Variant, own_paths
 from simba_fx.inputs import EXAMPLE, autocast_dtype, check_mask
 from simba_fx.program import dynamic_marker, left_alone, left_to_python
-from simba_fx.rows import Asked, refuse_ragged
+from simba_fx.rows import refuse_ragged
 from simba_fx.snapshot import Snapshot
 from simba_fx.twins import copy_to_trace, own_forward, subclass, twin_around
 
@@ -60,7 +60,7 @@ def install(model: nn.Module, options: Options, cost: Any) -> nn.Module:
     stack = stack_of(model)
     _refuse_rotary(stack)
     blocks = options.compile == "blocks"
-    runtime = SparseMixer(stack, options, cost, Asked(options.least_tail))
+    runtime = SparseMixer(stack, options, cost)
     twin = twin_around(model, runtime, _stack_class(type(stack), blocks), blocks)
     runtime.variant(_signature(stack, torch.int64, cache=False))
     if not blocks and not runtime.attention:  # a graph that is traced whole cannot stop to capture another

@@ -21,7 +21,7 @@ from simba_fx.exporting import CallsOfModule, Memory
 from simba_fx.inputs import EXAMPLE, autocast_dtype, check_mask, named_sizes
 from simba_fx.lift import one_at_a_time, traced
 from simba_fx.program import Program, dynamic_marker, left_alone, left_to_python
-from simba_fx.rows import Asked, refuse_ragged
+from simba_fx.rows import refuse_ragged
 from simba_fx.twins import copy_to_trace
 
 __all__ = ["PlainProgram", "PlainRuntime", "install"]
@@ -44,7 +44,6 @@ class PlainRuntime(Memory):
     would be inputs of every graph that Dynamo traces.)"""
     constants: Mapping[str, Any]
     """The arguments that are no tensors; they are part of the graph."""
-    asked: Asked
 
     def any_built(self) -> Built:
         return self.built
@@ -173,8 +172,8 @@ def install(model: nn.Module, options: Options, example: Any, cost: Any) -> fx.G
     device = next(held.device for held in inputs.values() if isinstance(held, Tensor))
     tensors = {name: (held.dtype, tuple(held.shape)) for name, held in inputs.items() if isinstance(held, Tensor)}
     constants = {name: held for name, held in inputs.items() if name not in tensors}
-    runtime = PlainRuntime(built, options, type(model).__name__, signature, autocast_dtype(device), tensors, constants,
-                           Asked(options.least_tail))  # fmt: skip
+    runtime = PlainRuntime(built, options, type(model).__name__, signature, autocast_dtype(device), tensors,
+                           constants)  # fmt: skip
     _call_as_module(built.program, runtime)
     _mirror(model, built.program)
     program: Any = built.program

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
+from simba_fx import leftovers
 from simba_fx.graphs import expression, look_up, value
 from simba_fx.sharding import hollow, refuse_sharded, run_sharded, state_of
 
@@ -141,6 +142,7 @@ class Block(fx.GraphModule):
 
     def recompile(self) -> Any:
         code = super().recompile()
+        leftovers.let_go_with(type(self), type(self).forward.__code__)
         mark, recomputed, ready, sharded = dynamic_marker(), _recomputed(), left_alone(_ready), left_alone(_sharded)
 
         def body(self: Block, *inputs: Any) -> Any:
@@ -292,6 +294,7 @@ class Program(fx.GraphModule):
 
     def recompile(self) -> Any:
         code = super().recompile()
+        leftovers.let_go_with(type(self), type(self).forward.__code__)
         if self._left_to_python:
             type(self).forward = left_to_python(type(self).forward)
         return code

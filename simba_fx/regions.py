@@ -6,9 +6,11 @@ between its scans, where the fewest bytes are alive.
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import math
 import re
+from collections.abc import Mapping
 
 import sympy
 from torch import Tensor, fx, nn
@@ -34,24 +36,65 @@ def assign_regions(graph: fx.Graph, owner: nn.Module | None, sequence: sympy.Sym
     blocks = tuple(f"{parent}.{name}".lstrip(".") for name, _ in owner.get_submodule(parent).named_children())
     numbers = {block: index for index, block in enumerate(blocks)}
     inside = re.compile((re.escape(parent) + r"\." if parent else "") + r"[^.]+")
-    current, last = -1, None
-    for node in graph.nodes:
-        if node.op not in ("placeholder", "get_attr", "output"):
-            index = _block_index(node, inside, numbers)
-            if index is not None and index >= current:
-                current, last = index, node
-        node.meta[REGION] = current if node.op not in ("placeholder", "get_attr") else -1
-    _start_tail(graph, last, len(blocks))
+    nodes = list(graph.nodes)
+    inside_of: dict[int, list[int]] = {}
+    current = -1
+    for place, node in enumerate(nodes):
+        index = None if node.op in ("placeholder", "get_attr", "output") else _block_index(node, inside, numbers)
+        if index is not None and index >= current:
+            current = index
+            inside_of.setdefault(index, []).append(place)
+    _set_regions(nodes, _starts(nodes, inside_of, len(blocks), sequence))
     return blocks
 
 
-def _start_tail(graph: fx.Graph, last: fx.Node | None, n_blocks: int) -> None:
-    """What follows the last block's last node is region n."""
-    behind = False
-    for node in graph.nodes:
-        if behind and node.op != "get_attr":
-            node.meta[REGION] = n_blocks
-        behind = behind or node is last
+def _starts(
+    nodes: list[fx.Node], inside_of: Mapping[int, list[int]], n_blocks: int, sequence: sympy.Symbol
+) -> list[int]:
+    """Where each block starts, and what follows the last one.
+
+    Between the code of two modules it is the place where the fewest bytes are alive: a residual that is added around a
+    module, and a norm in front of it, belong to its block. The first block starts, and the last one ends, where no more
+    is alive than between blocks.
+    """
+    alive = _alive(nodes, sequence)
+    between: list[int] = []
+    end, begin = None, 0
+    for index in range(n_blocks):
+        places = inside_of.get(index)
+        if places is not None:
+            if end is None:
+                begin = places[0]
+            else:
+                between.append(min(range(places[0], end - 1, -1), key=alive.__getitem__))
+            end = places[-1] + 1
+        elif end is not None:  # a block of which nothing is left
+            between.append(end)
+    end = len(nodes) if end is None else end
+    widest = max((alive[start] for start in between), default=EVERYTHING)
+    first = next((i for i in range(begin, -1, -1) if alive[i] <= widest), begin)
+    last = next((i for i in range(end, len(nodes)) if alive[i] <= widest), end)
+    empty = n_blocks - 1 - len(between)  # blocks of which nothing is left before the first that has something
+    return [*[first] * (1 + empty), *between, last]
+
+
+def _set_regions(nodes: list[fx.Node], starts: list[int]) -> None:
+    """What is before the first start is region -1; inputs and weights are there, wherever they stand."""
+    for i, node in enumerate(nodes):
+        hoisted = node.op in ("placeholder", "get_attr")
+        node.meta[REGION] = -1 if hoisted else bisect.bisect_right(starts, i) - 1
+
+
+def _alive(nodes: list[fx.Node], sequence: sympy.Symbol) -> list[int]:
+    """Before each node, the bytes of tensors that depend on the length and are read from there on by more than the
+    output."""
+    at = {node: i for i, node in enumerate(nodes)}
+    alive = [0] * (len(nodes) + 1)
+    for node in nodes:
+        last_use = max((at[user] for user in node.users if user.op != "output"), default=at[node])
+        for i in range(at[node] + 1, last_use + 1):
+            alive[i] += _sequence_bytes(node, sequence)
+    return alive
 
 
 def _block_index(node: fx.Node, inside: re.Pattern[str], numbers: dict[str, int]) -> int | None:
@@ -78,11 +121,7 @@ def _narrowest_regions(graph: fx.Graph, scans: list[fx.Node], sequence: sympy.Sy
     """No list of blocks: cut between two scans where the fewest bytes that depend on the length are alive."""
     nodes = list(graph.nodes)
     at = {node: i for i, node in enumerate(nodes)}
-    alive = [0] * (len(nodes) + 1)
-    for node in nodes:
-        last_use = max((at[user] for user in node.users if user.op != "output"), default=at[node])
-        for i in range(at[node] + 1, last_use + 1):
-            alive[i] += _sequence_bytes(node, sequence)
+    alive = _alive(nodes, sequence)
     ends = [
         min(range(at[scan] + 1, at[following] + 1), key=alive.__getitem__)
         for scan, following in itertools.pairwise(scans)
@@ -90,9 +129,7 @@ def _narrowest_regions(graph: fx.Graph, scans: list[fx.Node], sequence: sympy.Sy
     widest = max((alive[end] for end in ends), default=0)
     rest = range(at[scans[-1]] + 1, len(nodes))
     ends.append(next((i for i in rest if alive[i] <= widest), len(nodes) - 1))
-    for i, node in enumerate(nodes):
-        hoisted = node.op in ("placeholder", "get_attr")
-        node.meta[REGION] = -1 if hoisted else sum(i >= end for end in ends)
+    _set_regions(nodes, [0, *ends])
     return tuple(where(scan) for scan in scans)
 
 

@@ -13,14 +13,14 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from simba_fx.errors import InputError, SimbaError
-from simba_fx.lift import traced
+from simba_fx.lift import exported, traced
 from simba_fx.twins import subclass
 
 __all__ = [
@@ -54,10 +54,25 @@ class Asked:
     lengths: Tensor | None = None
     """Tokens of each row that are no trailing padding, `(B,)` int64."""
 
+    room: Tensor = field(init=False, repr=False, compare=False)
+    """`(tail + 2,)`. Of a number Dynamo compiles each value on its own, of a tensor all sizes from 2 on at once."""
+
+    def __post_init__(self) -> None:
+        room = torch.empty(self.tail + 2, dtype=torch.bool, device="cpu")
+        torch._dynamo.maybe_mark_dynamic(room, 0)
+        object.__setattr__(self, "room", room)
+
+    @property
+    def sized_tail(self) -> int:
+        """`tail`, which is a symbol where Dynamo traces a whole model."""
+        if torch.compiler.is_dynamo_compiling() and not exported():
+            return self.room.shape[0] - 2
+        return self.tail
+
     @property
     def least(self) -> int:
         """Real tokens that every row must have for the tail that all share; tails of their own are looked at apart."""
-        return self.tail - self.answer if self.tails is None and self.first is None else 1
+        return self.sized_tail - self.answer if self.tails is None and self.first is None else 1
 
 
 @dataclass(frozen=True)
@@ -149,7 +164,7 @@ def ends_of(asked: Asked, rows: int, length: int, mask: Tensor | None, lengths: 
         InputError: not one tail for each row, or one that its row is too short for; a trace, which cannot read sizes.
     """
     if asked.tails is None and asked.first is None:
-        return Ends(asked.tail, lengths, mask)
+        return Ends(asked.sized_tail, lengths, mask)
     if traced():
         raise InputError(
             "Tails that differ from row to row are read on the host to size the call; expected one tail for all rows "

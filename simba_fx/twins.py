@@ -89,11 +89,8 @@ def refuse_other_forwards(model: nn.Module, stack: nn.Module) -> None:
 
 def _shallow(module: nn.Module) -> nn.Module:
     """The same parameters, buffers, hooks and submodules in containers of its own."""
-    if state_of(module) is None:
-        twin = copy.copy(module)
-    else:  # a class of FSDP builds new objects itself
-        twin = object.__new__(type(module))
-        twin.__dict__.update(module.__dict__)
+    twin: nn.Module = object.__new__(type(module))  # classes of FSDP and of parametrisations refuse copies
+    twin.__dict__.update(module.__dict__)
     for name, held in twin.__dict__.items():
         if type(held) in (dict, set) or (name.startswith("_") and hasattr(held, "copy") and "hooks" in name):
             twin.__dict__[name] = copy.copy(held)

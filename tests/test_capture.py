@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import sys
 import threading
 from collections.abc import Callable
@@ -22,7 +21,10 @@ from simba_fx.capture import capture
 from simba_fx.graphs import SCANS, region
 
 HERE = sys.modules[__name__]
-ADVICE = " If the model runs its scan in a function of its own, register it: simba_fx.register_scan(function, adapter)."
+ADVICE = (
+    " If the model runs the scan of Mamba or Mamba-2 in a function of its own, register it: "
+    "simba_fx.register_scan(function, adapter)."
+)
 
 
 def unregistered_scan(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
@@ -267,27 +269,14 @@ def test_a_module_runs_in_another_thread_while_one_is_captured() -> None:
 # --- what is said when it fails ----------------------------------------------------------------------------------
 
 
-def test_suggestions_name_what_looks_like_one_and_is_not_registered() -> None:
-    assert lift.suggestions(model(unregistered_scan)) == [f"{__name__}.looping_scan", f"{__name__}.unregistered_scan"]
-    assert lift.suggestions(Plain(Block())) == []
-
-
-def test_suggestions_look_past_what_has_no_module(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As some wrappers of C functions: else the error that asks for suggestions would be lost."""
-    nowhere = functools.partial(print)
-    nowhere.__module__ = None  # type: ignore[assignment]
-    monkeypatch.setattr(sys.modules[__name__], "a_scan_from_nowhere", nowhere, raising=False)
-    assert f"{__name__}.unregistered_scan" in lift.suggestions(model(unregistered_scan))
-
-
 def named(*names: str) -> str:
     return (
-        f" Functions of its code that look like scans and are not registered: {', '.join(names)}. Register the one "
-        "that runs the scan: simba_fx.register_scan(function, adapter)."
+        f" It called {', '.join(names)}, not registered. If that computes the recurrence of Mamba or Mamba-2, register "
+        "it: simba_fx.register_scan(function, adapter)."
     )
 
 
-UNREGISTERED = named(f"{__name__}.looping_scan", f"{__name__}.unregistered_scan")
+UNREGISTERED = named(f"{__name__}.unregistered_scan")
 
 
 def test_nothing_to_find() -> None:
@@ -318,9 +307,10 @@ def test_a_mixer_whose_function_is_not_registered_beside_one_that_is() -> None:
 
 def test_a_python_loop_over_tokens() -> None:
     assert message(errors.CaptureError, model(loop_scan, looping_scan)) == (
-        "Plain could not be captured as one graph with a symbolic length: a Python loop over tokens, or a branch on the"
-        " length, fixes the length (test_capture.py, line 36: "
-        f"`return torch.stack([u[:, :, : t + 1].sum(2) for t in range(u.shape[2])], 2)`).{UNREGISTERED}"
+        "Plain takes the length of its input as a plain number (test_capture.py, line 38: "
+        "`return torch.stack([u[:, :, : t + 1].sum(2) for t in range(u.shape[2])], 2)`); expected code for every size, "
+        "because one graph serves them all. len(x), int(...), a Python loop over a dimension and a branch on it make "
+        "such numbers: write x.shape[1], and tensor operations for the loop."
     )
 
 
@@ -333,7 +323,8 @@ def test_an_adapter_that_returns_nonsense() -> None:
 
 def test_an_adapter_that_fails() -> None:
     assert message(errors.CaptureError, model(failing_scan)) == (
-        "Plain could not be captured as one graph with a symbolic length: the adapter divides by zero." + UNREGISTERED
+        "The adapter registered for failing_scan raised ZeroDivisionError: the adapter divides by zero. It is given "
+        "what the function is given; expected the scan's operands in return. Correct the call of simba_fx.register_scan."
     )
 
 
@@ -436,8 +427,8 @@ def test_two_residual_streams_of_one_width() -> None:
 
     assert refusal(Two()) == (
         "Node add_4 in layers.1 is read after the last block; expected one value per cut that it continues (the "
-        "residual stream), found ['add_1', 'add_2'] at the first cut and ['add_1', 'add_2'] at the last. Use "
-        "output='kept', or keep the blocks around it whole."
+        "residual stream), found add_1, add_2 between layers.0 and layers.1. Use output='kept', or, if these are "
+        "halves of one block, make them one module of a ModuleList."
     )
 
 

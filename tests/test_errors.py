@@ -261,7 +261,8 @@ def test_a_transformed_plain_module(own: nn.Module) -> None:
 
 
 REGISTER = (
-    " If the model runs its scan in a function of its own, register it: simba_fx.register_scan(function, adapter)."
+    " If the model runs the scan of Mamba or Mamba-2 in a function of its own, register it:"
+    " simba_fx.register_scan(function, adapter)."
 )
 
 
@@ -303,9 +304,8 @@ class Unregistered(nn.Module):
 def test_a_function_that_is_not_registered() -> None:
     message = (
         "No scan was found in Unregistered: expected at least one call of a registered scan function while it was"
-        " traced, found none. Functions of its code that look like scans and are not registered:"
-        f" {__name__}.unregistered_scan. Register the one that runs the scan:"
-        " simba_fx.register_scan(function, adapter)."
+        f" traced, found none. It called {__name__}.unregistered_scan, not registered. If that computes the recurrence"
+        " of Mamba or Mamba-2, register it: simba_fx.register_scan(function, adapter)."
     )
     bad = Unregistered()
     with refused(ScanNotFoundError, message, bad):
@@ -330,8 +330,8 @@ class HalfRegistered(nn.Module):
 def test_one_mixer_of_several_is_not_registered() -> None:
     message = (
         "blocks.1 (Mixer) holds the weights of a scan (A_log) but called no registered scan function while it was"
-        f" traced. Functions of its code that look like scans and are not registered: {__name__}.unregistered_scan."
-        " Register the one that runs the scan: simba_fx.register_scan(function, adapter)."
+        f" traced. It called {__name__}.unregistered_scan, not registered. If that computes the recurrence of Mamba or"
+        " Mamba-2, register it: simba_fx.register_scan(function, adapter)."
     )
     bad = HalfRegistered()
     with refused(CaptureError, message, bad):
@@ -359,7 +359,7 @@ def test_a_length_that_does_not_stay_symbolic() -> None:
     message = str(caught.value)
     assert "FixedLength" in message
     assert "length" in message
-    assert "symbol" in message
+    assert "as a plain number (test_errors.py, line" in message
     assert "\n" not in message
     assert len(message) < 700
     assert state(bad) == before
@@ -670,8 +670,9 @@ def message_of_refused_graph(bad: nn.Module) -> str:
 
 def test_a_value_computed_from_the_length_crosses_a_cut() -> None:
     assert message_of_refused_graph(Widened(vocabulary=53, width=8, states=2, depth=3).eval()) == (
-        "Node pad in the model's own forward has shape (B, L + 3, 8) and crosses a cut; dimension 1 is"
-        " computed from the sequence length L but not equal to it, so survivors cannot be gathered along it. Keep"
+        "Node pad in the model's own forward has shape (B, L + 3, 8) and crosses a cut; expected (B, L, ...), since"
+        " survivors are chosen among the L tokens of the input. If the model puts tokens of its own beside those,"
+        " transform the module inside it that is given all of them, with protect=range(n) for n in front; else keep"
         " that block whole (give the next block the same share)."
     )
 

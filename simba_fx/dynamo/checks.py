@@ -17,8 +17,8 @@ from simba_fx.build import Options
 from simba_fx.dynamo.frame import Frame
 from simba_fx.dynamo.inputs import Input
 from simba_fx.errors import CaptureError, GraphError, InputError, ScanNotFoundError
-from simba_fx.flat import advice
 from simba_fx.graphs import Facts, expression, region, returned, shape_text, tracked, value, where
+from simba_fx.refusals import advice
 from simba_fx.regions import block_list, paths
 
 __all__ = [
@@ -204,5 +204,5 @@ def refuse_missed(gm: fx.GraphModule, frame: Frame) -> None:
     name = type(owner).__name__ if owner is not None else "the compiled function"
     raise ScanNotFoundError(
         f"No scan was found in {name}: expected at least one call of a registered scan function while it was traced, "
-        f"found none.{'' if owner is None else advice(owner)}"
+        f"found none.{advice()}"
     )

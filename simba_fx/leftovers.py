@@ -1,0 +1,44 @@
+"""What torch keeps for good of every trace and graph module, and a process that transforms many models must not.
+
+The source text of graph modules (for tracebacks), and the results of operators on fake tensors (for the next trace).
+"""
+
+from __future__ import annotations
+
+import linecache
+import weakref
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from types import CodeType
+
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.graph_module import _loader
+
+_RESULTS = 4096
+"""Of operators on fake tensors; a trace leaves some hundred."""
+
+__all__ = ["let_go_with", "none_left"]
+
+
+def let_go_with(cls: type, code: CodeType) -> None:
+    """Let the text of `code`, which torch generated, go with the graph module's own class `cls`."""
+    weakref.finalize(cls, _forget, (code.co_filename,))
+
+
+@contextmanager
+def none_left() -> Iterator[None]:
+    """Around a trace, of whose graph modules none lives on. (What other threads make meanwhile goes too: its text is
+    missed in tracebacks alone, and results are computed again.)"""
+    before = set(_loader.eval_cache)
+    try:
+        yield
+    finally:
+        _forget(set(_loader.eval_cache) - before)
+        if FakeTensorMode.cache_info().size > _RESULTS:
+            FakeTensorMode.cache_clear()
+
+
+def _forget(keys: Collection[str]) -> None:
+    for key in keys:
+        _loader.eval_cache.pop(key, None)
+        linecache.cache.pop(key, None)
