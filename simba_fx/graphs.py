@@ -112,8 +112,8 @@ def sequence_dims(node: fx.Node, facts: Facts) -> tuple[int, ...]:
             raise GraphError(
                 f"Node {node.name} in {where(node)} has shape {shape_text(val, facts)} and crosses a cut; expected "
                 "(B, L, ...), since survivors are chosen among the L tokens of the input. If the model puts tokens of "
-                "its own beside those, transform the module inside it that is given all of them, with protect=range(n) for "
-                "n in front; else keep that block whole (give the next block the same share)."
+                "its own beside those, transform the module inside it that is given all of them, with "
+                "protect=range(n) for n in front; else keep that block whole (give the next block the same share)."
             )
         elif facts.sequence in expr.free_symbols:
             raise GraphError(

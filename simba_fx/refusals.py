@@ -150,10 +150,10 @@ def explained(error: Exception, owner: nn.Module, module: nn.Module, inputs: Map
     log.debug("torch's report on %s", type(owner).__name__, exc_info=error)
     told = str(error).strip() or type(error).__name__
     name = type(owner).__name__
-    if "Constraints violated" in told or "specialized" in told:
-        return _fixes_a_size(name, inputs, questions)
     if _depends_on_values(error):
         return _branches_on_values(error, name)
+    if "Constraints violated" in told or "specialized" in told:
+        return _fixes_a_size(name, inputs, questions)
     if (own := _own_failure(module, inputs)) is not None:
         given = ", ".join(f"{key} {tuple(t.shape)}" for key, t in inputs.items() if isinstance(t, Tensor))
         return CaptureError(

@@ -324,7 +324,8 @@ def test_an_adapter_that_returns_nonsense() -> None:
 def test_an_adapter_that_fails() -> None:
     assert message(errors.CaptureError, model(failing_scan)) == (
         "The adapter registered for failing_scan raised ZeroDivisionError: the adapter divides by zero. It is given "
-        "what the function is given; expected the scan's operands in return. Correct the call of simba_fx.register_scan."
+        "what the function is given; expected the scan's operands in return. Correct the call of "
+        "simba_fx.register_scan."
     )
 
 
