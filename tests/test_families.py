@@ -82,7 +82,8 @@ def states(cache: Any) -> dict[str, Tensor]:
                 found[f"{kind} of layer {i}"] = held
         for kind in ("conv_states", "recurrent_states"):
             for j, held in (getattr(layer, kind, None) or {}).items():
-                found[f"{kind} {j} of layer {i}"] = held
+                if held is not None:  # of a layer that nobody fills
+                    found[f"{kind} {j} of layer {i}"] = held
     return found
 
 

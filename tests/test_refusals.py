@@ -343,7 +343,7 @@ def test_weights_of_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert told.startswith("layers.1.mixer.in_proj is a Linear8bitLt of bitsandbytes, whose weights cannot be traced")
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.trace. is deprecated", "ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit.trace", "ignore::torch.jit.TracerWarning")
 def test_export_to_onnx(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whichever way its exporters trace; they tell it as what stopped them."""
     sparse = simba_fx.transform(Net(through), compile="whole")
