@@ -8,7 +8,7 @@ each.
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import sympy
@@ -34,7 +34,7 @@ class Captured:
     """A model (or its block stack) as one flat, dense graph."""
 
     graph: fx.Graph
-    attributes: dict[str, Any]
+    attributes: dict[str, Any] = field(repr=False)  # some have no memory, which torch prints all the same
     """What `get_attr` targets stand for: the module's own parameters and buffers, and constants."""
     facts: Facts
     sites: list[lift.CallSite]
