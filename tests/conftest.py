@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import importlib.metadata
 import os
 from typing import Any
 
@@ -36,8 +37,20 @@ LONG = ("test_dynamo_backend.py", "test_mamba_ssm.py", "test_quantised.py", "tes
 """Files that take minutes, some for a single test: they start first, so that no worker is left waiting for one."""
 
 
+def skip_what_fails_by_itself(items: list[pytest.Item]) -> None:
+    """FalconH1 of transformers 5.17 makes two tokens of one on a CPU, so that it cannot decode."""
+    if tuple(map(int, importlib.metadata.version("transformers").split(".")[:2])) >= (5, 24):
+        return
+    mark = pytest.mark.skip(reason="transformers' own FalconH1 makes two tokens of one")
+    for item in items:
+        params = getattr(item, "callspec", None) and item.callspec.params.values()  # type: ignore[attr-defined]
+        if any("falcon-h1" in (param, getattr(param, "name", None)) for param in params or ()):
+            item.add_marker(mark)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """With the option, only tests that stand for a cell run. The cell travels with the test's report."""
+    skip_what_fails_by_itself(items)
     items.sort(key=lambda item: item.path.name not in LONG)
     if not config.getoption("--capabilities"):
         return

@@ -552,12 +552,11 @@ def test_a_model_whose_scan_is_not_registered() -> None:
             return running_scan(self.embedding(ids), self.decay)
 
     said = refusal(lambda: compiled(Stack())(tokens(1, 2, 9, vocabulary=11)))
-    assert said.startswith(
+    assert said.endswith(
         "No scan was found in Stack: expected at least one call of a registered scan function while it was traced, "
-        "found none. Functions of its code that look like scans and are not registered: "
+        "found none. If the model runs the scan of Mamba or Mamba-2 in a function of its own, register it: "
+        "simba_fx.register_scan(function, adapter)."
     )
-    assert f"{__name__}.running_scan" in said
-    assert said.endswith("Register the one that runs the scan: simba_fx.register_scan(function, adapter).")
 
 
 def running_scan(x: Tensor, decay: Tensor) -> Tensor:
