@@ -54,7 +54,12 @@ class Memory:
 
     @property
     def tail(self) -> int:
-        return self.asked.sized_tail
+        return self.asked.in_graph()[0]
+
+    @property
+    def least(self) -> int:
+        """Real tokens that every row of a call must have."""
+        return self.asked.in_graph()[1]
 
     @property
     def last(self) -> tuple[Any, ...] | None:

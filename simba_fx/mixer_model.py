@@ -232,7 +232,7 @@ def _prepare(stack: Any, given: dict[str, Any]) -> Call | None:
             "prompt at offset 0, or one new token. Pass the tokens one at a time, or start with new inference_params."
         )
     refuse_ragged(name, runtime.asked)
-    check_mask(None, rows, length, runtime.asked.least, runtime.options.named)
+    check_mask(None, rows, length, runtime.least, runtime.options.named)
     if length == 1:
         runtime.last = (rows, length, None, (), None, None)
         return None

@@ -38,6 +38,8 @@ __all__ = [
 IGNORED = -100
 """The label that losses of torch and transformers leave out."""
 
+_FAR = 1 << 20
+
 
 @dataclass(frozen=True)
 class Asked:
@@ -54,25 +56,27 @@ class Asked:
     lengths: Tensor | None = None
     """Tokens of each row that are no trailing padding, `(B,)` int64."""
 
-    room: Tensor = field(init=False, repr=False, compare=False)
-    """`(tail + 2,)`. Of a number Dynamo compiles each value on its own, of a tensor all sizes from 2 on at once."""
+    sizes: Tensor = field(init=False, repr=False, compare=False)
+    """`tail` and `least` once more, as sizes: of a number Dynamo compiles each value on its own, of a tensor all sizes
+    at once. It also takes equal sizes for one, so these are far from those of any call; there is no memory behind."""
 
     def __post_init__(self) -> None:
-        room = torch.empty(self.tail + 2, dtype=torch.bool, device="cpu")
-        torch._dynamo.maybe_mark_dynamic(room, 0)
-        object.__setattr__(self, "room", room)
-
-    @property
-    def sized_tail(self) -> int:
-        """`tail`, which is a symbol where Dynamo traces a whole model."""
-        if torch.compiler.is_dynamo_compiling() and not exported():
-            return self.room.shape[0] - 2
-        return self.tail
+        if torch.compiler.is_dynamo_compiling():  # it is made inside of a traced call, for that call
+            return
+        sizes = torch.empty(1, 1, dtype=torch.bool, device="cpu").expand(_FAR + self.tail, 2 * _FAR + self.least)
+        torch._dynamo.maybe_mark_dynamic(sizes, (0, 1))
+        object.__setattr__(self, "sizes", sizes)
 
     @property
     def least(self) -> int:
         """Real tokens that every row must have for the tail that all share; tails of their own are looked at apart."""
-        return self.sized_tail - self.answer if self.tails is None and self.first is None else 1
+        return self.tail - self.answer if self.tails is None and self.first is None else 1
+
+    def in_graph(self) -> tuple[int, int]:
+        """`tail` and `least`, which are symbols where Dynamo traces a whole model."""
+        if torch.compiler.is_dynamo_compiling() and not exported() and hasattr(self, "sizes"):
+            return self.sizes.shape[0] - _FAR, self.sizes.shape[1] - 2 * _FAR
+        return self.tail, self.least
 
 
 @dataclass(frozen=True)
@@ -164,7 +168,7 @@ def ends_of(asked: Asked, rows: int, length: int, mask: Tensor | None, lengths: 
         InputError: not one tail for each row, or one that its row is too short for; a trace, which cannot read sizes.
     """
     if asked.tails is None and asked.first is None:
-        return Ends(asked.sized_tail, lengths, mask)
+        return Ends(asked.in_graph()[0], lengths, mask)
     if traced():
         raise InputError(
             "Tails that differ from row to row are read on the host to size the call; expected one tail for all rows "

@@ -168,6 +168,24 @@ def test_one_row_compiles_once_from_a_short_text_on(first: int, masked: bool) ->
             compiled(**call)
 
 
+@pytest.mark.parametrize("kind", ["transformers", "plain"])
+def test_one_graph_of_the_whole_serves_every_tail(kind: str) -> None:
+    """Also tails of answers. (A number would be compiled value by value.)"""
+    plain = own_model.MyMamba(53, 16, 4, 3).eval()
+    sparse: Any = simba_fx.transform(plain if kind == "plain" else dense("mamba"), "linear", compile="whole")
+    options: Any = {} if kind == "plain" else {"use_cache": False}
+    run = lambda model, ids: model(ids, **options) if kind == "plain" else model(ids, **options).logits  # noqa: E731
+    with torch.no_grad():
+        run(sparse, tokens(0, 2, 30))
+        compiled, counting = compiled_for_counting(sparse, "whole")
+        for seed, tail in enumerate((1, 2, 3, 5, 9, 4, 14, 8, 12, 13, 1)):
+            ids = tokens(seed, 3, 40)
+            with simba_fx.answer(sparse, tail) if seed % 2 else simba_fx.tail(sparse, tail):
+                assert torch.equal(run(compiled, ids), run(sparse, ids))
+        assert torch.equal(run(compiled, ids), run(sparse, ids))
+    assert counting.frame_count == 1
+
+
 @every_masking
 def test_whole_is_one_graph_without_a_break(masked: bool) -> None:
     sparse = simba_fx.transform(dense("mamba"), "linear", compile="whole")

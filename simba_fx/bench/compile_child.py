@@ -81,7 +81,7 @@ def _host(call: Any, device: torch.device) -> float:
 def _launches(call: Any, device: torch.device) -> int:
     """CUDA: launches of kernels and of graphs; CPU: operators called, not counting those that operators call."""
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
-    with profile(activities=activities) as seen:
+    with profile(activities=activities, acc_events=True) as seen:
         call()
         measure.synchronize(device)
     events: Any = seen.events()

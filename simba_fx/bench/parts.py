@@ -43,7 +43,7 @@ def shares(call: Call, device: torch.device) -> dict[str, float]:
     activities = [ProfilerActivity.CPU]
     if device.type == "cuda":
         activities.append(ProfilerActivity.CUDA)
-    with profile(activities=activities) as seen:
+    with profile(activities=activities, acc_events=True) as seen:
         call()
         synchronize(device)
     events: Any = seen.events()
