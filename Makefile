@@ -1,4 +1,4 @@
-# make test | lint | demo | bench | speed | table | fuzz     Needs Python 3.11 or newer with pip; everything goes into .venv.
+# make test | quick | lint | demo | bench | speed | table | fuzz     Needs Python 3.11 or newer with pip; everything goes into .venv.
 # make test-oldest | test-newest | canary-oldest | canary-newest     The same on the ends of what is supported, each in an
 # environment of its own; from another Python: make test-newest PYTHON=python3.13
 
@@ -17,10 +17,15 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 OLDEST := VENV=.venv-oldest TORCH=torch==2.11.0 TRANSFORMERS=transformers==5.17.0
 NEWEST := VENV=.venv-newest TORCH=torch TRANSFORMERS=transformers
 
-.PHONY: test test-oldest test-newest canary canary-oldest canary-newest lint demo bench speed table fuzz clean
+.PHONY: test quick test-oldest test-newest canary canary-oldest canary-newest lint demo bench speed table fuzz clean
 
 test: $(VENV)/.dev $(VENV)/.triton $(VENV)/.mamba-ssm $(VENV)/.torchao $(VENV)/.lm-eval
 	$(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
+
+# In two minutes, while something is written: style, types, units, passes on stored graphs, three families end to end.
+quick: lint
+	$(BIN)/pytest -q -n $(WORKERS) --dist worksteal $(ARGS) tests/test_schedule.py tests/test_passes.py \
+		tests/test_streams.py tests/test_directions.py tests/test_ops_operands.py tests/test_reference.py tests/test_canary.py
 
 # On both ends: all tests, or in a minute whether what the library takes from torch and transformers is there and works.
 test-oldest canary-oldest:
