@@ -16,6 +16,9 @@ from typing import Any
 import pytest
 import torch
 
+import simba_fx
+from simba_fx import pipeline
+
 ROOT = Path(__file__).resolve().parents[1]
 RUN = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 PAGES = [*RUN, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
@@ -100,6 +103,21 @@ def test_the_code_of_a_page_runs(page: Path, folder: Path) -> None:
     for block in blocks(page.read_text()):
         if block.kind == "python":  # a failure then names the page and its line
             exec(compile("\n" * (block.line - 1) + block.text, str(page), "exec"), namespace)
+
+
+def test_the_printed_graph_is_what_is_printed() -> None:
+    """The few lines of one block, and the gather inside the next."""
+    from transformers import MambaForCausalLM
+
+    readme = (ROOT / "README.md").read_text()
+    (lines,) = [block.text.splitlines() for block in blocks(readme) if "outline-blocks" in block.text]
+    model = MambaForCausalLM.from_pretrained(ROOT / "examples" / "mamba-py-3m")
+    sparse: Any = simba_fx.transform(model, schedule="linear")
+    built = simba_fx.program(sparse)
+    printed = iter(built.history[-1].text.splitlines())
+    assert [line for line in lines if line not in printed] == []  # in this order, some left out between them
+    (gather,) = re.findall(r"`(survivors = .*?)`", readme)
+    assert pipeline.text(built.program.block_2.graph).splitlines()[1].startswith(f"{gather}    #")
 
 
 @every_page
