@@ -28,6 +28,7 @@ from simba_fx import exporting
 from simba_fx.build import Built, Options, build
 from simba_fx.caches import Entry, fill, is_warm, new_cache, recording_cache
 from simba_fx.capture import Captured, capture
+from simba_fx.captures import keep, key_of, own_paths, stored_with
 from simba_fx.decoding import attention_modules, call_with_own_mask, expect_token, make_sparse, sparse_layers
 from simba_fx.errors import CaptureError, InputError
 from simba_fx.exporting import Memory
@@ -96,7 +97,7 @@ def install(model: nn.Module, options: Options, cost: Any) -> nn.Module:
     refuse_eager_experts(base_of(model))
     refuse_other_attention(stack)
     blocks = options.compile == "blocks"
-    runtime = SparseStack(stack, options, cost)
+    runtime = SparseStack(stack, options, cost, store=stored_with(stack))
     twin = twin_around(model, runtime, _stack_class(type(stack), blocks), blocks)
     if options.labels == "kept":
         count_kept_labels(base_of(twin), runtime, blocks)
@@ -247,6 +248,8 @@ class SparseStack(Memory):
     unread: dict[Signature, frozenset[str]] = field(default_factory=dict)
     """For each kind of call, whatever its constants: numbers among its keywords that the model does not look at."""
     capturing: Any = field(default_factory=threading.RLock)
+    store: Any = field(default_factory=dict)
+    """Captures that serve whatever the options; those of the model that this one came from."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SparseStack:
         """Programs hold the original's parameters: a copy captures its own."""
@@ -318,8 +321,18 @@ class SparseStack(Memory):
         return signature if len(used) == len(signature.constants) else dataclasses.replace(signature, constants=used)
 
     def _capture(self, signature: Signature, now: Snapshot) -> Variant:
-        stack = copy_to_trace(self.stack)
-        captured, seen = self._capture_unread(signature) or capture_stack(stack, signature, self.options.kernels)
+        stack = self.stack
+        key = key_of(stack, now, signature, self.options.kernels)
+        if (stored := self.store.get(key)) is None:
+            captured, seen = self._capture_unread(signature) or capture_stack(
+                copy_to_trace(stack), signature, self.options.kernels
+            )
+            keep(self.store, key, captured, own_paths(stack, captured), seen)
+        else:
+            captured, seen = stored.captured(), stored.seen
+        if seen.unread:
+            kind = dataclasses.replace(signature, constants=())
+            self.unread[kind] = self.unread.get(kind, frozenset()) | seen.unread
         built = build(captured, self.options, self.cost, trailing=signature.trailing)
         keys = self._keys(captured, seen.states)
         self._watch(attention_modules(stack, keys.values()))
@@ -341,12 +354,10 @@ class SparseStack(Memory):
         constants = tuple((name, _Unread() if name in loose else held) for name, held in signature.constants)
         try:
             loose_signature = dataclasses.replace(signature, constants=constants)
-            found = capture_stack(copy_to_trace(self.stack), loose_signature, self.options.kernels)
+            captured, seen = capture_stack(copy_to_trace(self.stack), loose_signature, self.options.kernels)
         except Exception:  # who looks at what is no number fails, in whatever way
             return None
-        kind = dataclasses.replace(signature, constants=())
-        self.unread[kind] = self.unread.get(kind, frozenset()) | loose
-        return found
+        return captured, dataclasses.replace(seen, unread=frozenset(loose))
 
     def _keys(self, captured: Captured, states: tuple[Entry, ...]) -> dict[int, fx.Node]:
         """The node of each attention layer's keys.
@@ -407,13 +418,6 @@ class SparseStack(Memory):
             make_sparse(cache.layers[layer], length - slots, here)
 
 
-def own_paths(stack: nn.Module, captured: Captured) -> tuple[str, ...]:
-    """Paths of the tensors of a captured graph that are the stack's own; the others are constants."""
-    own = {path for path, _ in stack.named_parameters(remove_duplicate=False)}
-    own |= {path for path, _ in stack.named_buffers(remove_duplicate=False)}
-    return tuple(path for path in captured.attributes if path in own)
-
-
 def _is_number(held: Any) -> bool:
     return isinstance(held, int | float) and not isinstance(held, bool)
 
@@ -437,6 +441,8 @@ class _Observed:
     output_type: type = dict
     states: tuple[Entry, ...] = ()
     values: int = 0
+    unread: frozenset[str] = frozenset()
+    """Numbers among the keywords that nobody looked at."""
 
 
 def capture_stack(stack: Any, signature: Signature, kernels: str = "auto") -> tuple[Captured, _Observed]:

@@ -43,6 +43,7 @@ __all__ = [
     "register_scan",
     "registered",
     "traced",
+    "user_rows",
     "when_registered",
     "wrong_operands",
 ]
@@ -191,9 +192,14 @@ def registered(function: Callable[..., Any]) -> Adapter | None:
     return None
 
 
+def user_rows() -> Iterator[tuple[Callable[..., Any], Adapter]]:
+    """The functions that a user registered, each with its adapter."""
+    yield from _registered.items()
+
+
 def known_functions() -> Iterator[tuple[Callable[..., Any], Row]]:
     """Every function that has a row and whose Python module is loaded; the user's own first."""
-    yield from _registered.items()
+    yield from user_rows()
     for module in list(sys.modules.values()):
         if inspect.ismodule(module):
             yield from lifts.rows_of(module)

@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from simba_fx import exporting
 from simba_fx.build import Built, Options, build
 from simba_fx.caches import Entry
-from simba_fx.capture import capture
+from simba_fx.capture import Captured, capture
+from simba_fx.captures import keep, key_of, own_paths, stored_with
 from simba_fx.errors import CaptureError, InputError
-from simba_fx.huggingface import Signature, SparseStack, Variant, own_paths
+from simba_fx.huggingface import Signature, SparseStack, Variant
 from simba_fx.inputs import EXAMPLE, autocast_dtype, check_mask
 from simba_fx.program import dynamic_marker, left_alone, left_to_python
 from simba_fx.rows import refuse_ragged
@@ -60,7 +61,7 @@ def install(model: nn.Module, options: Options, cost: Any) -> nn.Module:
     stack = stack_of(model)
     _refuse_rotary(stack)
     blocks = options.compile == "blocks"
-    runtime = SparseMixer(stack, options, cost)
+    runtime = SparseMixer(stack, options, cost, store=stored_with(stack))
     twin = twin_around(model, runtime, _stack_class(type(stack), blocks), blocks)
     runtime.variant(_signature(stack, torch.int64, cache=False))
     if not blocks and not runtime.attention:  # a graph that is traced whole cannot stop to capture another
@@ -97,15 +98,24 @@ class SparseMixer(SparseStack):
         return _attention(self.stack)
 
     def _capture(self, signature: Signature, now: Snapshot) -> Variant:
+        key = key_of(self.stack, now, signature, self.options.kernels)
+        with torch.inference_mode(False):  # `generate` of mamba_ssm runs in it; a graph outlives the call
+            if (stored := self.store.get(key)) is None:
+                captured, entries = self._trace(signature)
+                keep(self.store, key, captured, own_paths(self.stack, captured), entries)
+            else:
+                captured, entries = stored.captured(), stored.seen
+            built = build(captured, self.options, self.cost)
+        return Variant(built, Tensor, entries, {}, (True,), own_paths(self.stack, captured), now)
+
+    def _trace(self, signature: Signature) -> tuple[Captured, tuple[Entry, ...]]:
         stack = copy_to_trace(self.stack)
         ((_, ids),) = signature.extra
         inputs = {"input_ids": torch.zeros(*EXAMPLE.values(), dtype=ids, device=signature.device)}
         shell = _Shell(stack, signature.cache)
-        with torch.inference_mode(False):  # `generate` of mamba_ssm runs in it; a graph outlives the call
-            captured = capture(shell, stack, inputs, primary="input_ids", prefix="stack", values=lambda: 1,
-                               kernels=self.options.kernels)  # fmt: skip
-            built = build(captured, self.options, self.cost)
-        return Variant(built, Tensor, shell.stored.entries, {}, (True,), own_paths(stack, captured), now)
+        captured = capture(shell, stack, inputs, primary="input_ids", prefix="stack", values=lambda: 1,
+                           kernels=self.options.kernels)  # fmt: skip
+        return captured, shell.stored.entries
 
     def finish(self, variant: Variant, call: Any, flat: Any) -> Any:
         """Fill the states; return the stack's output `(B, L, M)`."""

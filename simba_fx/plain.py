@@ -15,13 +15,15 @@ from torch.utils import _pytree as pytree
 
 from simba_fx import exporting
 from simba_fx.build import Built, CustomCriterion, Options, build
-from simba_fx.capture import capture
+from simba_fx.capture import Captured, capture
+from simba_fx.captures import keep, key_of, own_paths, stored_with
 from simba_fx.errors import CaptureError, InputError, SimbaError
 from simba_fx.exporting import CallsOfModule, Memory
 from simba_fx.inputs import EXAMPLE, autocast_dtype, check_mask, named_sizes
 from simba_fx.lift import one_at_a_time, traced
 from simba_fx.program import Program, dynamic_marker, left_alone, left_to_python
 from simba_fx.rows import refuse_ragged
+from simba_fx.snapshot import snapshot
 from simba_fx.twins import copy_to_trace
 
 __all__ = ["PlainProgram", "PlainRuntime", "install"]
@@ -162,12 +164,7 @@ def install(model: nn.Module, options: Options, example: Any, cost: Any) -> fx.G
     primary = (texts or wide)[0]
     mask = _stated_mask(type(model).__name__, inputs, primary, options)
     with one_at_a_time:
-        traced = copy_to_trace(model)
-        captured = capture(traced, traced, inputs, primary=primary, mask=mask, marks=options.mask_marks,
-                           kernels=options.kernels)  # fmt: skip
-        for node in captured.graph.find_nodes(op="placeholder"):  # numbers, flags and words are in the graph already
-            if node.name not in captured.inputs:
-                captured.graph.erase_node(node)
+        captured = _captured(model, inputs, primary, mask, options)
         built = build(captured, options, cost, program_class=PlainProgram)
     device = next(held.device for held in inputs.values() if isinstance(held, Tensor))
     tensors = {name: (held.dtype, tuple(held.shape)) for name, held in inputs.items() if isinstance(held, Tensor)}
@@ -180,6 +177,27 @@ def install(model: nn.Module, options: Options, example: Any, cost: Any) -> fx.G
     program.bind_itself()
     built.program.train(model.training)
     return built.program
+
+
+def _captured(model: nn.Module, inputs: Mapping[str, Any], primary: str, mask: str | None,
+              options: Options) -> Captured:  # fmt: skip
+    """The graph of `model` for such inputs, over its own tensors."""
+    looks = [
+        (name, *((held.dtype, held.shape, held.device) if isinstance(held, Tensor) else (type(held), repr(held))))
+        for name, held in inputs.items()
+    ]
+    store, around = stored_with(model), autocast_dtype(next(h.device for h in inputs.values() if isinstance(h, Tensor)))
+    rest = (*looks, primary, mask, options.mask_marks, options.kernels, around)
+    if (stored := store.get(key := key_of(model, snapshot(model), *rest))) is not None:
+        return stored.captured(model)
+    traced = copy_to_trace(model)
+    captured = capture(traced, traced, inputs, primary=primary, mask=mask, marks=options.mask_marks,
+                       kernels=options.kernels)  # fmt: skip
+    for node in captured.graph.find_nodes(op="placeholder"):  # numbers, flags and words are in the graph already
+        if node.name not in captured.inputs:
+            captured.graph.erase_node(node)
+    keep(store, key, captured, own_paths(model, captured))
+    return captured
 
 
 def _mirror(model: nn.Module, program: Program) -> None:
