@@ -70,6 +70,7 @@ def capture(module: nn.Module, owner: nn.Module, inputs: Mapping[str, Any], *, p
     rows, length = _example_sizes(inputs, primary)
     dynamic = pytree.tree_map(lambda leaf: _dynamic_dims(leaf, rows, length), dict(inputs))
     refuse_quantised(owner)
+    sites: list[lift.CallSite] = []
     watch = Watch(type(owner).__name__)
     root = _root(module, list(inputs), watch)
     compare = functools.partial(compare_adapters, module, owner, inputs, mask=mask, kernels=kernels)

@@ -89,13 +89,15 @@ def run(program: Program, forward: Callable[..., Any], *inputs: Any) -> Any:
         put_back()
 
 
-@torch.compiler.assume_constant_result  # Dynamo, whose export is the exporter's second try, takes it for False
 def _is_for_onnx() -> bool:
     return torch.onnx.is_in_onnx_export()
 
 
+torch.compiler.assume_constant_result(_is_for_onnx)  # type: ignore[no-untyped-call]  # else Dynamo takes it for False
+
+
 def _refuse_onnx() -> None:
-    if (traced() or torch.jit.is_tracing()) and _is_for_onnx():
+    if (traced() or torch._C._get_tracing_state()) and _is_for_onnx():
         raise CaptureError(
             "A sparse model was given to torch.onnx.export; expected torch.export.export, because the operators that "
             "choose and take tokens have no counterpart in ONNX. Export the dense model to ONNX, or the sparse one by "

@@ -170,9 +170,9 @@ def explained(error: Exception, owner: nn.Module, module: nn.Module, inputs: Map
 def _fixes_a_size(name: str, inputs: Mapping[str, Any], questions: Sequence[Question]) -> CaptureError:
     lead = next(t for t in inputs.values() if isinstance(t, Tensor))
     fixed = [q for q in questions if isinstance(q.fact, sympy.Eq) and any(side.is_number for side in q.fact.args)]
-    number, line = None, ""
+    number, line = 0, ""
     if fixed:
-        number, line = next(side for side in fixed[0].fact.args if side.is_number), f" ({fixed[0].line})"
+        number, line = int(next(side for side in fixed[0].fact.args if side.is_number)), f" ({fixed[0].line})"
     what = {lead.shape[0]: "batch size", lead.shape[1]: "length"}.get(number, "batch size or the length")
     return CaptureError(
         f"{name} takes the {what} of its input as a plain number{line}; expected code for every size, because one "
