@@ -98,8 +98,7 @@ def sharded_at_once(model: nn.Module) -> nn.Module:
 
 
 def sharded_and_recomputed(model: nn.Module) -> nn.Module:
-    for layer in model.base_model.layers:
-        layer.gradient_checkpointing = True
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
     return sharded(model)
 
 

@@ -1,0 +1,196 @@
+"""A model is traced once for each kind of call, whatever the schedules: until its modules or their code change."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import importlib
+import sys
+import time
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import BY_NAME, logits, tokens
+from torch import Tensor, nn
+
+import simba_fx
+from simba_fx import captures
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
+own_model: Any = importlib.import_module("own_model")
+
+PLAIN = torch.randint(50, (2, 30), generator=torch.Generator().manual_seed(0))
+
+
+class Traces:
+    count = 0
+
+
+@pytest.fixture
+def traces(monkeypatch: pytest.MonkeyPatch) -> Traces:
+    """How often torch traced."""
+    own, counted = torch.export.export, Traces()
+
+    def export(*args: Any, **kwargs: Any) -> Any:
+        counted.count += 1
+        return own(*args, **kwargs)
+
+    monkeypatch.setattr(torch.export, "export", export)
+    return counted
+
+
+def build(name: str) -> nn.Module:
+    if name != "plain":
+        return BY_NAME[name].build()
+    simba_fx.register_scan(own_model.scan, own_model.adapter)
+    torch.manual_seed(0)
+    return own_model.MyMamba(50, 16, 4, 4).eval()  # type: ignore[no-any-return]
+
+
+def run(model: nn.Module, name: str) -> Tensor:
+    found: Tensor = model(PLAIN) if name == "plain" else logits(model, input_ids=tokens(1, 2, 30))
+    return found
+
+
+CHANGES: list[dict[str, Any]] = [
+    {"schedule": "cosine"},
+    {"schedule": "dense"},
+    {"schedule": (1, 0.9, 0.5, 0.2), "criterion": "recent"},
+    {"output": "kept"},
+    {"floor": 0, "criterion": "simba-abs", "protect": (0, 3)},
+    {"criterion": lambda operands, query: operands.delta.abs().sum(1)},  # (B, D, L) in Mamba's scan
+    {"compile": "whole"},
+]
+
+
+@pytest.mark.parametrize("name", ["mamba", "bamba", "plain"])
+def test_other_options_need_no_other_trace(name: str, traces: Traces) -> None:
+    """The results are those of a model that was never transformed before, in whatever order."""
+    model = build(name)
+    run(simba_fx.transform(model, "linear"), name)
+    before = traces.count
+    for change in (*CHANGES[:5], {}, *CHANGES[6 if name == "bamba" else 5 :]):
+        again = simba_fx.transform(model, **change)
+        found = run(again, name)
+        if change.get("compile") != "whole":
+            assert traces.count == before
+        count = traces.count
+        fresh = simba_fx.transform(build(name), **change)
+        assert torch.equal(found, run(fresh, name))
+        assert all(torch.equal(a, b) for a, b in zip(simba_fx.kept(again), simba_fx.kept(fresh), strict=True))
+        traces.count = before = min(before, count)
+
+
+def test_a_kind_of_call_that_one_has_met_is_known_to_the_next(traces: Traces) -> None:
+    model, ids = build("mamba"), tokens(1, 2, 30)
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    logits(simba_fx.transform(model, "linear"), input_ids=ids, attention_mask=mask)
+    before = traces.count
+    assert before == 2
+    found = logits(simba_fx.transform(model, 0.5), input_ids=ids, attention_mask=mask)
+    assert traces.count == before
+    assert torch.equal(found, logits(simba_fx.transform(build("mamba"), 0.5), input_ids=ids, attention_mask=mask))
+
+
+def replace_method(model: Any, patch: pytest.MonkeyPatch) -> None:
+    own = own_model.Block.forward
+    patch.setattr(own_model.Block, "forward", lambda self, hidden: own(self, hidden) * 2)
+
+
+def replace_function(model: Any, patch: pytest.MonkeyPatch) -> None:
+    """Of the file that the model's classes stand in."""
+    own = own_model.scan
+
+    def scan(x: Tensor, *rest: Tensor) -> Tensor:
+        return own(2 * x, *rest)  # type: ignore[no-any-return]
+
+    simba_fx.register_scan(scan, lambda x, *rest: own_model.adapter(2 * x, *rest))
+    patch.setattr(own_model, "scan", scan)
+
+
+def hook(model: Any, patch: pytest.MonkeyPatch) -> None:
+    model.blocks[1].register_forward_hook(lambda module, args, output: output * 2)
+
+
+def exchange(model: Any, patch: pytest.MonkeyPatch) -> None:
+    model.blocks[1].inputs = nn.Sequential(model.blocks[1].inputs, nn.Dropout(0.1)).eval()
+
+
+def other_numbers(model: Any, patch: pytest.MonkeyPatch) -> None:
+    model.to(torch.bfloat16)
+
+
+def other_adapter(model: Any, patch: pytest.MonkeyPatch) -> None:
+    simba_fx.register_scan(own_model.scan, lambda *operands: own_model.adapter(*operands))
+
+
+@pytest.mark.parametrize(
+    "change", [replace_method, replace_function, hook, exchange, other_numbers, other_adapter], ids=lambda c: c.__name__
+)
+def test_what_changed_is_traced_anew(
+    change: Callable[[Any, pytest.MonkeyPatch], None], traces: Traces, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build("plain")
+    simba_fx.transform(model, "dense")
+    change(model, monkeypatch)
+    before = traces.count
+    sparse = simba_fx.transform(model, "dense")
+    assert traces.count == before + 1
+    torch.testing.assert_close(run(sparse, "plain"), run(model, "plain"), rtol=2e-2, atol=2e-2)
+
+
+def test_weights_are_those_of_now(traces: Traces) -> None:
+    for name in ("plain", "mamba"):
+        model = build(name)
+        run(simba_fx.transform(model, "dense"), name)
+        before = traces.count
+        model.load_state_dict({key: held * 1.1 for key, held in model.state_dict().items()}, assign=True)
+        torch.testing.assert_close(
+            run(simba_fx.transform(model, "dense"), name), run(model, name), rtol=1e-3, atol=1e-3
+        )
+        assert traces.count == before
+
+
+def test_a_copy_has_captures_of_its_own(traces: Traces) -> None:
+    model = build("mamba")
+    first = simba_fx.transform(model, "linear")
+    found = run(copy.deepcopy(first), "mamba")
+    assert traces.count == 2
+    assert torch.equal(found, run(first, "mamba"))
+
+
+@pytest.mark.parametrize("name", ["mamba", "plain"])
+def test_captures_go_with_their_model_and_are_few(name: str) -> None:
+    model = build(name)
+    sparse = simba_fx.transform(model, "linear")
+    run(sparse, name)
+    store = captures.stored_with(model if name == "plain" else model.base_model)  # type: ignore[arg-type]
+    assert 1 <= len(store) <= 2
+    for number in range(20):
+        captures.keep(store, number, next(iter(store.values())).captured(), ())
+    assert len(store) == captures._MOST
+    there = weakref.ref(model)
+    del model
+    gc.collect()
+    assert there() is None
+    run(sparse, name)  # a sparse model needs no dense one
+
+
+def test_a_sweep_is_cheap() -> None:
+    """64 blocks, one schedule after another: processor time, of which this machine has two cores."""
+    from transformers import MambaConfig, MambaModel
+
+    config = MambaConfig(vocab_size=50, hidden_size=16, state_size=4, num_hidden_layers=64, time_step_rank=2)
+    model = MambaModel(config).eval()
+    simba_fx.transform(model, "linear")
+    taken = []
+    for share in (0.5, 0.3, 0.2):
+        begun = time.process_time()
+        simba_fx.transform(model, simba_fx.Linear(share))
+        taken.append(time.process_time() - begun)
+    assert min(taken) < 3, taken
