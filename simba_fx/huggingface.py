@@ -102,8 +102,7 @@ def install(model: nn.Module, options: Options, cost: Any) -> nn.Module:
     if options.labels == "kept":
         count_kept_labels(base_of(twin), runtime, blocks)
     if base_of(twin) is not runtime.stack or options.tail == "labels":
-        python = left_to_python if blocks else lambda function: function
-        watch_calls(base_of(twin), _runtime_of, _check_call, options.tail == "labels", python)
+        watch_calls(base_of(twin), _runtime_of, _check_call, options.tail == "labels", blocks)
     refuse_generation_without_cache(base_of(twin))
     embeddings = stack.get_input_embeddings().weight
     default = Signature.default(stack, embeddings, runtime.pad is not None)

@@ -69,7 +69,9 @@ def count_kept_labels(head: nn.Module, runtime: Any, blocks: bool) -> None:
 
         return of_survivors
 
-    head.__class__ = subclass(cls, "kept labels", cls.forward, loss_function=property(loss_function, own.fset))
+    head.__class__ = subclass(
+        cls, f"kept labels, blocks: {blocks}", cls.forward, loss_function=property(loss_function, own.fset)
+    )
     head.__dict__["_simba_loss"] = runtime
 
 

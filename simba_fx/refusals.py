@@ -6,6 +6,7 @@ Torch's own report, with the graph so far, is printed where `TORCH_LOGS=+simba_f
 from __future__ import annotations
 
 import collections
+import functools
 import logging
 import re
 import sys
@@ -92,6 +93,7 @@ class Watch(TorchFunctionMode):
         )
 
 
+@functools.cache  # asked for every frame of every operator
 def _looks_like_a_scan(code: CodeType) -> bool:
     """By its name; methods cannot be registered."""
     return _SCANS.search(code.co_name) is not None and code.co_varnames[:1] != ("self",)

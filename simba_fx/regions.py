@@ -89,12 +89,13 @@ def _alive(nodes: list[fx.Node], sequence: sympy.Symbol) -> list[int]:
     """Before each node, the bytes of tensors that depend on the length and are read from there on by more than the
     output."""
     at = {node: i for i, node in enumerate(nodes)}
-    alive = [0] * (len(nodes) + 1)
+    change = [0] * (len(nodes) + 2)
     for node in nodes:
         last_use = max((at[user] for user in node.users if user.op != "output"), default=at[node])
-        for i in range(at[node] + 1, last_use + 1):
-            alive[i] += _sequence_bytes(node, sequence)
-    return alive
+        if last_use > at[node] and (size := _sequence_bytes(node, sequence)):
+            change[at[node] + 1] += size
+            change[last_use + 1] -= size
+    return list(itertools.accumulate(change))
 
 
 def _block_index(node: fx.Node, inside: re.Pattern[str], numbers: dict[str, int]) -> int | None:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from simba_fx.errors import InputError, SimbaError
 from simba_fx.lift import exported, traced
+from simba_fx.program import left_to_python
 from simba_fx.twins import subclass
 
 __all__ = [
@@ -246,13 +247,13 @@ def first_labels(labels: Tensor, shifted: bool) -> Tensor:
 
 
 def watch_calls(head: nn.Module, runtime: Any, check: Callable[[Any, dict[str, Any]], None], labels: bool,
-                python: Callable[[Any], Any]) -> None:  # fmt: skip
+                blocks: bool) -> None:  # fmt: skip
     """Look at the arguments of a transformers model that its block stack does not see; changes its class.
 
     Args:
         check: raises where a call's arguments, by name, cannot be right.
         labels: whether each row's tail follows from the labels of a call.
-        python: keeps a frame from being compiled, where that is wanted.
+        blocks: whether the model is compiled block by block, and this frame left to Python.
 
     Raises:
         SimbaError: `labels`, and the model takes none.
@@ -280,7 +281,8 @@ def watch_calls(head: nn.Module, runtime: Any, check: Callable[[Any, dict[str, A
         finally:
             runtime(self).asked = before
 
-    head.__class__ = subclass(cls, f"watched, labels: {labels}", python(forward))
+    kind = f"watched, labels: {labels}, blocks: {blocks}"
+    head.__class__ = subclass(cls, kind, left_to_python(forward) if blocks else forward)
 
 
 def lead_of(given: dict[str, Any]) -> Any:

@@ -202,12 +202,9 @@ def test_a_clamping_scan_is_refused_and_the_advice_works(monkeypatch: pytest.Mon
             operands.u, operands.delta, operands.A, operands.B, operands.C, None, False, None, 1, "simba"
         )
 
-    with pytest.warns(UserWarning, match="clamping itself runs"):
-        pruned = simba_fx.transform(module, (1, Fraction(1, 2), Fraction(1, 4), Fraction(1, 4)), kernels="model")
-    with pytest.warns(UserWarning, match="clamping itself runs"):
-        watched = simba_fx.transform(
-            module, (1, Fraction(1, 2), Fraction(1, 4), Fraction(1, 4)), kernels="model", criterion=watching
-        )
+    shares = (1, Fraction(1, 2), Fraction(1, 4), Fraction(1, 4))
+    pruned = simba_fx.transform(module, shares, kernels="model")
+    watched = simba_fx.transform(module, shares, kernels="model", criterion=watching)
     with torch.no_grad():
         assert torch.equal(whole(IDS), module(IDS))
         assert torch.equal(pruned(IDS), watched(IDS))

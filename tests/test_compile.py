@@ -168,6 +168,22 @@ def test_one_row_compiles_once_from_a_short_text_on(first: int, masked: bool) ->
             compiled(**call)
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+@pytest.mark.parametrize("options", [{}, {"labels": "kept"}], ids=["plain", "labels"])
+def test_whole_is_one_graph_after_adapters_as_blocks(options: Any) -> None:
+    """The class of a model inside of a PEFT model is the same as that of one alone."""
+    from peft import LoraConfig, get_peft_model
+
+    adapted = get_peft_model(dense("mamba", 2), LoraConfig(target_modules=["in_proj"]))  # type: ignore[arg-type]
+    simba_fx.transform(adapted, "linear", **options)
+    sparse = simba_fx.transform(BY_NAME["mamba"].build(), "linear", compile="whole", **options)
+    compiled, counting = compiled_for_counting(sparse, "whole")
+    with torch.no_grad():
+        for call in (sparse, compiled):
+            call(tokens(0, 2, 30), use_cache=False, labels=tokens(0, 2, 30))
+    assert counting.frame_count == 1
+
+
 @pytest.mark.parametrize("kind", ["transformers", "plain"])
 def test_one_graph_of_the_whole_serves_every_tail(kind: str) -> None:
     """Also tails of answers. (A number would be compiled value by value.)"""

@@ -67,5 +67,5 @@ def test_package(tmp_path: Path) -> None:
     pattern = r"(\d) x (\d+) bytes, (\d+) in the last block: largest difference exported (\S+), compiled (\S+)"
     found = [[float(n) for n in re.fullmatch(pattern, line).groups()] for line in (one, two, three)]
     assert [row[:3] for row in found] == [[1, 700, 71], [4, 150, 16], [3, 64, 8]]
-    assert all(exported == 0 and compiled < 1e-3 for *_, exported, compiled in found)
+    assert all(exported == 0 and compiled < 1e-3 for *_, exported, compiled in found), found
     assert not list(tmp_path.iterdir()), "nothing is left behind"
