@@ -612,6 +612,12 @@ def _prepare(stack: Any, given: dict[str, Any]) -> Call | None:
     ends = ends_of(asked, rows, length, mask, lengths)
     use_cache = given.get("use_cache")
     if ends.apart:
+        if from_end := [position for position in runtime.options.named if position < 0]:
+            raise InputError(
+                f"{type(stack).__name__} was called with rows whose tails differ, and query or protect names position "
+                f"{from_end[0]}; expected positions from the start of the row there, since such rows get padding that "
+                "counts as theirs at their ends. Give all rows one tail, or call them one by one."
+            )
         if use_cache:
             raise InputError(
                 f"{type(stack).__name__} was called with use_cache=True and rows whose tails differ, which get padding "

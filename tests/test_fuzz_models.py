@@ -431,6 +431,16 @@ def options_of(one: Subject, call: Call) -> dict[str, Any]:
     return {"tail": tail, "criterion": one.setting.criterion, **named}
 
 
+def tails_differ(one: Subject, call: Call) -> bool:
+    tail = options_of(one, call)["tail"]
+    return isinstance(tail, list) and len(set(tail)) > 1
+
+
+def named_positions(one: Subject) -> tuple[int, ...]:
+    options = one.setting.options
+    return (*options.get("protect", ()), *([options["query"]] if options.get("query") is not None else []))
+
+
 def expected_of(one: Subject, call: Call, model: nn.Module | None = None, cache: bool = False) -> reference.Batch:
     """The reference, going on with what the sparse model kept."""
     ids, mask = call.inputs()
@@ -456,6 +466,10 @@ def check_forward(one: Subject, call: Call) -> None:
     if call.recompute:
         recompute(one.sparse, "enable")
     modes: dict[str, Callable[[], Any]] = {"no_grad": torch.no_grad, "inference_mode": torch.inference_mode}
+    if tails_differ(one, call) and any(p < 0 for p in named_positions(one)):
+        with pytest.raises(InputError, match="rows whose tails differ, and query or protect"), tail_of(one, call):
+            one.sparse(**given_to(one, call))
+        return
     with modes.get(call.grad, torch.enable_grad)(), tail_of(one, call):
         found = one.sparse(**given_to(one, call))
     backward = call.grad == "backward"

@@ -142,6 +142,24 @@ def test_lengths_that_no_row_has_are_refused(lengths: list[int], message: str) -
         logits(model, padded_at_the_end(texts(30, 20)))
 
 
+def test_tails_that_differ_and_positions_from_the_end_are_refused() -> None:
+    """Such rows get padding at their ends, from which the positions would be counted."""
+    model = simba_fx.transform(dense("mamba"), "linear", protect=(-3, 2))
+    rows = [tokens(seed, 1, 11) for seed in range(3)]
+    tails = torch.tensor([1, 2, 1])
+    told = r"names position -3; expected positions from the start.*or call them one by one"
+    with simba_fx.answer(model, tails), pytest.raises(simba_fx.errors.InputError, match=told):
+        model(input_ids=torch.cat(rows))
+    for row, tail in zip(rows, tails.tolist()):
+        with simba_fx.answer(model, tail), torch.no_grad():
+            model(input_ids=row)
+        assert {8, 2} <= set(simba_fx.kept(model)[-1][0].tolist())
+    from_the_start = simba_fx.transform(dense("mamba"), "linear", protect=(2,))
+    with simba_fx.answer(from_the_start, tails), torch.no_grad():
+        from_the_start(input_ids=torch.cat(rows))
+    assert all(2 in row for row in simba_fx.kept(from_the_start)[-1].tolist())
+
+
 @every_kind
 @pytest.mark.parametrize("options", [{"protect": (1, -2)}, {"query": -1, "protect": (0,)}], ids=["protect", "query"])
 def test_named_positions_count_a_rows_own_tokens_without_a_mask(entry: Entry, options: dict[str, Any]) -> None:
