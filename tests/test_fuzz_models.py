@@ -600,7 +600,7 @@ def weighted(one: Subject, call: Call, length: int, expected: reference.Batch, w
 
 
 def compare_gradients(one: Subject, call: Call, logits: Tensor, expected: reference.Batch) -> None:
-    """Within the tolerance of the reference's; or, where conditioning is bad, no farther from float64's than that is."""
+    """Within the tolerance of the reference's or, where conditioning is bad, no farther from float64 than they are."""
     COUNTS["gradients"] += 1
     weights = torch.randn(*expected.real.shape, logits.shape[-1], generator=torch.Generator().manual_seed(call.seed))
     parameters = {name: p for name, p in one.dense.named_parameters() if p.requires_grad}
