@@ -22,7 +22,7 @@ NEWEST := VENV=.venv-newest TORCH=torch TRANSFORMERS=transformers
 test: $(VENV)/.dev $(VENV)/.triton $(VENV)/.mamba-ssm $(VENV)/.torchao $(VENV)/.lm-eval
 	$(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
-# In two minutes, while something is written: style, types, units, passes on stored graphs, three families end to end.
+# In about three minutes, while something is written: style, types, units, passes on stored graphs, three families end to end.
 quick: lint
 	$(BIN)/pytest -q -n $(WORKERS) --dist worksteal $(ARGS) tests/test_schedule.py tests/test_passes.py \
 		tests/test_streams.py tests/test_directions.py tests/test_ops_operands.py tests/test_reference.py tests/test_canary.py

@@ -41,7 +41,7 @@ class Memory:
 
     def __post_init__(self) -> None:
         self._number = next(_numbers)
-        weakref.finalize(self, _asked.pop, self._number, None)
+        weakref.finalize(self, _asked.pop, self._number, None).atexit = False
         self.asked = Asked(self.options.least_tail)
 
     @property

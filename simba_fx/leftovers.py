@@ -22,7 +22,7 @@ __all__ = ["let_go_with", "none_left"]
 
 def let_go_with(cls: type, code: CodeType) -> None:
     """Let the text of `code`, which torch generated, go with the graph module's own class `cls`."""
-    weakref.finalize(cls, _forget, (code.co_filename,))
+    weakref.finalize(cls, _forget, (code.co_filename,)).atexit = False
 
 
 @contextmanager
