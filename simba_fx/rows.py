@@ -40,6 +40,7 @@ IGNORED = -100
 """The label that losses of torch and transformers leave out."""
 
 _FAR = 1 << 20
+"""Added to numbers that travel as sizes of a tensor."""
 
 
 @dataclass(frozen=True)
