@@ -19,6 +19,7 @@ from simba_fx.pipeline import diff
 from simba_fx.plan import reasons
 from simba_fx.schedule import Budget, Schedule, as_schedule
 from simba_fx.sharding import is_sharded
+from simba_fx.versions import name_untested
 
 __all__ = ["answer", "explain", "kept", "lengths", "program", "reached", "tail", "transform"]
 
@@ -82,11 +83,15 @@ def transform(model: nn.Module, schedule: ScheduleLike = "linear", *, criterion:
         ScheduleError, CriterionError: an unknown name, shares that increase or lie outside (0, 1], a wrong count.
         GraphError: a value crosses a cut that cannot be gathered; a scan's tokens were reordered on the way to it by
             anything but `torch.flip`; no block's scans reach the query.
+
+    Warns:
+        UserWarning: once of each package, torch or transformers, in a version that this one was not tested with.
     """
     if not isinstance(model, nn.Module):
         raise SimbaError(
             f"transform expects a torch.nn.Module, found {type(model).__name__}. Pass the model object itself."
         )
+    name_untested()
     model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
     if any(runtime_of(module) is not None for module in model.modules()):
         raise SimbaError(

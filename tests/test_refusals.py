@@ -6,10 +6,13 @@ Each stands for a kind that people met (a wrapper, images, experts, parametrised
 from __future__ import annotations
 
 import importlib
-import logging
+import os
+import re
+import subprocess
 import sys
 import time
 import types
+import warnings
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,7 @@ from models import BY_NAME, logits, tokens
 from torch import Tensor, nn
 
 import simba_fx
+from simba_fx import versions
 from simba_fx.errors import CaptureError, GraphError, ScanNotFoundError
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
@@ -121,16 +125,49 @@ def test_a_branch_on_values(capfd: pytest.CaptureFixture[str]) -> None:
     assert torch.allclose(simba_fx.transform(model, "dense")(IDS), model(IDS), atol=1e-5)
 
 
-def test_torchs_graph_is_printed_under_its_switch(capfd: pytest.CaptureFixture[str]) -> None:
-    """`TORCH_LOGS=+simba_fx` sets this level."""
-    logger = logging.getLogger("simba_fx")
-    before = logger.level
-    logger.setLevel(logging.DEBUG)
-    try:
-        assert "out of the values of its tensors" in refusal(Net(route, **experts()))
-    finally:
-        logger.setLevel(before)
-    assert "def forward" in "".join(capfd.readouterr())
+REFUSED = """
+import test_refusals as t
+t.simba_fx.register_scan(t.own_model.scan, t.own_model.adapter)
+assert "out of the values of its tensors" in t.refusal(t.Net(t.route, **t.experts()))
+"""
+
+
+def test_torchs_graph_is_printed_under_its_switch() -> None:
+    done = subprocess.run([sys.executable, "-c", REFUSED], cwd=Path(__file__).parent, capture_output=True, text=True,
+                          env=os.environ | {"TORCH_LOGS": "+simba_fx", "OMP_NUM_THREADS": "1"})  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "def forward" in done.stdout + done.stderr
+
+
+# --- versions --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("package", "version", "how"), [
+    ("torch", "2.15.0+cu130", "newer"), ("torch", "3.0.0a0", "newer"), ("torch", "2.10.1", "older"),
+    ("transformers", "5.25.0.dev0", "newer"), ("transformers", "4.57.1", "older"),
+])  # fmt: skip
+def test_untested_versions_are_named_once(monkeypatch: pytest.MonkeyPatch, package: str, version: str,
+                                          how: str) -> None:  # fmt: skip
+    importlib.import_module("transformers")
+    monkeypatch.setattr(versions, "_named", set())
+    monkeypatch.setattr(sys.modules[package], "__version__", version)
+    model = Net(through).eval()
+    with pytest.warns(
+        UserWarning, match=re.escape(f"{package} {version} is {how} than what simba_fx was tested with (")
+    ):
+        sparse = simba_fx.transform(model, "dense")
+    assert torch.allclose(sparse(IDS), model(IDS), atol=1e-5), "what the warning says to compare"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        simba_fx.transform(model, "dense")
+
+
+def test_this_version_is_tested() -> None:
+    """Or `versions.TESTED`, what README and pyproject.toml say, and the canaries have to follow."""
+    assert versions.untested() == []
+    told = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    for package, (oldest, _) in versions.TESTED.items():
+        assert f'"{package}>={oldest[0]}.{oldest[1]}"' in told
 
 
 def test_a_model_that_fails_on_its_own() -> None:
