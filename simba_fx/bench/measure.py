@@ -120,7 +120,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "kernels": ops.kernel_path(device.type),
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in ("torch", *_PACKAGES)},
+        "versions": {"torch": torch.__version__, **{name: version(name) for name in _PACKAGES}},
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     if device.type == "cuda":
