@@ -25,7 +25,8 @@ from simba_fx.graphs import (
     stem,
     value,
 )
-from simba_fx.program import Block
+from simba_fx.program import CRITERION, Block, Kind
+from simba_fx.regions import paths
 
 _TOP = ("track-tokens", "select-tokens", "restore-length")
 """Passes whose nodes stay at the top level: what connects blocks rather than computes in them."""
@@ -47,10 +48,10 @@ class OutlineBlocks:
         kept_3, dropped_3, positions_3, left_3 = select_tokens(score_3, positions_2, length, tail, 7, 10, 4)
         exit_3 = take_tokens(hidden_3, dropped_3)
 
-    1. A block's parameters are attributes of its module, named by their path inside the block. 2. Sizes are read again
-    from the block's own inputs, so that a length is never an argument. 3. Two blocks with the same code become two
-    instances of one kind: `torch.compile` compiles that code once, for every depth and length. 4. What stands before
-    and after the blocks stays at the top level.
+    1. A block that is a module of the model reads the tensors of that module; other tensors are its inputs. 2. Sizes
+    are read again from the block's own inputs, so that a length is never an argument. 3. Blocks with the same code
+    share one kind: `torch.compile` compiles that code once, for every depth and length. 4. What stands before and after
+    the blocks stays at the top level.
     """
 
     attributes: dict[str, Any] = field(repr=False)
@@ -59,7 +60,7 @@ class OutlineBlocks:
     name = "outline-blocks"
 
     def rewrite(self, graph: fx.Graph, facts: Facts) -> int:
-        kinds: dict[Any, Block] = {}
+        kinds: dict[Any, Kind] = {}
         masks = from_mask_alone(graph, facts)
         taken = {path.split(".")[0] for path in self.attributes}
         changed = 0
@@ -74,24 +75,25 @@ class OutlineBlocks:
         return changed
 
     def _outline(self, graph: fx.Graph, facts: Facts, inside: list[fx.Node], path: str, target: str,
-                 kinds: dict[Any, Block], masks: set[fx.Node]) -> Block:  # fmt: skip
+                 kinds: dict[Any, Kind], masks: set[fx.Node]) -> Block:  # fmt: skip
         members = set(inside)
         after = set(itertools.dropwhile(lambda n: n is not inside[0], nodes_of(graph, inside[0].meta["region"])))
         outside = list(dict.fromkeys(n for node in inside for n in node.all_input_nodes if n not in members))
-        inputs = [node for node in outside if node.op != "get_attr" and not _recomputed(node)]
-        sub, env, owned = fx.Graph(), {}, {}
+        module = path if path and any(path in paths(node) for node in inside) else None
+        owned = {node: _inner(node, module) for node in outside if node.op == "get_attr"}
+        inputs = [node for node in outside if not owned.get(node) and not _recomputed(node)]
+        sub, env = fx.Graph(), {}
+        roles = {node: "mask" if node in masks else _role(node, facts) for node in inputs}
+        inputs.sort(key=lambda node: roles[node] != "hidden")  # as the module has it
         names: list[str] = []
         for node in inputs:
-            role = "mask" if node in masks else _role(node, facts)
+            role = roles[node]
             names.append(role if role not in names else f"{role}_{len(names)}")
             env[node] = sub.placeholder(names[-1])
             env[node].meta = dict(node.meta)
-        for node in outside:
-            if node.op == "get_attr":
-                attribute: Any = node.target
-                own = _attribute_name(attribute, path)
-                owned[own] = self.attributes[attribute]
-                env[node] = sub.get_attr(own)
+        for node, inner in owned.items():
+            if inner:
+                env[node] = sub.create_node("get_attr", inner)  # fx's own method warns that the graph has no module
                 env[node].meta = dict(node.meta)
 
         def size(node: fx.Node) -> fx.Node:
@@ -110,22 +112,24 @@ class OutlineBlocks:
         for node in inside:
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: env[n] if n in env else size(n))
             name = stem(node.name) if node.meta.get(MARK) else None
-            env[node] = sub.create_node(node.op, node.target, args, kwargs, name=name)
+            target_inside = CRITERION if node.op == "call_module" else node.target
+            env[node] = sub.create_node(node.op, target_inside, args, kwargs, name=name)
             env[node].meta = dict(node.meta)
         outputs = [node for node in inside if any(_reads(user, node) for user in node.users if user not in members)]
+        outputs.sort(key=lambda node: (node.meta.get(MARK) is not None, _kind_of_result(node) != "hidden"))
         sub.output(tuple(env[node] for node in outputs) if len(outputs) > 1 else env[outputs[0]])
         drop_dead_code(sub)
         for node in inputs:
-            if node.op == "call_function" and node in after:  # made in this region by what stays at the top level
+            if node.op in ("call_function", "get_attr") and node in after:  # made here by what stays at the top level
                 inside[0].prepend(node)
         self._replace(graph, inside, inputs, outputs, target)
-        key = (sub.python_code("self").src, tuple(n.target for n in sub.nodes), tuple(_kind_of(owned)))
+        looks = tuple(_looks(self.attributes[str(node.target)]) for node in owned)
+        key = (sub.python_code("self").src, tuple(n.target for n in sub.nodes), looks)
         if key not in kinds:
-            kinds[key] = Block.kind(sub, owned, self._submodules(sub), name=f"Kind{len(kinds)}")
-        return kinds[key].instance(owned, path)
-
-    def _submodules(self, graph: fx.Graph) -> dict[str, Any]:
-        return {node.target: self.attributes[node.target] for node in graph.find_nodes(op="call_module")}
+            kinds[key] = Kind(sub, f"Kind{len(kinds)}")
+        criterion = self.attributes["criterion"] if sub.find_nodes(op="call_module") else None
+        hooked = module is not None and all(path in (paths(n) or [path]) for n in inside if not n.meta.get(MARK))
+        return Block(kinds[key], module, hooked, criterion)
 
     def _replace(self, graph: fx.Graph, inside: list[fx.Node], inputs: list[fx.Node], outputs: list[fx.Node],
                  target: str) -> None:  # fmt: skip
@@ -157,6 +161,12 @@ def _at_top(node: fx.Node) -> bool:
     return node.op in ("placeholder", "get_attr", "output") or mark.get("pass") in _TOP or by_position or outlined
 
 
+def _inner(node: fx.Node, module: str | None) -> str | None:
+    """The path of a tensor inside the block's module; None: it lies elsewhere."""
+    inside = module is not None and str(node.target).startswith(f"{module}.")
+    return str(node.target)[len(f"{module}.") :] if inside else None
+
+
 def _recomputed(node: fx.Node) -> bool:
     """A size that a block reads from its own inputs; `tail` is a plain argument."""
     return is_size(node) and node.op == "call_function"
@@ -165,7 +175,7 @@ def _recomputed(node: fx.Node) -> bool:
 def _role(node: fx.Node, facts: Facts) -> str:
     """What an input is to a block, whichever block it is: equal blocks must name equal inputs alike."""
     known = {facts.primary: "hidden", facts.mask: "mask"}
-    return known.get(node.name) or stem(node.name)
+    return "tensor" if node.op == "get_attr" else known.get(node.name) or stem(node.name)
 
 
 def _reads(user: fx.Node, node: fx.Node) -> bool:
@@ -187,11 +197,5 @@ def _kind_of_result(node: fx.Node) -> str:
     return "hidden" if len(sizes) > 1 and isinstance(expression(sizes[1]), sympy.Symbol) else "state"
 
 
-def _attribute_name(target: str, path: str) -> str:
-    inner = target[len(path) + 1 :] if path and target.startswith(path + ".") else target
-    return inner.replace(".", "_")
-
-
-def _kind_of(owned: dict[str, Any]) -> Iterable[Any]:
-    for name, tensor in owned.items():
-        yield name, type(tensor), tuple(tensor.shape), tensor.dtype, tensor.device, tensor.requires_grad
+def _looks(tensor: Tensor) -> tuple[Any, ...]:
+    return type(tensor), tuple(tensor.shape), tensor.dtype, tensor.device, tensor.requires_grad

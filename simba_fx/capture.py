@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import itertools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -97,9 +98,16 @@ def capture(module: nn.Module, owner: nn.Module, inputs: Mapping[str, Any], *, p
     if why := compare(sites):
         say_not_compared((site.function for site in sites), why)
     attributes = {}
+    own = {path for path, _ in (*owner.named_parameters(remove_duplicate=False),
+                                *owner.named_buffers(remove_duplicate=False))}  # fmt: skip
+    names = (f"constant_{number}" for number in itertools.count() if f"constant_{number}" not in own)
+    constants: dict[str, str] = {}
     for node in graph.find_nodes(op="get_attr"):
         tensor = look_up(flat, node.target)
-        node.target = cut(node.target, inside)
+        path = cut(node.target, inside)
+        if path not in own and path not in constants:
+            constants[path] = next(names)
+        node.target = constants.get(path, path)
         node.name = graph._graph_namespace.create_name(node.target.replace(".", "_"), None)
         attributes[node.target] = tensor
     given = [name for name, held in inputs.items() if isinstance(held, Tensor)]

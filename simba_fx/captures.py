@@ -9,41 +9,25 @@ from __future__ import annotations
 import sys
 import types
 import weakref
-from collections.abc import Hashable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from simba_fx import lift
 from simba_fx.flat import Captured
 from simba_fx.graphs import look_up
-from simba_fx.sharding import hollow, own_class
+from simba_fx.sharding import dense_class, hollow
 from simba_fx.snapshot import Snapshot
 
-__all__ = ["Stored", "keep", "key_of", "own_paths", "stored_with"]
+__all__ = ["captured", "stored_with"]
 
 _MOST = 16
 """Of one model; the oldest goes first."""
-Store = dict[Hashable, "Stored"]
+Store = dict[Hashable, tuple[Captured, Any]]
 _stores: weakref.WeakKeyDictionary[nn.Module, Store] = weakref.WeakKeyDictionary()
-
-
-@dataclass(frozen=True)
-class Stored:
-    """One capture; of the model's own tensors only what they look like."""
-
-    _captured: Captured
-    own: tuple[str, ...]
-    """Paths of the model's own tensors."""
-    seen: Any
-    """What else the trace told."""
-
-    def captured(self, root: nn.Module | None = None) -> Captured:
-        """The capture, over the tensors that `root` has now if one is given."""
-        own = {} if root is None else {path: look_up(root, path) for path in self.own}
-        return replace(self._captured, attributes=self._captured.attributes | own)
 
 
 def stored_with(model: nn.Module) -> Store:
@@ -51,24 +35,38 @@ def stored_with(model: nn.Module) -> Store:
     return _stores.setdefault(model, {})
 
 
-def keep(store: Store, key: Hashable, captured: Captured, own: tuple[str, ...], seen: Any = None) -> None:
-    looks = {path: hollow(captured.attributes[path]) for path in own}
-    store[key] = Stored(replace(captured, attributes=captured.attributes | looks), own, seen)
-    for oldest in list(store)[:-_MOST]:
-        del store[oldest]
+def captured(store: Store, root: nn.Module, now: Snapshot, rest: Iterable[Hashable],
+             trace: Callable[[], tuple[Captured, Any]]) -> tuple[Captured, Any]:  # fmt: skip
+    """The capture of `root` for calls that `rest` describes: one of the store, or a new one, which is kept there.
+
+    Args:
+        now: what `root` looks like.
+        trace: captures it; returns the capture and what else the trace told.
+
+    Returns:
+        Both. Of the model's own tensors the capture holds only what they look like.
+    """
+    key = _key_of(root, now, *rest)
+    if key not in store:
+        found, seen = trace()
+        looks = {path: hollow(held) if is_own(root, path) else held for path, held in found.attributes.items()}
+        store[key] = replace(found, attributes=looks), seen
+        for oldest in list(store)[:-_MOST]:
+            del store[oldest]
+    return store[key]
 
 
-def own_paths(stack: nn.Module, captured: Captured) -> tuple[str, ...]:
-    """Paths of the tensors of a captured graph that are the stack's own; the others are constants."""
-    own = {path for path, _ in stack.named_parameters(remove_duplicate=False)}
-    own |= {path for path, _ in stack.named_buffers(remove_duplicate=False)}
-    return tuple(path for path in captured.attributes if path in own)
+def is_own(root: nn.Module, path: str) -> bool:
+    """Whether the path of a captured tensor is that of a parameter or buffer of `root`, and not of a constant."""
+    try:
+        return isinstance(look_up(root, path), Tensor)
+    except AttributeError:
+        return False
 
 
-def key_of(root: nn.Module, now: Snapshot, *rest: Hashable) -> Hashable:
+def _key_of(root: nn.Module, now: Snapshot, *rest: Hashable) -> Hashable:
     """What a capture of `root` depends on: the looks of its modules, the code that they run, and `rest`."""
-    first = now.modules[0]._replace(cls=_class(root))  # of a sparse model the class that it came from
-    looks = replace(now, modules=(first, *now.modules[1:]), held=())
+    looks = replace(now, hooks=(), forwards=())  # they are among the code
     return (looks, _code(root), torch.get_default_dtype(), *rest)
 
 
@@ -81,7 +79,7 @@ def _code(root: nn.Module) -> Hashable:
     classes: dict[type, None] = {}
     hung: list[Any] = []
     for module in root.modules():
-        classes.update(dict.fromkeys(_class(module).__mro__))
+        classes.update(dict.fromkeys(dense_class(module).__mro__))
         for name, held in vars(module).items():
             if name not in _TREE and not name.startswith("_simba"):
                 hung += _objects(held)
@@ -94,10 +92,6 @@ def _code(root: nn.Module) -> Hashable:
 _TREE = ("_parameters", "_buffers", "_modules")
 _CODE = (types.FunctionType, property, staticmethod, classmethod, bool, int, float, str)
 _PLAIN = (bool, int, float, complex, str, types.NoneType, torch.dtype, torch.device)
-
-
-def _class(module: nn.Module) -> type:
-    return next(cls for cls in own_class(module).__mro__ if not cls.__dict__.get("_simba_class"))
 
 
 def _objects(held: Any) -> Iterator[Any]:

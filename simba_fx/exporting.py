@@ -1,10 +1,8 @@
 """What is different while `torch.export` traces a transformed model.
 
 Non-strict export, the default, runs the model's Python with stand-ins: every parameter of the module that is exported
-is replaced, where it is registered, by a fake tensor that records what is done to it. Three things follow. A program
-must read its tensors from there and not from where it keeps them, or they would become constants of the exported
-program; what it kept must be back afterwards; and what a traced call remembers is symbolic, so it must not be taken for
-the result of a call.
+is replaced, where it is registered, by a fake tensor that records what is done to it; a program reads its tensors
+there. What a traced call remembers is symbolic, so it must not be taken for the result of a call.
 """
 
 from __future__ import annotations
@@ -19,10 +17,9 @@ from torch import fx
 
 from simba_fx.errors import CaptureError
 from simba_fx.lift import exported, traced
-from simba_fx.program import Program
 from simba_fx.rows import Asked
 
-__all__ = ["CallsOfModule", "Memory", "run"]
+__all__ = ["CallsOfModule", "Memory", "refuse_onnx"]
 
 
 _numbers = itertools.count()
@@ -73,22 +70,6 @@ class Memory:
             self._called, self._traced = call, None
 
 
-def run(program: Program, forward: Callable[..., Any], *inputs: Any) -> Any:
-    """`forward(*inputs)`, the program's; under `torch.export` over what it has put in the place of the parameters.
-
-    Raises:
-        CaptureError: under `torch.onnx.export`.
-    """
-    _refuse_onnx()
-    if not exported() or torch.compiler.is_dynamo_compiling():
-        return forward(*inputs)
-    put_back = _over_stand_ins(program)
-    try:
-        return forward(*inputs)
-    finally:
-        put_back()
-
-
 def _is_for_onnx() -> bool:
     return torch.onnx.is_in_onnx_export()
 
@@ -96,26 +77,14 @@ def _is_for_onnx() -> bool:
 torch.compiler.assume_constant_result(_is_for_onnx)  # type: ignore[no-untyped-call]  # else Dynamo takes it for False
 
 
-def _refuse_onnx() -> None:
+def refuse_onnx() -> None:
+    """Raises: CaptureError: under `torch.onnx.export`."""
     if (traced() or torch._C._get_tracing_state()) and _is_for_onnx():
         raise CaptureError(
             "A sparse model was given to torch.onnx.export; expected torch.export.export, because the operators that "
             "choose and take tokens have no counterpart in ONNX. Export the dense model to ONNX, or the sparse one by "
             "torch.export.export(model, ..., strict=False)."
         )
-
-
-def _over_stand_ins(program: Program) -> Callable[[], None]:
-    """Let a program read its tensors where they are registered now; what is returned puts back what it had read."""
-    sources = program.sources()
-    before = [source.holder[source.name] for source in sources]
-    program.read()
-
-    def put_back() -> None:
-        for source, tensor in zip(sources, before):
-            source.holder[source.name] = tensor
-
-    return put_back
 
 
 class CallsOfModule(fx.graph.CodeGen):
@@ -125,10 +94,10 @@ class CallsOfModule(fx.graph.CodeGen):
     graph's code generator, this one, what to make of arguments and results.
     """
 
-    def __init__(self, program: Program, prepare: Callable[..., list[Any]], finish: Callable[..., Any]) -> None:
+    def __init__(self, prepare: Callable[..., list[Any]], finish: Callable[..., Any]) -> None:
         super().__init__()
-        self.program, self.prepare, self.finish = program, prepare, finish
-        self.open: tuple[list[Any], Callable[[], None]] | None = None
+        self.prepare, self.finish = prepare, finish
+        self.open: list[Any] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> fx.graph.CodeGen:
         """Of a graph that is copied alone: it is called with flat inputs."""
@@ -137,14 +106,12 @@ class CallsOfModule(fx.graph.CodeGen):
     def process_inputs(self, *args: Any) -> Any:
         if not exported():
             return args
-        _refuse_onnx()
-        inputs = self.prepare(args, {})
-        self.open = inputs, _over_stand_ins(self.program)
-        return inputs
+        refuse_onnx()
+        self.open = self.prepare(args, {})
+        return self.open
 
     def process_outputs(self, outputs: Any) -> Any:
         if self.open is None:
             return outputs
-        (inputs, put_back), self.open = self.open, None
-        put_back()
+        inputs, self.open = self.open, None
         return self.finish(inputs, outputs)

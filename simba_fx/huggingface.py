@@ -12,7 +12,6 @@ import copy
 import dataclasses
 import functools
 import inspect
-import itertools
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -28,7 +27,8 @@ from simba_fx import exporting
 from simba_fx.build import Built, Options, build
 from simba_fx.caches import Entry, fill, is_warm, new_cache, recording_cache
 from simba_fx.capture import Captured, capture
-from simba_fx.captures import keep, key_of, own_paths, stored_with
+from simba_fx.captures import captured, stored_with
+from simba_fx.compiling import disable_compile, dynamic_marker, skip_frame
 from simba_fx.decoding import attention_modules, call_with_own_mask, expect_token, make_sparse, sparse_layers
 from simba_fx.errors import CaptureError, InputError
 from simba_fx.exporting import Memory
@@ -36,7 +36,6 @@ from simba_fx.graphs import region, returned
 from simba_fx.inputs import EXAMPLE, autocast_dtype, check_mask, check_positions, check_rows, named_sizes
 from simba_fx.lift import one_at_a_time, traced
 from simba_fx.losses import count_kept_labels
-from simba_fx.program import dynamic_marker, left_alone, left_to_python
 from simba_fx.rows import (
     Ends,
     check_lengths,
@@ -50,8 +49,7 @@ from simba_fx.rows import (
     warn_of_padding,
     watch_calls,
 )
-from simba_fx.sharding import hollow
-from simba_fx.snapshot import Snapshot, snapshot
+from simba_fx.snapshot import Fingerprint, Snapshot
 from simba_fx.twins import copy_to_trace, own_forward, subclass, twin_around
 
 __all__ = ["Signature", "SparseStack", "capture_stack", "install", "is_pretrained"]
@@ -227,10 +225,8 @@ class Variant:
     """For each cache layer with keys, how many cuts are before the block that fills it."""
     whole: tuple[bool, ...]
     """For each of the model's values, whether it has a place for every token of the input."""
-    own: tuple[str, ...]
-    """Paths of the tensors that the program reads from the stack."""
     seen: Snapshot
-    """The stack as the program is bound to it."""
+    """The stack that it was captured from."""
 
 
 @dataclass(eq=False)
@@ -249,6 +245,8 @@ class SparseStack(Memory):
     capturing: Any = field(default_factory=threading.RLock)
     store: Any = field(default_factory=dict)
     """Captures that serve whatever the options; those of the model that this one came from."""
+    named_hooked: set[str] = field(default_factory=set)
+    """Modules that a warning has named."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SparseStack:
         """Programs hold the original's parameters: a copy captures its own."""
@@ -277,31 +275,29 @@ class SparseStack(Memory):
                 raise InputError(f"{type(self.stack).__name__} has no graph yet for {signature}. {_EAGERLY_FIRST}")
             return known[-1]
         with self.capturing:
-            now = snapshot(self.stack)
+            now = self.fingerprint.snapshot()
             found = next((variant for variant in known if variant.seen == now), None)
             if found is None:
                 found = self._captured_anew(signature, known, now)
             elif found is not known[-1]:  # the last one used comes last
                 known.remove(found)
                 known.append(found)
-            if any(a is not b for a, b in zip(found.seen.held, now.held)):
-                found.built.program.bind(self.stack, found.own)
-                found.seen = now
-            if found.built.program.read():  # tensors were replaced: no program keeps the old ones alive
-                for variant in itertools.chain(*self.variants.values()):
-                    variant.built.program.let_go()
+        found.built.program.refuse_sharded()
         return found
+
+    @functools.cached_property
+    def fingerprint(self) -> Fingerprint:
+        return Fingerprint(self.stack, self.options.compile == "blocks")
 
     def _captured_anew(self, signature: Signature, known: list[Variant], now: Snapshot) -> Variant:
         with one_at_a_time:
             variant = self._capture(signature, now)
+        self._name_hooked(now)
         if (used := self._without_unread(signature)) != signature:  # the capture has told more
             signature, known = used, self.variants.get(used, [])
             if (same := next((other for other in known if other.seen == now), None)) is not None:
                 return same
-        variant.built.program.bind(self.stack, variant.own)
-        attributes = variant.built.captured.attributes  # what the tensors look like is all that is asked of them
-        attributes.update({path: hollow(attributes[path]) for path in variant.own})
+        variant.built.program.read_from(self.stack)
         if len(known) == _KEPT_GRAPHS:
             changed = known[-1].seen.difference(variant.seen)
             warnings.warn(
@@ -314,32 +310,43 @@ class SparseStack(Memory):
         self.variants[signature] = [*known, variant]
         return variant
 
+    def _name_hooked(self, now: Snapshot) -> None:
+        """Warn once of hooks that a graph has taken in."""
+        hooked = [path for path in now.hooked() if path not in self.named_hooked]
+        if hooked:
+            self.named_hooked.update(hooked)
+            warnings.warn(
+                f"{type(self.stack).__name__} has forward hooks inside its blocks ({hooked[0]}): what they compute is "
+                "part of the graph that prompts run, and nothing else that they do happens at a call. Hooks of whole "
+                "blocks and of the embedding run as usual.",
+                stacklevel=2,
+            )
+
     def _without_unread(self, signature: Signature) -> Signature:
         unread = self.unread.get(dataclasses.replace(signature, constants=()), frozenset())
         used = tuple((name, held) for name, held in signature.constants if name not in unread)
         return signature if len(used) == len(signature.constants) else dataclasses.replace(signature, constants=used)
 
     def _capture(self, signature: Signature, now: Snapshot) -> Variant:
-        stack = self.stack
-        key = key_of(stack, now, signature, self.options.kernels)
-        if (stored := self.store.get(key)) is None:
-            captured, seen = self._capture_unread(signature) or capture_stack(
-                copy_to_trace(stack), signature, self.options.kernels
-            )
-            keep(self.store, key, captured, own_paths(stack, captured), seen)
-        else:
-            captured, seen = stored.captured(), stored.seen
+        kernels, blocks = self.options.kernels, self.options.compile == "blocks"
+        graph, seen = captured(
+            self.store, self.stack, now, (signature, kernels, blocks),
+            lambda: self._capture_unread(signature) or capture_stack(self._to_trace(), signature, kernels),
+        )  # fmt: skip
         if seen.unread:
             kind = dataclasses.replace(signature, constants=())
             self.unread[kind] = self.unread.get(kind, frozenset()) | seen.unread
-        built = build(captured, self.options, self.cost, trailing=signature.trailing)
-        keys = self._keys(captured, seen.states)
-        self._watch(attention_modules(stack, keys.values()))
+        built = build(graph, self.options, self.cost, trailing=signature.trailing)
+        keys = self._keys(graph, seen.states)
+        self._watch(attention_modules(self.stack, keys.values()))
         before = {layer: sum(cut.block < region(node) for cut in built.cuts) for layer, node in keys.items()}
-        values = returned(captured.graph)[: captured.facts.values]
+        values = returned(graph.graph)[: graph.facts.values]
         full = self.options.output == "full"
         whole = tuple(full or not any(cut.block < region(node) for cut in built.cuts) for node in values)
-        return Variant(built, seen.output_type, seen.states, before, whole, own_paths(stack, captured), now)
+        return Variant(built, seen.output_type, seen.states, before, whole, now)
+
+    def _to_trace(self) -> nn.Module:
+        return copy_to_trace(self.stack, self.options.compile == "blocks")
 
     def _capture_unread(self, signature: Signature) -> tuple[Captured, _Observed] | None:
         """The graph if the numbers that the forward has no parameters for are looked at by nobody; None if they are.
@@ -353,7 +360,7 @@ class SparseStack(Memory):
         constants = tuple((name, _Unread() if name in loose else held) for name, held in signature.constants)
         try:
             loose_signature = dataclasses.replace(signature, constants=constants)
-            captured, seen = capture_stack(copy_to_trace(self.stack), loose_signature, self.options.kernels)
+            captured, seen = capture_stack(self._to_trace(), loose_signature, self.options.kernels)
         except Exception:  # who looks at what is no number fails, in whatever way
             return None
         return captured, dataclasses.replace(seen, unread=frozenset(loose))
@@ -547,7 +554,7 @@ def _stack_class(cls: type[nn.Module], blocks: bool) -> type:
     """The class of a sparse stack: a prompt runs its program, a decoding step the class's own forward."""
     own = cls.forward
     names = tuple(name for name in inspect.signature(own).parameters if name != "self")
-    python = left_alone if blocks else lambda function: function
+    python = disable_compile if blocks else lambda function: function
     prepare, finish = python(_prepare), python(SparseStack.finish)
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -560,7 +567,8 @@ def _stack_class(cls: type[nn.Module], blocks: bool) -> type:
         checked(variant.built, cls.__name__, *call.tensors["inputs_embeds"].shape[:2], call.ends.tail)
         program = variant.built.program
         inputs = call.inputs(variant.built.captured.arguments)
-        output = finish(runtime, variant, call, execute(program, program.forward, *inputs))
+        refuse()
+        output = finish(runtime, variant, call, program.forward(*inputs))
         if blocks:
             mark((output[0],), ((0, 1),))
         return output
@@ -576,10 +584,10 @@ def _stack_class(cls: type[nn.Module], blocks: bool) -> type:
 
     lookup, mark, decode = python(SparseStack.variant), dynamic_marker(), python(_decoding)
     remember = python(_expected_tokens)
-    step = left_to_python(guarded) if blocks else lambda self, given: own(self, **decode(given))
+    step = skip_frame(guarded) if blocks else lambda self, given: own(self, **decode(given))
     checked = python(Built.check_sizes)
-    execute = left_to_python(exporting.run) if blocks else exporting.run
-    return subclass(cls, "blocks" if blocks else "whole", left_to_python(forward) if blocks else forward)
+    refuse = python(exporting.refuse_onnx)
+    return subclass(cls, "blocks" if blocks else "whole", skip_frame(forward) if blocks else forward)
 
 
 def _prepare(stack: Any, given: dict[str, Any]) -> Call | None:

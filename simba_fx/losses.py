@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from simba_fx.compiling import disable_compile
 from simba_fx.errors import SimbaError
-from simba_fx.program import left_alone
 from simba_fx.rows import IGNORED
 from simba_fx.twins import subclass
 
@@ -56,7 +56,7 @@ def count_kept_labels(head: nn.Module, runtime: Any, blocks: bool) -> None:
             f"labels='kept' is for models that compute a loss from labels; found {cls.__name__}, which does not. Leave "
             "it out, and mask your own loss with simba_fx.reached(sparse)."
         )
-    mask: Callable[..., Any] = left_alone(_without_dropped) if blocks else _without_dropped
+    mask: Callable[..., Any] = disable_compile(_without_dropped) if blocks else _without_dropped
     own: property = cls.loss_function
 
     def loss_function(self: Any) -> Callable[..., Tensor]:

@@ -22,14 +22,14 @@ from simba_fx import exporting
 from simba_fx.build import Built, Options, build
 from simba_fx.caches import Entry
 from simba_fx.capture import Captured, capture
-from simba_fx.captures import keep, key_of, own_paths, stored_with
+from simba_fx.captures import captured, stored_with
+from simba_fx.compiling import disable_compile, dynamic_marker, skip_frame
 from simba_fx.errors import CaptureError, InputError
 from simba_fx.huggingface import Signature, SparseStack, Variant
 from simba_fx.inputs import EXAMPLE, autocast_dtype, check_mask
-from simba_fx.program import dynamic_marker, left_alone, left_to_python
 from simba_fx.rows import refuse_ragged
 from simba_fx.snapshot import Snapshot
-from simba_fx.twins import copy_to_trace, own_forward, subclass, twin_around
+from simba_fx.twins import own_forward, subclass, twin_around
 
 __all__ = ["SparseMixer", "install", "is_mixer", "stack_of"]
 
@@ -98,24 +98,20 @@ class SparseMixer(SparseStack):
         return _attention(self.stack)
 
     def _capture(self, signature: Signature, now: Snapshot) -> Variant:
-        key = key_of(self.stack, now, signature, self.options.kernels)
+        rest = (signature, self.options.kernels, self.options.compile == "blocks")
         with torch.inference_mode(False):  # `generate` of mamba_ssm runs in it; a graph outlives the call
-            if (stored := self.store.get(key)) is None:
-                captured, entries = self._trace(signature)
-                keep(self.store, key, captured, own_paths(self.stack, captured), entries)
-            else:
-                captured, entries = stored.captured(), stored.seen
-            built = build(captured, self.options, self.cost)
-        return Variant(built, Tensor, entries, {}, (True,), own_paths(self.stack, captured), now)
+            graph, entries = captured(self.store, self.stack, now, rest, lambda: self._trace(signature))
+            built = build(graph, self.options, self.cost)
+        return Variant(built, Tensor, entries, {}, (True,), now)
 
     def _trace(self, signature: Signature) -> tuple[Captured, tuple[Entry, ...]]:
-        stack = copy_to_trace(self.stack)
+        stack = self._to_trace()
         ((_, ids),) = signature.extra
         inputs = {"input_ids": torch.zeros(*EXAMPLE.values(), dtype=ids, device=signature.device)}
         shell = _Shell(stack, signature.cache)
-        captured = capture(shell, stack, inputs, primary="input_ids", prefix="stack", values=lambda: 1,
-                           kernels=self.options.kernels)  # fmt: skip
-        return captured, shell.stored.entries
+        graph = capture(shell, stack, inputs, primary="input_ids", prefix="stack", values=lambda: 1,
+                        kernels=self.options.kernels)  # fmt: skip
+        return graph, shell.stored.entries
 
     def finish(self, variant: Variant, call: Any, flat: Any) -> Any:
         """Fill the states; return the stack's output `(B, L, M)`."""
@@ -193,10 +189,10 @@ def _stack_class(cls: type[nn.Module], blocks: bool) -> type:
     """The class of a sparse MixerModel: a prompt runs its program, a decoding step the class's own forward."""
     own = cls.forward
     names = tuple(inspect.signature(own).parameters)[1:]
-    python: Callable[[Any], Any] = left_alone if blocks else lambda function: function
+    python: Callable[[Any], Any] = disable_compile if blocks else lambda function: function
     prepare, finish, lookup = python(_prepare), python(SparseMixer.finish), python(SparseMixer.variant)
     checked = python(Built.check_sizes)
-    mark, execute = dynamic_marker(), left_to_python(exporting.run) if blocks else exporting.run
+    mark, refuse = dynamic_marker(), python(exporting.refuse_onnx)
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         call = prepare(self, dict(zip(names, args)) | kwargs)
@@ -206,12 +202,13 @@ def _stack_class(cls: type[nn.Module], blocks: bool) -> type:
         variant = lookup(runtime, call.signature)
         checked(variant.built, cls.__name__, *call.ids.shape, runtime.tail)
         program = variant.built.program
-        output = finish(runtime, variant, call, execute(program, program.forward, call.ids, runtime.tail))
+        refuse()
+        output = finish(runtime, variant, call, program.forward(call.ids, runtime.tail))
         if blocks:
             mark((output,), ((0, 1),))
         return output
 
-    return subclass(cls, "blocks" if blocks else "whole", left_to_python(forward) if blocks else forward)
+    return subclass(cls, "blocks" if blocks else "whole", skip_frame(forward) if blocks else forward)
 
 
 def _prepare(stack: Any, given: dict[str, Any]) -> Call | None:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
-import functools
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,41 +13,103 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from simba_fx import exporting
-from simba_fx.build import Built, CustomCriterion, Options, build
+from simba_fx.build import Built, Options, build
 from simba_fx.capture import Captured, capture
-from simba_fx.captures import keep, key_of, own_paths, stored_with
+from simba_fx.captures import captured, stored_with
+from simba_fx.compiling import disable_compile, dynamic_marker, skip_frame
 from simba_fx.errors import CaptureError, InputError, SimbaError
 from simba_fx.exporting import CallsOfModule, Memory
 from simba_fx.inputs import EXAMPLE, autocast_dtype, check_mask, named_sizes
 from simba_fx.lift import one_at_a_time, traced
-from simba_fx.program import Program, dynamic_marker, left_alone, left_to_python
+from simba_fx.program import Block, Program
 from simba_fx.rows import refuse_ragged
-from simba_fx.snapshot import snapshot
-from simba_fx.twins import copy_to_trace
+from simba_fx.snapshot import Fingerprint, Snapshot
+from simba_fx.twins import copies_of, copy_to_trace, refuse_other_forwards
 
 __all__ = ["PlainProgram", "PlainRuntime", "install"]
 
 _LIKE_A_MASK = ("mask", "pad", "lengths")
+_KEPT_GRAPHS = 8
 
 
 @dataclass(eq=False)
 class PlainRuntime(Memory):
     """The runtime of one transformed plain module."""
 
-    built: Built
     options: Options
     name: str
     signature: inspect.Signature
     autocast: torch.dtype | None
     """What `torch.autocast` cast to while the module was captured."""
-    tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+    tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...], torch.device]]
     """What it was captured with, by argument: dtype and shape `(B, L, ...)`, of the sizes `EXAMPLE`. (Tensors here
     would be inputs of every graph that Dynamo traces.)"""
     constants: Mapping[str, Any]
     """The arguments that are no tensors; they are part of the graph."""
+    primary: str
+    mask: str | None
+    cost: Any
+    store: Any
+    """Captures that serve whatever the options, of the module that this one came from."""
+    graphs: list[tuple[Snapshot, Built, Any]] = field(default_factory=list)
+    """Of the module as it was then (its mode, its submodules); the last one runs."""
+    held: Any = None
+    """The program that is called."""
+
+    @property
+    def built(self) -> Built:
+        return replace(self.graphs[-1][1], program=self.held)
 
     def any_built(self) -> Built:
         return self.built
+
+    def start(self, root: nn.Module, known: tuple[Snapshot, Built, Any] | None = None) -> PlainProgram:
+        """The program of a module tree, which it shares; `known`: what runs on an equal tree."""
+        self.root, self.fingerprint = root, Fingerprint(root, self.options.compile == "blocks")
+        now = self.fingerprint.snapshot()
+        built = self._built(now) if known is None else known[1]
+        program: Any = built.program if known is None else built.program.over(root)
+        program.read_from(root)
+        program.__dict__["training"] = root.training
+        self.graphs.append((now, built, program.state()))
+        _call_as_module(program, self)
+        return program  # type: ignore[no-any-return]
+
+    def follow(self) -> None:
+        """Run the graph of the module as it is now: another one in the other mode, or with other submodules."""
+        now = self.fingerprint.snapshot()
+        if now == self.graphs[-1][0]:
+            return
+        with one_at_a_time:
+            found = next((graph for graph in self.graphs if graph[0] == now), None)
+            if found is None:
+                built = self._built(now)
+                other: Any = built.program
+                other.read_from(self.root)
+                found = now, built, other.state()
+            self.held.become(found[2])
+            _call_as_module(self.held, self)
+            others = [graph for graph in self.graphs if graph is not found]
+            self.graphs = [*others[1 - _KEPT_GRAPHS :], found]
+
+    def _built(self, now: Snapshot) -> Built:
+        blocks = self.options.compile == "blocks"
+        rest = (*self.tensors.items(), *((name, repr(held)) for name, held in self.constants.items()), self.primary,
+                self.mask, self.options.mask_marks, self.options.kernels, self.autocast, blocks)  # fmt: skip
+        graph, _ = captured(self.store, self.root, now, rest, lambda: (self._trace(blocks), None))
+        return build(graph, self.options, self.cost, program_class=PlainProgram)
+
+    def _trace(self, blocks: bool) -> Captured:
+        root = copy_to_trace(self.root, blocks)
+        inputs = {name: torch.zeros(shape, dtype=dtype, device=device)
+                  for name, (dtype, shape, device) in self.tensors.items()} | dict(self.constants)  # fmt: skip
+        graph = capture(root, root, {name: inputs[name] for name in self.signature.parameters if name in inputs},
+                        primary=self.primary, mask=self.mask, marks=self.options.mask_marks,
+                        kernels=self.options.kernels)  # fmt: skip
+        for node in graph.graph.find_nodes(op="placeholder"):  # numbers, flags and words are in the graph already
+            if node.name not in graph.inputs:
+                graph.graph.erase_node(node)
+        return graph
 
     def prepare(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any]:
         """The program's inputs for a call of the module, in order.
@@ -56,6 +117,8 @@ class PlainRuntime(Memory):
         Raises:
             InputError: other arguments than the program was captured with, or a mask that cannot be used.
         """
+        if not traced():
+            self.follow()
         captured = self.built.captured
         given = dict(zip(self.signature.parameters, args)) | dict(kwargs)
         if len(given) != len(args) + len(kwargs):
@@ -89,7 +152,7 @@ class PlainRuntime(Memory):
         captured = self.built.captured
         lead = given[captured.arguments[captured.inputs.index(captured.facts.primary)]]
         for name, held in given.items():
-            dtype, shape = self.tensors[name]
+            dtype, shape, _ = self.tensors[name]
             kind = (dtype == torch.bool, dtype.is_floating_point, dtype.is_complex)
             named = named_sizes(torch.empty(shape, device="meta"), *EXAMPLE.values())
             sizes = {"B": lead.shape[0], "L": lead.shape[1]} if isinstance(lead, Tensor) and lead.dim() > 1 else {}
@@ -131,11 +194,42 @@ def _told(autocast: torch.dtype | None) -> str:
 
 
 class PlainProgram(Program):
-    """A program that is called as the module was that it came from."""
+    """A program that is called as the module was that it came from, over a copy of the module's tree."""
 
-    def bind_itself(self) -> None:
-        """Blocks read the tensors that are registered now (`load_state_dict(assign=True)` replaces them)."""
-        self.bind(self, [path for path, held in self.attributes().items() if isinstance(held, Tensor)])
+    def read_from(self, root: nn.Module) -> None:
+        super().read_from(root)
+        self.__dict__.update({name: root.__dict__[name] for name in _HOOKS})
+
+    def state(self) -> tuple[fx.Graph, dict[str, Any], tuple[str, ...], tuple[str, ...]]:
+        """What this program runs; see `become`."""
+        return self.graph, {**self._blocks(), **self._own}, self._targets, self._top
+
+    def become(self, state: tuple[fx.Graph, dict[str, Any], tuple[str, ...], tuple[str, ...]]) -> None:
+        """Run what another program runs, over the same modules."""
+        graph, held, targets, top = state
+        for path in (*self._blocks(), *self._own):
+            del self.__dict__[path]
+        own = {path: found for path, found in held.items() if not isinstance(found, Block)}
+        self.__dict__.update(held, _own=own, _targets=targets, _top=top)
+        self.graph = graph
+        self.read_from(self._simba_root)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> PlainProgram:
+        """What is no part of the model moves with it."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for path, held in self._own.items():
+            moved: Any = held._apply if isinstance(held, nn.Module) else None
+            self.__dict__[path] = fn(held) if moved is None else moved(fn)
+        self.__dict__["_own"] = {path: self.__dict__[path] for path in self._own}
+        return self
+
+    def train(self, mode: bool = True) -> PlainProgram:
+        """As of any module; the graph follows."""
+        super().train(mode)
+        self._simba_root.training = mode
+        if (runtime := self.__dict__.get("_simba_stack")) is not None:
+            runtime.follow()
+        return self
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise SimbaError(
@@ -147,12 +241,12 @@ class PlainProgram(Program):
     def __deepcopy__(self, memo: dict[int, Any]) -> PlainProgram:
         """A copy over copies of the parameters, with a runtime of its own."""
         runtime: PlainRuntime = self.__dict__["_simba_stack"]
-        program: PlainProgram = self.over({path: copy.deepcopy(held, memo) for path, held in self.attributes().items()})
+        program = replace(runtime, graphs=[], store={}).start(copy.deepcopy(self._simba_root, memo), runtime.graphs[-1])
         memo[id(self)] = program
-        built = replace(runtime.built, program=program)
-        _call_as_module(program, replace(runtime, built=built))
-        program.bind_itself()
-        return program.train(self.training)
+        return program
+
+
+_HOOKS = tuple(name for name in vars(nn.Module()) if "hooks" in name)
 
 
 def install(model: nn.Module, options: Options, example: Any, cost: Any) -> fx.GraphModule:
@@ -163,85 +257,39 @@ def install(model: nn.Module, options: Options, example: Any, cost: Any) -> fx.G
     texts = [name for name in wide if name != options.mask and not _like_a_mask(name, inputs[name])]
     primary = (texts or wide)[0]
     mask = _stated_mask(type(model).__name__, inputs, primary, options)
-    with one_at_a_time:
-        captured = _captured(model, inputs, primary, mask, options)
-        built = build(captured, options, cost, program_class=PlainProgram)
     device = next(held.device for held in inputs.values() if isinstance(held, Tensor))
-    tensors = {name: (held.dtype, tuple(held.shape)) for name, held in inputs.items() if isinstance(held, Tensor)}
+    tensors = {name: (held.dtype, tuple(held.shape), held.device) for name, held in inputs.items()
+               if isinstance(held, Tensor)}  # fmt: skip
     constants = {name: held for name, held in inputs.items() if name not in tensors}
-    runtime = PlainRuntime(built, options, type(model).__name__, signature, autocast_dtype(device), tensors,
-                           constants)  # fmt: skip
-    _call_as_module(built.program, runtime)
-    _mirror(model, built.program)
-    program: Any = built.program
-    program.bind_itself()
-    built.program.train(model.training)
-    return built.program
+    refuse_other_forwards(model)
+    runtime = PlainRuntime(options, type(model).__name__, signature, autocast_dtype(device), tensors, constants,
+                           primary, mask, cost, stored_with(model))  # fmt: skip
+    with one_at_a_time:
+        return runtime.start(copies_of(model)[model])
 
 
-def _captured(model: nn.Module, inputs: Mapping[str, Any], primary: str, mask: str | None,
-              options: Options) -> Captured:  # fmt: skip
-    """The graph of `model` for such inputs, over its own tensors."""
-    looks = [
-        (name, *((held.dtype, held.shape, held.device) if isinstance(held, Tensor) else (type(held), repr(held))))
-        for name, held in inputs.items()
-    ]
-    store, around = stored_with(model), autocast_dtype(next(h.device for h in inputs.values() if isinstance(h, Tensor)))
-    rest = (*looks, primary, mask, options.mask_marks, options.kernels, around)
-    if (stored := store.get(key := key_of(model, snapshot(model), *rest))) is not None:
-        return stored.captured(model)
-    traced = copy_to_trace(model)
-    captured = capture(traced, traced, inputs, primary=primary, mask=mask, marks=options.mask_marks,
-                       kernels=options.kernels)  # fmt: skip
-    for node in captured.graph.find_nodes(op="placeholder"):  # numbers, flags and words are in the graph already
-        if node.name not in captured.inputs:
-            captured.graph.erase_node(node)
-    keep(store, key, captured, own_paths(model, captured))
-    return captured
-
-
-def _mirror(model: nn.Module, program: Program) -> None:
-    """Register every parameter and buffer where the module has it: `state_dict` has the same keys in the same order."""
-    own = {path for path, _ in model.named_parameters(remove_duplicate=False)}
-    own |= {path for path, _ in model.named_buffers(remove_duplicate=False)}
-    constants = {
-        path: held for path, held in program.attributes().items() if isinstance(held, Tensor) and path not in own
-    }
-    submodules = {name: held for name, held in program._modules.items() if isinstance(held, CustomCriterion)}
-    program._modules.clear()
-    for path, module in model.named_modules(remove_duplicate=False):
-        twin: nn.Module = program
-        for name in filter(None, path.split(".")):
-            if name not in twin._modules:
-                twin.add_module(name, nn.Module())
-            twin = twin._modules[name]  # type: ignore[assignment]
-        twin._parameters, twin._buffers = dict(module._parameters), dict(module._buffers)
-        twin._non_persistent_buffers_set = set(module._non_persistent_buffers_set)
-    for path, held in constants.items():
-        program.register_buffer(path, held, persistent=False)
-    program._modules.update(submodules)
-
-
-def _call_as_module(program: Program, runtime: PlainRuntime) -> None:
+def _call_as_module(program: Any, runtime: PlainRuntime) -> None:
     """Give the program the module's signature: flat inputs and outputs are bound and unbound around its code."""
     program.__dict__["_simba_stack"] = runtime
-    cls, run = type(program), type(program).forward
+    runtime.held = program
+    cls = type(program)
     blocks = runtime.options.compile == "blocks"
-    python: Callable[[Any], Any] = left_alone if blocks else lambda function: function
+    python: Callable[[Any], Any] = disable_compile if blocks else lambda function: function
     prepare, finish, mark = python(PlainRuntime.prepare), python(PlainRuntime.finish), dynamic_marker()
-    execute = left_to_python(exporting.run) if blocks else exporting.run
+    refuse, run = python(exporting.refuse_onnx), cls.forward
 
-    def forward(self: Program, *args: Any, **kwargs: Any) -> Any:
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         inputs = prepare(runtime, args, kwargs)
         if blocks:
             mark(inputs, ((0, 1),) * len(inputs))
-        return finish(runtime, inputs, execute(self, functools.partial(run, self), *inputs))
+        refuse()
+        return finish(runtime, inputs, self._simba_run(self, *inputs))
 
-    outer: Any = left_to_python(forward) if blocks else forward
+    outer: Any = skip_frame(forward) if blocks else forward
     own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
     outer.__signature__ = runtime.signature.replace(parameters=[own, *runtime.signature.parameters.values()])
-    cls.forward = outer
-    program.graph.set_codegen(CallsOfModule(program, runtime.prepare, runtime.finish))
+    cls._simba_run, cls.forward = staticmethod(run), outer
+    program.graph.set_codegen(CallsOfModule(runtime.prepare, runtime.finish))
 
 
 def _examples(model: nn.Module, signature: inspect.Signature, example: Any) -> dict[str, Any]:

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from simba_fx.compiling import skip_frame
 from simba_fx.errors import InputError, SimbaError
 from simba_fx.lift import exported, traced
-from simba_fx.program import left_to_python
 from simba_fx.twins import subclass
 
 __all__ = [
@@ -283,7 +283,7 @@ def watch_calls(head: nn.Module, runtime: Any, check: Callable[[Any, dict[str, A
             runtime(self).asked = before
 
     kind = f"watched, labels: {labels}, blocks: {blocks}"
-    head.__class__ = subclass(cls, kind, left_to_python(forward) if blocks else forward)
+    head.__class__ = subclass(cls, kind, skip_frame(forward) if blocks else forward)
 
 
 def lead_of(given: dict[str, Any]) -> Any:

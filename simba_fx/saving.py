@@ -29,7 +29,7 @@ from simba_fx import huggingface, mixer_model, schedule
 from simba_fx.api import program, runtime_of, transform
 from simba_fx.build import Criterion, Options
 from simba_fx.errors import ScheduleError, SimbaError
-from simba_fx.sharding import is_sharded
+from simba_fx.sharding import dense_class, is_sharded
 from simba_fx.stranger import (
     IMPLEMENTATIONS,
     check_config,
@@ -38,7 +38,6 @@ from simba_fx.stranger import (
     read_json,
     scanning_class,
 )
-from simba_fx.twins import dense_class
 
 __all__ = ["load", "save"]
 
@@ -200,7 +199,7 @@ def _described(model: nn.Module, runtime: Any, library: str) -> dict[str, Any]:
     if library == "torch":
         written["class"] = runtime.name
         tensors = {
-            name: {"dtype": _name(dtype), "shape": list(shape)} for name, (dtype, shape) in runtime.tensors.items()
+            name: {"dtype": _name(dtype), "shape": list(shape)} for name, (dtype, shape, _) in runtime.tensors.items()
         }
         written["example_inputs"] = tensors | {name: _constant(name, held) for name, held in runtime.constants.items()}
     else:

@@ -1,8 +1,8 @@
 """FSDP (`torch.distributed.fsdp.fully_shard`) around the blocks of a program.
 
 `fully_shard(module)` keeps a part of each parameter in every process and registers hooks on the module that gather the
-whole before its forward and let go of it behind. A program calls no modules, so each block runs those hooks of the
-module that it stands for. Nothing here imports torch.distributed: what was never imported shards nothing.
+whole before its forward and let go of it behind; the blocks of a program run between the hooks of their modules.
+Nothing here imports torch.distributed: what was never imported shards nothing.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ from torch import Tensor, nn
 from simba_fx.errors import InputError
 
 __all__ = [
+    "as_captured",
+    "dense_class",
     "dtype_in_forward",
     "hollow",
     "is_hook",
     "is_sharded",
     "own_class",
     "refuse_sharded",
-    "run_sharded",
     "state_of",
     "whole_shape",
 ]
@@ -41,6 +42,11 @@ def own_class(module: nn.Module) -> type[nn.Module]:
     return found
 
 
+def dense_class(module: nn.Module) -> type[nn.Module]:
+    """A module's class in the dense model, without what `fully_shard` mixed in and this package added."""
+    return next(cls for cls in own_class(module).__mro__ if not cls.__dict__.get("_simba_class"))
+
+
 def is_sharded(tensor: Any) -> bool:
     """Whether a tensor is a `DTensor`, of which each process holds a part."""
     module = sys.modules.get("torch.distributed.tensor")
@@ -53,25 +59,11 @@ def dtype_in_forward(tensor: Tensor, state: Any) -> torch.dtype:
     return tensor.dtype if dtype is None else dtype
 
 
-def run_sharded(owner: nn.Module, run: Any, inputs: tuple[Any, ...]) -> Any:
-    """`run(*inputs)` between FSDP's hooks of `owner`: its parameters are whole while it runs, also in backward."""
-    kwargs: dict[str, Any] = {}
-    given = inputs
-    for hook in _hooks(owner._forward_pre_hooks.values()):
-        inputs, kwargs = hook(owner, inputs, kwargs)
-    computed = outputs = run(*map(_as_before, inputs, given))
-    for hook in _hooks(owner._forward_hooks.values()):
-        outputs = hook(owner, inputs, outputs)
-    return tuple(map(_as_before, outputs, computed)) if isinstance(outputs, tuple) else _as_before(outputs, computed)
-
-
-def _as_before(tensor: Any, before: Any) -> Any:
+def as_captured(tensors: Any, dtypes: Any) -> Any:
     """A graph has fixed dtypes: what a mixed precision policy rounded, in the dtype that the graph has there."""
-    return tensor.to(before.dtype) if isinstance(tensor, Tensor) else tensor
-
-
-def _hooks(registered: Iterable[Any]) -> list[Any]:
-    return [hook for hook in registered if is_hook(hook)]
+    if isinstance(dtypes, tuple):
+        return tuple(map(as_captured, tensors, dtypes))
+    return tensors if dtypes is None or tensors.dtype is dtypes else tensors.to(dtypes)
 
 
 def is_hook(hook: Any) -> bool:

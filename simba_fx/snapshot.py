@@ -1,23 +1,25 @@
 """What a captured graph depends on: the tensors of a module tree by shape, and the plain values of its modules.
 
 A graph stays right as long as the tree that it was captured from looks the same. Tensors may be replaced by others of
-their shape (`load_state_dict(assign=True)`, `torch.func.functional_call`, FSDP): a program reads them anew at each
-call. A module that was exchanged (LoRA, quantised weights), an adapter that was switched off, a dropout that went to
-eval mode change what the model computes, and ask for another graph.
+their shape (`load_state_dict(assign=True)`, `torch.func.functional_call`, FSDP): a program reads them where they are.
+A module that was exchanged (LoRA, quantised weights), an adapter that was switched off, a dropout that went to eval
+mode, a hook inside a block change what the model computes, and ask for another graph.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import itertools
+import operator
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from simba_fx.sharding import dtype_in_forward, is_sharded, own_class, state_of
+from simba_fx.sharding import dense_class, dtype_in_forward, is_hook, is_sharded, state_of
 
-__all__ = ["Snapshot", "snapshot"]
+__all__ = ["Fingerprint", "Snapshot", "called_live", "hooks_of", "snapshot"]
 
 _PLAIN = frozenset({bool, int, float, complex, str, type(None), torch.dtype, torch.device})
 _CONTAINERS = frozenset({list, tuple, set, dict})
@@ -44,8 +46,10 @@ class Snapshot:
 
     modules: tuple[_Seen, ...]
     config: tuple[Any, ...]
-    held: tuple[nn.Module, ...] = field(compare=False, repr=False)
-    """The modules themselves, in order."""
+    hooks: tuple[tuple[int, Any], ...]
+    """Of modules that are not called while a program runs: (place of the module, hook)."""
+    forwards: tuple[tuple[int, Any], ...]
+    """Where a method was put on a module in place of its class's forward."""
 
     def difference(self, other: Snapshot) -> str:
         """Where two snapshots first differ, in words."""
@@ -54,17 +58,28 @@ class Snapshot:
                 changed = dict(set(mine.values) ^ set(theirs.values))
                 what = ", ".join(changed) or ("class" if mine.cls is not theirs.cls else "tensors")
                 return f"{what} of {other._path(theirs) or 'the stack'} ({theirs.cls.__name__})"
-        return "config" if self.config != other.config else "the list of modules"
+        if self.config != other.config:
+            return "config"
+        return "hooks or forwards" if len(self.modules) == len(other.modules) else "the list of modules"
+
+    def hooked(self) -> list[str]:
+        """The paths of the modules whose hooks are part of a graph."""
+        return list(dict.fromkeys(self._path(self.modules[place]) for place, _ in self.hooks))
 
     def _path(self, module: _Seen) -> str:
         parent = self._path(self.modules[module.parent]) if module.parent >= 0 else ""
         return f"{parent}.{module.name}" if parent else module.name
 
 
-def snapshot(root: nn.Module) -> Snapshot:
-    """Look at every module of a tree: once per prompt, so this is written to be quick. Reads no tensor's values."""
+def snapshot(root: nn.Module, live: Collection[nn.Module] = ()) -> Snapshot:
+    """Look at every module of a tree. Reads no tensor's values.
+
+    Args:
+        live: modules that are called while a program runs, so that their hooks are not part of a graph.
+    """
     seen: list[_Seen] = []
-    held: list[nn.Module] = []
+    hooks: list[tuple[int, Any]] = []
+    forwards: list[tuple[int, Any]] = []
     left: list[tuple[str, int, nn.Module, Any]] = [("", -1, root, None)]
     while left:
         name, parent, module, state = left.pop()
@@ -73,13 +88,101 @@ def snapshot(root: nn.Module) -> Snapshot:
         tensors = [(key, *_described(t, state)) for key, t in attributes["_parameters"].items() if t is not None]
         if attributes["_buffers"]:
             tensors += [(key, *_described(t, state)) for key, t in attributes["_buffers"].items() if t is not None]
-        seen.append(_Seen(name, parent, own_class(module), tuple(tensors), _values(attributes)))
-        held.append(module)
-        place = len(held) - 1
+        place = len(seen)
+        seen.append(_Seen(name, parent, dense_class(module), tuple(tensors), _values(attributes)))
+        if module not in live:
+            hooks += [(place, hook) for hook in hooks_of(module)]
+        if "forward" in attributes:
+            forwards.append((place, attributes["forward"]))
         left += [(key, place, child, state) for key, child in attributes["_modules"].items() if child is not None]
     config = getattr(root, "config", None)
     settings = {} if config is None else {k: v for k, v in vars(config).items() if k not in _BY_CALL}
-    return Snapshot(tuple(seen), _values(settings), tuple(held))
+    return Snapshot(tuple(seen), _values(settings), tuple(hooks), tuple(forwards))
+
+
+def called_live(stack: nn.Module, blocks: bool) -> frozenset[nn.Module]:
+    """The modules that are called while a program runs, or around it: the stack, its embedding, and with
+    `compile="blocks"` what may be its blocks, the members of outermost lists of modules."""
+    live = {stack}
+    embedding = getattr(stack, "get_input_embeddings", lambda: None)()
+    live |= {embedding} if isinstance(embedding, nn.Module) else set()
+    inside: list[nn.Module] = [stack] if blocks else []
+    while inside:
+        module = inside.pop()
+        children = [child for child in module._modules.values() if child is not None]
+        if isinstance(module, nn.ModuleList | nn.Sequential):
+            live |= set(children)
+        else:
+            inside += children
+    return frozenset(live)
+
+
+class Fingerprint:
+    """Snapshots of one module tree, taken anew where anything that its modules hold is another object than before.
+
+    That is asked at every prompt: by identity, in C, over views of the modules' own containers. (What was held then is
+    kept alive until it is asked again.)
+    """
+
+    def __init__(self, root: nn.Module, blocks: bool) -> None:
+        """`blocks`: whether blocks are called as modules."""
+        self.root, self.blocks = root, blocks
+        self._modules: list[nn.Module] = []
+        self._classes: list[type] = []
+        self._views: list[Iterable[Any]] = []
+        self._held: list[Any] = []
+        self._tensors: list[Tensor] = []
+        self._looks: list[Any] = []
+        self._last: Snapshot | None = None
+
+    def snapshot(self) -> Snapshot:
+        now = itertools.chain(itertools.chain.from_iterable(self._views), _END)
+        same = all(map(operator.is_, now, self._held)) and [*map(type, self._modules)] == self._classes
+        if self._last is None or not same or [*map(_look, self._tensors)] != self._looks:
+            self._last = snapshot(self.root, called_live(self.root, self.blocks))
+            self._modules = list(self.root.modules())
+            self._classes = [*map(type, self._modules)]
+            config = getattr(self.root, "config", None)
+            self._views = [] if config is None else [*_views(vars(config))]
+            for module in self._modules:
+                self._views += _views(module.__dict__)
+            self._held = [*itertools.chain.from_iterable(self._views), *_END]
+            self._tensors = [tensor for module in self._modules for held in (module._parameters, module._buffers)
+                             for tensor in held.values() if tensor is not None]  # fmt: skip
+            self._looks = [*map(_look, self._tensors)]
+        return self._last
+
+
+_END = (object(),)
+_look = operator.attrgetter("shape", "dtype", "device")
+_WATCHED = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
+
+
+def _views(attributes: dict[str, Any]) -> Iterator[Iterable[Any]]:
+    """What an object holds, and what the containers among that hold, at whatever time it is looked at."""
+    yield attributes.values()
+    for name, held in attributes.items():
+        if name in _WATCHED or (type(held) in _CONTAINERS and name not in _INTERNAL):
+            yield from _contents(held)
+
+
+def _contents(container: Any) -> Iterator[Iterable[Any]]:
+    values = container.values() if isinstance(container, dict) else container
+    yield values
+    for held in values:
+        if type(held) in _CONTAINERS:
+            yield from _contents(held)
+
+
+def hooks_of(module: nn.Module) -> list[Any]:
+    """A module's forward hooks, but for those of FSDP, of transformers' recorders and of this package."""
+    found = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+    return [hook for hook in found if not is_hook(hook) and not _is_known(hook)]
+
+
+def _is_known(hook: Any) -> bool:
+    owner = getattr(hook, "__module__", None) or ""
+    return owner == "transformers.utils.output_capturing" or owner.startswith("simba_fx.")
 
 
 def _described(tensor: Tensor, state: Any) -> tuple[Any, ...]:

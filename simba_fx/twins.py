@@ -15,11 +15,12 @@ from typing import Any
 
 from torch import nn
 
+from simba_fx.compiling import dynamic_marker, skip_frame, skip_frame_unless_inlined
 from simba_fx.errors import CaptureError
-from simba_fx.program import dynamic_marker, left_to_python
-from simba_fx.sharding import is_hook, is_sharded, own_class, state_of, whole_shape
+from simba_fx.sharding import dense_class, is_hook, is_sharded, own_class, state_of, whole_shape
+from simba_fx.snapshot import called_live, hooks_of
 
-__all__ = ["copy_to_trace", "dense_class", "own_forward", "subclass", "twin_around"]
+__all__ = ["adopt_block", "copies_of", "copy_to_trace", "own_forward", "subclass", "twin_around"]
 
 _classes: dict[tuple[type, str], type] = {}
 
@@ -31,7 +32,8 @@ def twin_around(model: nn.Module, runtime: Any, stack_class: type, blocks: bool)
     compiled for every batch and length (`compile="blocks"`).
     """
     refuse_other_forwards(model, runtime.stack)
-    copies = _copies(model, runtime.stack)
+    refuse_other_forwards(runtime.stack)
+    copies = copies_of(model, runtime.stack)
     twin, inner = copies[model], copies[runtime.stack]
     inner.__class__ = stack_class
     inner.__dict__["_simba"] = runtime
@@ -42,7 +44,7 @@ def twin_around(model: nn.Module, runtime: Any, stack_class: type, blocks: bool)
     return twin
 
 
-def _copies(*roots: nn.Module) -> dict[nn.Module, nn.Module]:
+def copies_of(*roots: nn.Module) -> dict[nn.Module, nn.Module]:
     """Module trees of their own over the same parameters and buffers: for each module of these trees its copy.
 
     Hooks, modes (`train`, `eval`) and submodules of one tree do not reach the other. A module that occurs twice occurs
@@ -74,16 +76,25 @@ def _rebind_methods(twin: nn.Module, copies: Mapping[nn.Module, nn.Module]) -> N
                 held[key] = rebound(hook)
 
 
-def refuse_other_forwards(model: nn.Module, stack: nn.Module) -> None:
-    """Raises: CaptureError: a module would be run by a function that knows only the original."""
-    for path, module in model.named_modules():
+def refuse_other_forwards(root: nn.Module, stack: nn.Module | None = None) -> None:
+    """Raises: CaptureError: a module is run by a function that knows that object only, and no copy of it.
+
+    Args:
+        root: whose modules are looked at; `stack`: the block stack in it, if it is another.
+    """
+    inside = frozenset() if stack is None else frozenset(stack.modules()) - {stack}
+    for path, module in root.named_modules():
         forward = module.__dict__.get("forward")
+        if forward is None or "_hf_hook" in module.__dict__ or module in inside:
+            continue
         own = isinstance(forward, types.MethodType) and forward.__self__ is module
-        if forward is not None and (module is stack or not own) and "_hf_hook" not in module.__dict__:
+        if module is stack or (not own and (stack is not None or module is not root)):
+            how = "Write it as a forward hook, or as the forward of a subclass and set the module's __class__."
+            if stack is not None:
+                how = "Transform the model first, and then apply what replaces it."
             raise CaptureError(
                 f"The forward of {path or 'the model'} ({type(module).__name__}) was replaced on the object; expected "
-                "the forward of its class, because the sparse model is another object. Transform the model first, and "
-                "then apply what replaces it."
+                f"the forward of its class, because graphs are captured from a copy of the model. {how}"
             )
 
 
@@ -97,16 +108,25 @@ def _shallow(module: nn.Module) -> nn.Module:
     return twin
 
 
-def copy_to_trace(stack: nn.Module) -> nn.Module:
+def copy_to_trace(stack: nn.Module, blocks: bool) -> nn.Module:
     """A copy of a module tree to capture from. Tracing puts fake tensors into the modules, which other threads may be
     using; and of a sharded stack it has to see whole parameters (without memory), and no hooks of FSDP.
 
+    Args:
+        blocks: whether blocks are called as modules (`compile="blocks"`): their hooks are no part of the graph.
+
     Raises:
-        CaptureError: accelerate moves the weights of a module.
+        CaptureError: accelerate moves the weights of a module, or a module has another forward than its class's.
     """
     refuse_offloaded(stack)
-    copies = _copies(stack)
+    refuse_other_forwards(stack)
+    copies = copies_of(stack)
     _make_whole(stack, copies, None)
+    for module in called_live(stack, blocks):
+        twin, known = copies[module], hooks_of(module)
+        for hooks in (twin._forward_pre_hooks, twin._forward_hooks):
+            for key in [key for key, hook in hooks.items() if any(hook is other for other in known)]:
+                del hooks[key]
     return copies[stack]
 
 
@@ -146,25 +166,51 @@ def subclass(cls: type[nn.Module], kind: str, forward: Callable[..., Any], **mem
             forward.__doc__ = cls.forward.__doc__
         names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "_simba_class": True}
         ways = {"__reduce_ex__": _pickled, "__copy__": _shallow_copy, "__deepcopy__": _deep_copy}
-        _classes[cls, kind] = type(cls.__name__, (cls,), {"forward": forward, **names, **ways, **members})
+        _classes[cls, kind] = type(cls.__name__, (cls,), {**names, **ways, **members})
+        _classes[cls, kind].forward = forward  # type: ignore[attr-defined]  # after transformers has wrapped it
     return _classes[cls, kind]
 
 
-def dense_class(model: nn.Module) -> type:
-    """The class of what was transformed; a sparse model's is a subclass of the same name."""
-    return next(cls for cls in type(model).__mro__ if not cls.__dict__.get("_simba_class"))
+def adopt_block(module: nn.Module) -> None:
+    """Let a block of a sparse model run the code of a program between its hooks, where it is told so by a keyword;
+    other calls (a decoding step) run the forward of its class."""
+    cls: Any = type(module)
+    if hasattr(cls, "_simba_block"):
+        return
+    own = cls.forward
+
+    def forward(self: Any, *args: Any, _simba: Any = None, **kwargs: Any) -> Any:
+        return own(self, *args, **kwargs) if _simba is None else _simba(self, args)
+
+    module.__class__ = subclass(cls, "block", skip_frame_unless_inlined(forward), _simba_block=True,
+                                __reduce_ex__=_pickled_alone, __init_subclass__=_as_it_is)  # fmt: skip
+
+
+def _as_it_is(cls: type) -> None:
+    """transformers wraps the forward of each subclass of a layer, those that `fully_shard` makes among them, so that
+    it is recomputed in backward. Kinds see to that themselves."""
+
+
+def _pickled_alone(self: nn.Module, protocol: Any) -> Any:
+    """A block of a sparse model by itself is the dense model's."""
+    return _dense_again(self).__reduce_ex__(protocol)
 
 
 def _pickled(self: nn.Module, protocol: Any) -> Any:
     """A sparse model is pickled as the dense model and what was asked for, and transformed again."""
-    copies = _copies(self)
+    runtime = self.__dict__.get("_simba_stack") or self.__dict__["_simba"]
+    return _transformed_again, (_dense_again(self), runtime.options)
+
+
+def _dense_again(sparse: nn.Module) -> nn.Module:
+    """A copy over the same parameters with nothing of ours in it."""
+    copies = copies_of(sparse)
     for twin in copies.values():
         twin.__class__ = dense_class(twin)
         for name in [name for name in twin.__dict__ if name.startswith("_simba")]:
             del twin.__dict__[name]
         _without_recorders(twin)
-    runtime = self.__dict__.get("_simba_stack") or self.__dict__["_simba"]
-    return _transformed_again, (copies[self], runtime.options)
+    return copies[sparse]
 
 
 def _without_recorders(twin: nn.Module) -> None:
@@ -213,4 +259,4 @@ def _outer_class(cls: type[nn.Module]) -> type:
         mark((*args, *kwargs.values()), itertools.repeat((0, 1)))
         return own(self, *args, **kwargs)
 
-    return subclass(cls, "outer", left_to_python(forward))
+    return subclass(cls, "outer", skip_frame(forward))

@@ -241,7 +241,7 @@ def test_a_forward_that_was_replaced_on_the_object() -> None:
         simba_fx.transform(model)
     assert str(refused.value) == (
         "The forward of backbone (MambaModel) was replaced on the object; expected the forward of its class, because "
-        "the sparse model is another object. Transform the model first, and then apply what replaces it."
+        "graphs are captured from a copy of the model. Transform the model first, and then apply what replaces it."
     )
 
 

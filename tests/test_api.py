@@ -439,7 +439,7 @@ def test_kept_output_of_a_plain_module() -> None:
 
 
 @pytest.mark.parametrize("make", [lambda: dense("mamba"), own], ids=["transformers", "plain"])
-def test_explain_tells_what_each_pass_did_and_what_was_left_alone(make: Callable[[], nn.Module]) -> None:
+def test_explain_tells_what_each_pass_did_and_what_was_disable_compile(make: Callable[[], nn.Module]) -> None:
     sparse = simba_fx.transform(make(), [1, 0.5, 0.5, 0.25])
     text = simba_fx.explain(sparse)
     lines = text.splitlines()

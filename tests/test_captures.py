@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import simba_fx
 from simba_fx import captures
+from simba_fx.snapshot import snapshot
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
 own_model: Any = importlib.import_module("own_model")
@@ -172,7 +173,7 @@ def test_captures_go_with_their_model_and_are_few(name: str) -> None:
     store = captures.stored_with(model if name == "plain" else model.base_model)  # type: ignore[arg-type]
     assert 1 <= len(store) <= 2
     for number in range(20):
-        captures.keep(store, number, next(iter(store.values())).captured(), ())
+        captures.captured(store, model, snapshot(model), (number,), lambda: next(iter(store.values())))
     assert len(store) == captures._MOST
     there = weakref.ref(model)
     del model

@@ -320,7 +320,8 @@ def check_values(run: Run) -> None:
             if unrestored and region(node) == run.facts.n_blocks and node.op == "call_function":
                 return value(node)
             if node.op == "call_module" and node.target in blocks:
-                inside = Inside(blocks[node.target])
+                block = blocks[node.target]
+                inside = Inside(block.module(), graph=block.graph)
                 inside.here = region(node)
                 result = inside.run(*self.map_nodes_to_values(node.args, node))
             else:
@@ -852,7 +853,7 @@ positions_0 = getitem(chosen_0, 2)    # select-tokens, block 0
 left_0 = getitem(chosen_0, 3)    # select-tokens, block 0
 real_0 = getitem(chosen_0, 4)    # select-tokens, block 0
 exit_0 = take_tokens(hidden_0, dropped_0)    # restore-length, block 0
-block_1 = block_1(mask, kept_0, real_0, hidden_0, rows, tail)    # outline-blocks, block 1
+block_1 = block_1(hidden_0, mask, kept_0, real_0, rows, tail)    # outline-blocks, block 1
 hidden_1 = getitem(block_1, 0)    # outline-blocks, block 1
 score_1 = getitem(block_1, 1)    # outline-blocks, block 1
 chosen_1 = select_real_tokens(score_1, positions_0, real_0, lengths, input_length, tail, 1, 2, 4)    # select-tokens, block 1

@@ -466,7 +466,7 @@ def test_what_cannot_be_saved_is_refused_before_anything_is_written(case: str, t
     assert os.listdir(tmp_path) == []
 
 
-def test_a_file_in_the_folders_place_is_left_alone(tmp_path: Path) -> None:
+def test_a_file_in_the_folders_place_is_disable_compile(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     with pytest.raises(SimbaError) as caught:
         simba_fx.save(simba_fx.transform(dense("mamba"), "linear"), tmp_path / "file")

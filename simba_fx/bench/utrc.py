@@ -26,8 +26,9 @@ from torch import Tensor, fx, nn
 
 import simba_fx
 from simba_fx.bench.options import BenchError
+from simba_fx.compiling import dynamic_marker, skip_frame
 from simba_fx.graphs import SCANS, operator_of
-from simba_fx.program import Block, dynamic_marker, left_to_python
+from simba_fx.program import Block, Kind
 
 __all__ = ["UTRC", "places", "reduce_tokens", "removed"]
 
@@ -112,10 +113,10 @@ class UTRC(nn.Module):
                 f"utrc is described for pure Mamba and Mamba-2 models; found {type(model).__name__}, whose blocks take "
                 "or hold more than that. Leave it out of --peers."
             )
-        kinds: dict[Any, Block] = {}
+        kinds: dict[Any, Kind] = {}
         self.__dict__["blocks"] = [_piece(block, i in self.places, kinds) for i, block in enumerate(blocks)]
         for name in ("_run", "_reduced"):  # the loop stays Python, what it calls is compiled
-            self.__dict__[name] = left_to_python(getattr(type(self), name))
+            self.__dict__[name] = skip_frame(getattr(type(self), name))
 
     def forward(self, input_ids: Tensor, use_cache: bool = False, logits_to_keep: int = 0) -> Tensor:
         """Logits `(B, min(k, logits_to_keep or k), V)` of the k tokens that are left."""
@@ -165,10 +166,9 @@ def _result(graph: fx.Graph) -> fx.Node:
     return last
 
 
-def _piece(block: Block, reducing: bool, kinds: dict[Any, Block]) -> Block:
+def _piece(block: Block, reducing: bool, kinds: dict[Any, Kind]) -> Block:
     """The block with its new hidden state as its only output; where it reduces, with residual, mixer's output and y."""
-    owned = {**block._parameters, **block._buffers}
-    key = type(block), reducing
+    key = block.kind, reducing
     if key not in kinds:
         graph = fx.Graph()
         graph.output(graph.graph_copy(block.graph, {}))
@@ -183,5 +183,5 @@ def _piece(block: Block, reducing: bool, kinds: dict[Any, Block]) -> Block:
         graph.eliminate_dead_code()
         for old, new in zip(block.graph.find_nodes(op="placeholder"), graph.find_nodes(op="placeholder")):
             new.meta = dict(old.meta)
-        kinds[key] = Block.kind(graph, owned, {}, name=f"Utrc{len(kinds)}")
-    return kinds[key].instance(owned)
+        kinds[key] = Kind(graph, f"Utrc{len(kinds)}")
+    return Block(kinds[key], block.path, block.hooked, root=block.root)
