@@ -15,6 +15,7 @@ from simba_fx import huggingface, losses, mixer_model, plain
 from simba_fx.build import Built, Criterion, Options
 from simba_fx.errors import SimbaError
 from simba_fx.flops import budget_cost
+from simba_fx.memory import LastCall
 from simba_fx.pipeline import diff
 from simba_fx.plan import reasons
 from simba_fx.schedule import Budget, Schedule, as_schedule
@@ -289,9 +290,9 @@ def reached(sparse: nn.Module) -> Tensor:
     return losses.reached(_last(sparse, "reached"))
 
 
-def _last(sparse: nn.Module, name: str) -> tuple[Any, ...]:
+def _last(sparse: nn.Module, name: str) -> LastCall:
     """What the runtime remembers of the last call."""
-    last: tuple[Any, ...] | None = _runtime(sparse).last
+    last: LastCall | None = _runtime(sparse).last
     if last is None:
         raise SimbaError(
             f"{name}() tells what the last call kept; expected a call of the model before it, found none. Call the "

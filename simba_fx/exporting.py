@@ -2,13 +2,11 @@
 
 Non-strict export, the default, runs the model's Python with stand-ins: every parameter of the module that is exported
 is replaced, where it is registered, by a fake tensor that records what is done to it; a program reads its tensors
-there. What a traced call remembers is symbolic, so it must not be taken for the result of a call.
+there.
 """
 
 from __future__ import annotations
 
-import itertools
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -17,57 +15,8 @@ from torch import fx
 
 from simba_fx.errors import CaptureError
 from simba_fx.lift import exported, traced
-from simba_fx.rows import Asked
 
-__all__ = ["CallsOfModule", "Memory", "refuse_onnx"]
-
-
-_numbers = itertools.count()
-_asked: dict[int, Asked] = {}
-"""By runtime. Of tensors that a module leads to, Dynamo takes each size for a constant."""
-
-
-class Memory:
-    """What a runtime remembers of its last call, as `last`: (rows, length, program, positions per cut, real per cut,
-    mask). What a call under `torch.export` leaves is seen by what runs later in the same trace (a loss, a wrapper that
-    asks `kept`) and by nobody else. And what the contexts around its calls ask for, as `asked`."""
-
-    options: Any
-    _called: tuple[Any, ...] | None = None
-    _traced: tuple[Any, ...] | None = None
-
-    def __post_init__(self) -> None:
-        self._number = next(_numbers)
-        weakref.finalize(self, _asked.pop, self._number, None).atexit = False
-        self.asked = Asked(self.options.least_tail)
-
-    @property
-    def asked(self) -> Asked:
-        return _asked[self._number]
-
-    @asked.setter
-    def asked(self, asked: Asked) -> None:
-        _asked[self._number] = asked
-
-    @property
-    def tail(self) -> int:
-        return self.asked.in_graph()[0]
-
-    @property
-    def least(self) -> int:
-        """Real tokens that every row of a call must have."""
-        return self.asked.in_graph()[1]
-
-    @property
-    def last(self) -> tuple[Any, ...] | None:
-        return self._traced if exported() else self._called
-
-    @last.setter
-    def last(self, call: tuple[Any, ...] | None) -> None:
-        if exported():
-            self._traced = call
-        else:
-            self._called, self._traced = call, None
+__all__ = ["CallsOfModule", "refuse_onnx"]
 
 
 def _is_for_onnx() -> bool:

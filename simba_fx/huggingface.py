@@ -31,11 +31,11 @@ from simba_fx.captures import captured, stored_with
 from simba_fx.compiling import disable_compile, dynamic_marker, skip_frame
 from simba_fx.decoding import attention_modules, call_with_own_mask, expect_token, make_sparse, sparse_layers
 from simba_fx.errors import CaptureError, InputError
-from simba_fx.exporting import Memory
 from simba_fx.graphs import region, returned
 from simba_fx.inputs import EXAMPLE, autocast_dtype, check_mask, check_positions, check_rows, named_sizes
 from simba_fx.lift import one_at_a_time, traced
 from simba_fx.losses import count_kept_labels
+from simba_fx.memory import LastCall, Memory
 from simba_fx.rows import (
     Ends,
     check_lengths,
@@ -263,7 +263,7 @@ class SparseStack(Memory):
 
     def any_built(self) -> Built:
         """Of the last call, or of the first capture before any call."""
-        built = self.last[2] if self.last is not None else None
+        built = self.last.built if self.last is not None else None
         return built if built is not None else next(iter(self.variants.values()))[-1].built
 
     def variant(self, signature: Signature) -> Variant:
@@ -397,19 +397,20 @@ class SparseStack(Memory):
         kept, step = flat[facts.values + n_states :], 2 if variant.built.ragged else 1
         real = kept[1::2] if variant.built.ragged else None
         rows = call.tensors["inputs_embeds"].shape[0]
-        self.last = (rows, call.length, variant.built, kept[::step], real, call.real)
+        last = self.last = LastCall(rows, call.length, variant.built, kept[::step], real, call.real)
         named, _ = pytree.tree_unflatten([*values, *states], variant.built.captured.out_spec)
         if call.cache is not None:
             fill(call.cache, variant.states, states)
-            self._describe_attention(variant, call.cache)
+            self._describe_attention(variant, call.cache, last)
             named[call.cache_name] = call.cache
         output = variant.output_type(**named)
         return output if call.return_dict else output.to_tuple()
 
-    def _describe_attention(self, variant: Variant, cache: Any) -> None:
+    def _describe_attention(self, variant: Variant, cache: Any, last: LastCall) -> None:
         """Tell the cache's attention layers which tokens of the prompt they hold, unless they hold them all."""
-        _, length, built, positions, real, mask = self.last or ()
-        masked = built is not None and built.captured.facts.mask is not None
+        _, length, built, positions, real, mask = last
+        everything: Any = mask
+        masked = built.captured.facts.mask is not None
         if not variant.attention or (not masked and not built.cuts):
             return
         if traced():
@@ -420,7 +421,7 @@ class SparseStack(Memory):
             )
         for layer, cuts in variant.attention.items():
             slots = positions[cuts - 1].shape[1] if cuts else length
-            here = None if not masked else real[cuts - 1] if cuts else mask != 0
+            here = None if not masked else real[cuts - 1] if cuts else everything != 0
             make_sparse(cache.layers[layer], length - slots, here)
 
 
@@ -612,7 +613,7 @@ def _prepare(stack: Any, given: dict[str, Any]) -> Call | None:
     asked, stated = runtime.asked, mask is not None
     mask = check_mask(mask, rows, length, runtime.least, runtime.options.named)
     if length == 1:
-        runtime.last = (rows, length, None, (), None, mask)
+        runtime.last = LastCall(rows, length, None, (), None, mask)
         return None
     lengths = _lengths(stack, runtime, ids, lead, mask, stated)
     if lengths is not None and not traced():

@@ -16,13 +16,14 @@ from torch import Tensor, nn
 
 from simba_fx.compiling import disable_compile
 from simba_fx.errors import SimbaError
+from simba_fx.memory import LastCall
 from simba_fx.rows import IGNORED
 from simba_fx.twins import subclass
 
 __all__ = ["count_kept_labels", "reached", "real_at"]
 
 
-def reached(last: tuple[Any, ...]) -> Tensor:
+def reached(last: LastCall) -> Tensor:
     """Of the last call: which tokens went through every block, `(B, L)` bool."""
     rows, length, built, positions, _, mask = last
     if built is None or not positions:
@@ -34,7 +35,7 @@ def reached(last: tuple[Any, ...]) -> Tensor:
     return found.scatter_add_(1, survivors.clamp(max=length), there)[:, :length]  # fillers add nothing
 
 
-def real_at(last: tuple[Any, ...], cut: int) -> Tensor | None:
+def real_at(last: LastCall, cut: int) -> Tensor | None:
     """Which of the tokens that are kept at this cut are the caller's, `(B, k)` bool; None: all of them."""
     _, length, _, positions, real, mask = last
     if real is None or mask is None:

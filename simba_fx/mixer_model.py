@@ -27,6 +27,7 @@ from simba_fx.compiling import disable_compile, dynamic_marker, skip_frame
 from simba_fx.errors import CaptureError, InputError
 from simba_fx.huggingface import Signature, SparseStack, Variant
 from simba_fx.inputs import EXAMPLE, autocast_dtype, check_mask
+from simba_fx.memory import LastCall
 from simba_fx.rows import refuse_ragged
 from simba_fx.snapshot import Snapshot
 from simba_fx.twins import own_forward, subclass, twin_around
@@ -117,7 +118,7 @@ class SparseMixer(SparseStack):
         """Fill the states; return the stack's output `(B, L, M)`."""
         first = 1 + len(variant.states)
         rows, length = call.ids.shape
-        self.last = (rows, length, variant.built, flat[first:], None, None)
+        self.last = LastCall(rows, length, variant.built, flat[first:], None, None)
         if call.states is not None:
             _fill(self.stack, call.states, dict(zip(variant.states, flat[1:first])), rows)
         return flat[0]
@@ -241,6 +242,6 @@ def _prepare(stack: Any, given: dict[str, Any]) -> Call | None:
     refuse_ragged(name, runtime.asked)
     check_mask(None, rows, length, runtime.least, runtime.options.named)
     if length == 1:
-        runtime.last = (rows, length, None, (), None, None)
+        runtime.last = LastCall(rows, length, None, (), None, None)
         return None
     return Call(_signature(stack, ids.dtype, cache=states is not None), ids, states)

@@ -18,9 +18,10 @@ from simba_fx.capture import Captured, capture
 from simba_fx.captures import captured, stored_with
 from simba_fx.compiling import disable_compile, dynamic_marker, skip_frame
 from simba_fx.errors import CaptureError, InputError, SimbaError
-from simba_fx.exporting import CallsOfModule, Memory
+from simba_fx.exporting import CallsOfModule
 from simba_fx.inputs import EXAMPLE, autocast_dtype, check_mask, named_sizes
 from simba_fx.lift import one_at_a_time, traced
+from simba_fx.memory import LastCall, Memory
 from simba_fx.program import Block, Program
 from simba_fx.rows import refuse_ragged
 from simba_fx.snapshot import Fingerprint, Snapshot
@@ -177,7 +178,7 @@ class PlainRuntime(Memory):
         lead, mask = inputs[captured.inputs.index(captured.facts.primary)], self._mask(inputs)
         values, kept = flat[: captured.facts.values], flat[captured.facts.values :]
         real, step = (None, 1) if mask is None else (kept[1::2], 2)
-        self.last = (lead.shape[0], lead.shape[1], self.built, kept[::step], real, mask)
+        self.last = LastCall(lead.shape[0], lead.shape[1], self.built, kept[::step], real, mask)
         return pytree.tree_unflatten(list(values), captured.out_spec)
 
     def _mask(self, inputs: list[Any]) -> Tensor | None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import pytest
+import torch
 from models import BY_NAME, Entry, keep_all, logits, n_blocks, schedules, three_rows, tokens
 from reference import assert_close
 from torch import Tensor, nn
@@ -104,3 +108,89 @@ def test_one_model_called_for_the_first_time_by_two_threads() -> None:
     assert_close("logits", found[0], found[1], 1e-5)
     ((_, variants),) = [(k, v) for k, v in model._simba_stack.variants.items() if k.mask is not None]
     assert len(variants) == 1
+
+
+# --- one model, several callers ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def switching() -> Iterator[None]:
+    """Threads take turns as often as they can."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+def kept_with(model: nn.Module, tail: int, ids: Tensor) -> list[list[int]]:
+    with simba_fx.tail(model, tail), torch.no_grad():
+        model(ids, use_cache=False)
+        return [block[0].tolist() for block in simba_fx.kept(model)]
+
+
+@pytest.mark.usefixtures("switching")
+def test_what_a_thread_asks_for_and_what_its_call_kept_are_its_own() -> None:
+    model = simba_fx.transform(BY_NAME["mamba"].build(), "linear")
+    calls = [(tail, tokens(tail, 1, 40 + tail)) for tail in (1, 5, 9)]
+    expected = [kept_with(model, *call) for call in calls]
+    assert len({str(found) for found in expected}) == 3
+    found = at_once(*[lambda _, call=call: [kept_with(model, *call) for _ in range(25)] for call in calls[:2]],
+                    lambda done: [kept_with(model, *calls[2]) for _ in range(25)])  # fmt: skip
+    for mine, reference in zip(found, expected, strict=True):
+        assert all(each == reference for each in mine)
+
+
+@pytest.mark.usefixtures("switching")
+def test_losses_of_survivors_are_those_of_ones_own_call() -> None:
+    model = simba_fx.transform(BY_NAME["mamba"].build(), "linear", labels="kept")
+    calls = [{"input_ids": ids, "labels": ids, "use_cache": False} for ids in (tokens(1, 2, 30), tokens(2, 1, 47))]
+
+    def loss(call: dict[str, Any]) -> float:
+        with torch.no_grad():
+            return float(model(**call).loss)
+
+    expected = [loss(call) for call in calls]
+    found = at_once(*[lambda _, call=call: [loss(call) for _ in range(25)] for call in calls])
+    for mine, reference in zip(found, expected, strict=True):
+        assert mine == pytest.approx([reference] * 25, rel=1e-5)
+
+
+@pytest.mark.usefixtures("switching")
+def test_hybrids_decode_with_their_own_masks() -> None:
+    model = simba_fx.transform(BY_NAME["bamba"].build(), "linear")
+    calls = []
+    for seed, pads in ((1, 3), (2, 11)):
+        mask = torch.ones(2, 30, dtype=torch.int64)
+        mask[0, :pads] = 0
+        calls.append({"input_ids": tokens(seed, 2, 30), "attention_mask": mask})
+
+    def text(call: dict[str, Any]) -> list[list[int]]:
+        found: Any = model.generate(**call, max_new_tokens=4, do_sample=False)
+        return found.tolist()  # type: ignore[no-any-return]
+
+    expected = [text(call) for call in calls]
+    found = at_once(*[lambda _, call=call: [text(call) for _ in range(8)] for call in calls])
+    for mine, reference in zip(found, expected, strict=True):
+        assert all(each == reference for each in mine)
+
+
+def test_tasks_that_overlap_leave_nothing_behind() -> None:
+    """Two tasks of one thread, each inside a context of its own while the other runs."""
+    model = simba_fx.transform(BY_NAME["mamba"].build(), "linear")
+    ids = tokens(1, 1, 40)
+    expected = {tail: kept_with(model, tail, ids) for tail in (1, 4, 8)}
+
+    async def work(tail: int) -> list[list[int]]:
+        with simba_fx.tail(model, tail), torch.no_grad():
+            await asyncio.sleep(0.01 * tail)
+            model(ids, use_cache=False)
+            await asyncio.sleep(0.05)
+            return [block[0].tolist() for block in simba_fx.kept(model)]
+
+    async def both() -> list[Any]:
+        return await asyncio.gather(work(4), work(8))
+
+    assert asyncio.run(both()) == [expected[4], expected[8]]
+    with torch.no_grad():
+        model(ids, use_cache=False)
+    assert [block[0].tolist() for block in simba_fx.kept(model)] == expected[1]
