@@ -282,6 +282,7 @@ class SparseStack(Memory):
             elif found is not known[-1]:  # the last one used comes last
                 known.remove(found)
                 known.append(found)
+        found.seen = now  # the same object, which is compared at once
         found.built.program.refuse_sharded()
         return found
 

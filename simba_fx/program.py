@@ -9,7 +9,6 @@ their lengths are marked as dynamic.
 from __future__ import annotations
 
 import functools
-import sys
 import types
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -22,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from simba_fx import leftovers
 from simba_fx.compiling import disable_compile, skip_frame
 from simba_fx.graphs import expression, look_up, value
-from simba_fx.sharding import as_captured, refuse_sharded
+from simba_fx.sharding import MET, as_captured, refuse_sharded
 from simba_fx.twins import adopt_block
 
 __all__ = ["CRITERION", "Block", "Kind", "Program"]
@@ -146,7 +145,7 @@ def _frames() -> tuple[Any, Any]:
         return as_captured(results, kind.result_dtypes) if hasattr(cls, "_get_fsdp_state") else results
 
     def run(kind: Any, module: Any, inputs: tuple[Any, ...]) -> Any:
-        if "torch.distributed.tensor" in sys.modules:
+        if MET:
             refuse(((path, look_up(module, path)) for path in kind.paths), "a block")
         if hasattr(type(module), "_get_fsdp_state"):
             inputs = as_captured(inputs, kind.dtypes)
@@ -216,7 +215,7 @@ class Program(fx.GraphModule):
 
     def refuse_sharded(self) -> None:
         """Raises: InputError: the top level would compute with a sharded parameter."""
-        if "torch.distributed.tensor" in sys.modules:
+        if MET:
             refuse_sharded(((path, look_up(self, path)) for path in self._top), "what surrounds the blocks")
 
     def recompile(self) -> Any:

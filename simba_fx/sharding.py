@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from simba_fx.errors import InputError
 
 __all__ = [
+    "MET",
     "as_captured",
     "dense_class",
     "dtype_in_forward",
@@ -50,7 +51,14 @@ def dense_class(module: nn.Module) -> type[nn.Module]:
 def is_sharded(tensor: Any) -> bool:
     """Whether a tensor is a `DTensor`, of which each process holds a part."""
     module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(tensor, module.DTensor)
+    found = module is not None and isinstance(tensor, module.DTensor)
+    if found:
+        MET.add("a DTensor")
+    return found
+
+
+MET: set[str] = set()
+"""Not empty once this process has met a sharded tensor; until then nobody has to look for one."""
 
 
 def dtype_in_forward(tensor: Tensor, state: Any) -> torch.dtype:
