@@ -54,9 +54,7 @@ def main() -> None:
     first = time.process_time() - begun
     begun = time.process_time()
     simba_fx.transform(model, "linear")
-    print(
-        f"{options.blocks} blocks, torch {torch.__version__}, one thread, (1, 16) tokens, processor time, medians and quartiles"
-    )
+    print(f"{options.blocks} blocks, (1, 16) tokens, torch {torch.__version__}, one thread, processor time")
     print(f"first transform     {first:7.2f} s")
     print(f"another schedule    {time.process_time() - begun:7.2f} s")
     flat = simba_fx.transform(model, "dense", compile="whole")

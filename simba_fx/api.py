@@ -41,7 +41,8 @@ def transform(model: nn.Module, schedule: ScheduleLike = "linear", *, criterion:
 
     Args:
         model: a transformers Mamba-style model, a PEFT model around one, a `MambaLMHeadModel` or `MixerModel` of
-            mamba_ssm, or any `nn.Module` that calls a registered scan function.
+            mamba_ssm, or any `nn.Module` that calls a registered scan function. Or what `transform` made of one: the
+            same weights under other options, those not named here being the usual ones.
         schedule: share of the tokens that enters each block: a name ("linear", "cosine", "constant", "dense"), a share
             for all blocks, one share per block, a mapping block → share, a callable `n_blocks -> shares`, or an object
             such as `Linear(final=0.1, every=1, start=0)` or `Budget(0.5)`.
@@ -94,10 +95,17 @@ def transform(model: nn.Module, schedule: ScheduleLike = "linear", *, criterion:
         )
     name_untested()
     model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
+    if (runtime := runtime_of(model)) is not None:
+        model = runtime.dense(model)
+        if isinstance(runtime, plain.PlainRuntime) and example_inputs is None:
+            example_inputs = runtime.examples()
+            mask, mask_marks = (
+                (runtime.options.mask, runtime.options.mask_marks) if mask is None else (mask, mask_marks)
+            )
     if any(runtime_of(module) is not None for module in model.modules()):
         raise SimbaError(
-            f"This {type(model).__name__} is already the result of simba_fx.transform; expected a dense model. "
-            "Transform the original instead."
+            f"This {type(model).__name__} holds a result of simba_fx.transform; expected a dense model, or that result "
+            "itself. Transform what is inside."
         )
     if isinstance(model, nn.parallel.DistributedDataParallel):
         raise SimbaError(

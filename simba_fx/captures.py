@@ -22,7 +22,7 @@ from simba_fx.graphs import look_up
 from simba_fx.sharding import dense_class, hollow
 from simba_fx.snapshot import Snapshot
 
-__all__ = ["captured", "stored_with"]
+__all__ = ["captured", "share", "stored_with"]
 
 _MOST = 16
 """Of one model; the oldest goes first."""
@@ -33,6 +33,11 @@ _stores: weakref.WeakKeyDictionary[nn.Module, Store] = weakref.WeakKeyDictionary
 def stored_with(model: nn.Module) -> Store:
     """The captures of a model, by what they depend on."""
     return _stores.setdefault(model, {})
+
+
+def share(model: nn.Module, store: Store) -> None:
+    """Let a model that looks the same use another's captures."""
+    _stores[model] = store
 
 
 def captured(store: Store, root: nn.Module, now: Snapshot, rest: Iterable[Hashable],

@@ -27,7 +27,7 @@ from simba_fx import exporting
 from simba_fx.build import Built, Options, build
 from simba_fx.caches import Entry, fill, is_warm, new_cache, recording_cache
 from simba_fx.capture import Captured, capture
-from simba_fx.captures import captured, stored_with
+from simba_fx.captures import captured, share, stored_with
 from simba_fx.compiling import disable_compile, dynamic_marker, skip_frame
 from simba_fx.decoding import attention_modules, call_with_own_mask, expect_token, make_sparse, sparse_layers
 from simba_fx.errors import CaptureError, InputError
@@ -50,7 +50,7 @@ from simba_fx.rows import (
     watch_calls,
 )
 from simba_fx.snapshot import Fingerprint, Snapshot
-from simba_fx.twins import copy_to_trace, own_forward, subclass, twin_around
+from simba_fx.twins import copy_to_trace, dense_again, own_forward, subclass, twin_around
 
 __all__ = ["Signature", "SparseStack", "capture_stack", "install", "is_pretrained"]
 
@@ -253,6 +253,14 @@ class SparseStack(Memory):
         twin = type(self)(copy.deepcopy(self.stack, memo), self.options, self.cost)
         memo[id(self)] = twin
         return twin
+
+    def dense(self, sparse: nn.Module) -> nn.Module:
+        """The dense model that a sparse one of this runtime came from: a copy over the same parameters."""
+        model = dense_again(sparse)
+        share(self.stack_of(model), self.store)
+        return model
+
+    stack_of = staticmethod(stack_of)
 
     @property
     def pad(self) -> int | None:

@@ -93,6 +93,8 @@ def _signature(stack: Any, ids: torch.dtype, *, cache: bool) -> Signature:
 class SparseMixer(SparseStack):
     """The runtime of one transformed model of `mamba_ssm`."""
 
+    stack_of = staticmethod(stack_of)
+
     @functools.cached_property
     def attention(self) -> tuple[str, ...]:
         """Paths of the attention layers. (Late: a deep copy's stack is not whole yet when its runtime is made.)"""

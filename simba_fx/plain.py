@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from simba_fx import exporting
 from simba_fx.build import Built, Options, build
 from simba_fx.capture import Captured, capture
-from simba_fx.captures import captured, stored_with
+from simba_fx.captures import captured, share, stored_with
 from simba_fx.compiling import disable_compile, dynamic_marker, skip_frame
 from simba_fx.errors import CaptureError, InputError, SimbaError
 from simba_fx.exporting import CallsOfModule
@@ -25,7 +25,7 @@ from simba_fx.memory import LastCall, Memory
 from simba_fx.program import Block, Program
 from simba_fx.rows import refuse_ragged
 from simba_fx.snapshot import Fingerprint, Snapshot
-from simba_fx.twins import copies_of, copy_to_trace, refuse_other_forwards
+from simba_fx.twins import copies_of, copy_to_trace, dense_again, refuse_other_forwards
 
 __all__ = ["PlainProgram", "PlainRuntime", "install"]
 
@@ -63,6 +63,19 @@ class PlainRuntime(Memory):
 
     def any_built(self) -> Built:
         return self.built
+
+    def dense(self, _: nn.Module) -> nn.Module:
+        """The module that the program came from: a copy over the same parameters."""
+        model = dense_again(self.root)
+        share(model, self.store)
+        return model
+
+    def examples(self) -> dict[str, Any]:
+        """Arguments like those that it was captured with."""
+        tensors = {name: torch.zeros(shape, dtype=dtype, device=device)
+                   for name, (dtype, shape, device) in self.tensors.items()}  # fmt: skip
+        held = tensors | dict(self.constants)
+        return {name: held[name] for name in self.signature.parameters if name in held}
 
     def start(self, root: nn.Module, known: tuple[Snapshot, Built, Any] | None = None) -> PlainProgram:
         """The program of a module tree, which it shares; `known`: what runs on an equal tree."""
@@ -102,11 +115,8 @@ class PlainRuntime(Memory):
 
     def _trace(self, blocks: bool) -> Captured:
         root = copy_to_trace(self.root, blocks)
-        inputs = {name: torch.zeros(shape, dtype=dtype, device=device)
-                  for name, (dtype, shape, device) in self.tensors.items()} | dict(self.constants)  # fmt: skip
-        graph = capture(root, root, {name: inputs[name] for name in self.signature.parameters if name in inputs},
-                        primary=self.primary, mask=self.mask, marks=self.options.mask_marks,
-                        kernels=self.options.kernels)  # fmt: skip
+        graph = capture(root, root, self.examples(), primary=self.primary, mask=self.mask,
+                        marks=self.options.mask_marks, kernels=self.options.kernels)  # fmt: skip
         for node in graph.graph.find_nodes(op="placeholder"):  # numbers, flags and words are in the graph already
             if node.name not in graph.inputs:
                 graph.graph.erase_node(node)

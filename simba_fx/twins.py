@@ -20,7 +20,7 @@ from simba_fx.errors import CaptureError
 from simba_fx.sharding import dense_class, is_hook, is_sharded, own_class, state_of, whole_shape
 from simba_fx.snapshot import called_live, hooks_of
 
-__all__ = ["adopt_block", "copies_of", "copy_to_trace", "own_forward", "subclass", "twin_around"]
+__all__ = ["adopt_block", "copies_of", "copy_to_trace", "dense_again", "own_forward", "subclass", "twin_around"]
 
 _classes: dict[tuple[type, str], type] = {}
 
@@ -193,16 +193,16 @@ def _as_it_is(cls: type) -> None:
 
 def _pickled_alone(self: nn.Module, protocol: Any) -> Any:
     """A block of a sparse model by itself is the dense model's."""
-    return _dense_again(self).__reduce_ex__(protocol)
+    return dense_again(self).__reduce_ex__(protocol)
 
 
 def _pickled(self: nn.Module, protocol: Any) -> Any:
     """A sparse model is pickled as the dense model and what was asked for, and transformed again."""
     runtime = self.__dict__.get("_simba_stack") or self.__dict__["_simba"]
-    return _transformed_again, (_dense_again(self), runtime.options)
+    return _transformed_again, (dense_again(self), runtime.options)
 
 
-def _dense_again(sparse: nn.Module) -> nn.Module:
+def dense_again(sparse: nn.Module) -> nn.Module:
     """A copy over the same parameters with nothing of ours in it."""
     copies = copies_of(sparse)
     for twin in copies.values():

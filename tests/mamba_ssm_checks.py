@@ -344,8 +344,8 @@ def test_the_result_is_a_model_of_the_same_class_over_the_same_weights() -> None
     assert not torch.equal(pruned(ids).logits, before)
     assert inspect.signature(pruned.forward) == inspect.signature(model.forward)
     assert pruned(tokens(1, 2, 30), position_ids=None, num_last_tokens=3).logits.shape == (2, 3, 56)
-    with pytest.raises(simba_fx.errors.SimbaError, match="already the result"):
-        simba_fx.transform(pruned)
+    again = simba_fx.transform(pruned, "dense", kernels="model")
+    assert torch.equal(again(ids).logits, simba_fx.transform(model, "dense", kernels="model")(ids).logits)
     with pytest.raises(simba_fx.errors.SimbaError, match="expected none for a mamba_ssm MambaLMHeadModel"):
         simba_fx.transform(model, example_inputs=(tokens(1, 2, 30),))
 

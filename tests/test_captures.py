@@ -157,6 +157,33 @@ def test_weights_are_those_of_now(traces: Traces) -> None:
         assert traces.count == before
 
 
+@pytest.mark.parametrize("name", ["mamba", "bamba", "plain"])
+@pytest.mark.parametrize("wrapped", [lambda model: model, torch.compile])
+def test_a_sparse_model_is_planned_anew(name: str, wrapped: Any, traces: Traces) -> None:
+    """The same weights, other options; those that are not named are the usual ones. Nothing is traced again."""
+    model = build(name)
+    first = simba_fx.transform(model, "linear", criterion="recent", output="kept")
+    found, before = run(first, name), traces.count
+    again = simba_fx.transform(wrapped(first), "cosine")
+    assert torch.equal(run(again, name), run(simba_fx.transform(model, "cosine"), name))
+    assert traces.count == before
+    assert torch.equal(run(first, name), found)
+    assert {id(p) for p in again.parameters()} == {id(p) for p in model.parameters()}
+    if name != "plain":
+        (stack,) = [module for module in first.modules() if "_simba" in vars(module)]
+        assert type(simba_fx.transform(stack)).__name__ == type(stack).__name__
+
+
+def test_a_plain_module_with_a_mask_is_planned_anew() -> None:
+    masked: Any = importlib.import_module("graph_cases")
+    module = masked.Masked(masked.Block(), masked.Block()).eval()
+    x, mask = torch.randn(2, 24, masked.WIDTH), torch.ones(2, 24)
+    options = {"example_inputs": (x, mask), "mask": "mask"}
+    again = simba_fx.transform(simba_fx.transform(module, "dense", **options), (1, 0.5))
+    mask[1, :7] = 0
+    assert torch.equal(again(x, mask), simba_fx.transform(module, (1, 0.5), **options)(x, mask))
+
+
 def test_a_copy_has_captures_of_its_own(traces: Traces) -> None:
     model = build("mamba")
     first = simba_fx.transform(model, "linear")
