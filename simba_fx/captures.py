@@ -71,7 +71,7 @@ def is_own(root: nn.Module, path: str) -> bool:
 
 def _key_of(root: nn.Module, now: Snapshot, *rest: Hashable) -> Hashable:
     """What a capture of `root` depends on: the looks of its modules, the code that they run, and `rest`."""
-    looks = replace(now, hooks=(), forwards=())  # they are among the code
+    looks = replace(now, hooks=tuple((place, None) for place, _ in now.hooks), forwards=())  # they are among the code
     return (looks, _code(root), torch.get_default_dtype(), *rest)
 
 

@@ -245,8 +245,6 @@ class SparseStack(Memory):
     capturing: Any = field(default_factory=threading.RLock)
     store: Any = field(default_factory=dict)
     """Captures that serve whatever the options; those of the model that this one came from."""
-    named_hooked: set[str] = field(default_factory=set)
-    """Modules that a warning has named."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SparseStack:
         """Programs hold the original's parameters: a copy captures its own."""
@@ -296,17 +294,21 @@ class SparseStack(Memory):
 
     @functools.cached_property
     def fingerprint(self) -> Fingerprint:
-        return Fingerprint(self.stack, self.options.compile == "blocks")
+        return Fingerprint(self.stack, self.options.compile == "blocks", self._around)
+
+    def _around(self) -> set[nn.Module]:
+        """Ids are looked up before the graph runs."""
+        return {self.stack.get_input_embeddings()}
 
     def _captured_anew(self, signature: Signature, known: list[Variant], now: Snapshot) -> Variant:
         with one_at_a_time:
             variant = self._capture(signature, now)
-        self._name_hooked(now)
         if (used := self._without_unread(signature)) != signature:  # the capture has told more
             signature, known = used, self.variants.get(used, [])
             if (same := next((other for other in known if other.seen == now), None)) is not None:
                 return same
         variant.built.program.read_from(self.stack)
+        self.fingerprint.captured(variant.built.program.called())
         if len(known) == _KEPT_GRAPHS:
             changed = known[-1].seen.difference(variant.seen)
             warnings.warn(
@@ -318,18 +320,6 @@ class SparseStack(Memory):
             del known[0]
         self.variants[signature] = [*known, variant]
         return variant
-
-    def _name_hooked(self, now: Snapshot) -> None:
-        """Warn once of hooks that a graph has taken in."""
-        hooked = [path for path in now.hooked() if path not in self.named_hooked]
-        if hooked:
-            self.named_hooked.update(hooked)
-            warnings.warn(
-                f"{type(self.stack).__name__} has forward hooks inside its blocks ({hooked[0]}): what they compute is "
-                "part of the graph that prompts run, and nothing else that they do happens at a call. Hooks of whole "
-                "blocks and of the embedding run as usual.",
-                stacklevel=2,
-            )
 
     def _without_unread(self, signature: Signature) -> Signature:
         unread = self.unread.get(dataclasses.replace(signature, constants=()), frozenset())
@@ -355,7 +345,7 @@ class SparseStack(Memory):
         return Variant(built, seen.output_type, seen.states, before, whole, now)
 
     def _to_trace(self) -> nn.Module:
-        return copy_to_trace(self.stack, self.options.compile == "blocks")
+        return copy_to_trace(self.stack, self.fingerprint.live())
 
     def _capture_unread(self, signature: Signature) -> tuple[Captured, _Observed] | None:
         """The graph if the numbers that the forward has no parameters for are looked at by nobody; None if they are.

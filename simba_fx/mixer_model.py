@@ -95,6 +95,9 @@ class SparseMixer(SparseStack):
 
     stack_of = staticmethod(stack_of)
 
+    def _around(self) -> set[nn.Module]:
+        return set()
+
     @functools.cached_property
     def attention(self) -> tuple[str, ...]:
         """Paths of the attention layers. (Late: a deep copy's stack is not whole yet when its runtime is made.)"""

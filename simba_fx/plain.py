@@ -84,6 +84,7 @@ class PlainRuntime(Memory):
         built = self._built(now) if known is None else known[1]
         program: Any = built.program if known is None else built.program.over(root)
         program.read_from(root)
+        self.fingerprint.captured(program.called())
         program.__dict__["training"] = root.training
         self.graphs.append((now, built, program.state()))
         _call_as_module(program, self)
@@ -107,16 +108,27 @@ class PlainRuntime(Memory):
             self.graphs = [*others[1 - _KEPT_GRAPHS :], found]
 
     def _built(self, now: Snapshot) -> Built:
-        blocks = self.options.compile == "blocks"
-        rest = (*self.tensors.items(), *((name, repr(held)) for name, held in self.constants.items()), self.primary,
-                self.mask, self.options.mask_marks, self.options.kernels, self.autocast, blocks)  # fmt: skip
-        graph, _ = captured(self.store, self.root, now, rest, lambda: (self._trace(blocks), None))
+        constants = tuple((name, repr(held)) for name, held in self.constants.items())
+        rest = (
+            *self.tensors.items(),
+            *constants,
+            self.primary,
+            self.mask,
+            self.options.mask_marks,
+            self.options.kernels,
+            self.options.compile,
+            self.autocast,
+        )
+        graph, _ = captured(self.store, self.root, now, rest, lambda: (self._trace(), None))
         return build(graph, self.options, self.cost, program_class=PlainProgram)
 
-    def _trace(self, blocks: bool) -> Captured:
-        root = copy_to_trace(self.root, blocks)
-        graph = capture(root, root, self.examples(), primary=self.primary, mask=self.mask,
-                        marks=self.options.mask_marks, kernels=self.options.kernels)  # fmt: skip
+    def _trace(self) -> Captured:
+        root, examples = copy_to_trace(self.root, self.fingerprint.live()), self.examples()
+        device = next(device for _, _, device in self.tensors.values())
+        around = torch.autocast(device.type, self.autocast, enabled=self.autocast is not None)
+        with torch.inference_mode(False), around:  # as at first, whatever surrounds a later call
+            graph = capture(root, root, examples, primary=self.primary, mask=self.mask,
+                            marks=self.options.mask_marks, kernels=self.options.kernels)  # fmt: skip
         for node in graph.graph.find_nodes(op="placeholder"):  # numbers, flags and words are in the graph already
             if node.name not in graph.inputs:
                 graph.graph.erase_node(node)

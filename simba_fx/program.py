@@ -192,6 +192,10 @@ class Program(fx.GraphModule):
     def _blocks(self) -> dict[str, Block]:
         return {name: held for name, held in self.__dict__.items() if isinstance(held, Block)}
 
+    def called(self) -> tuple[str, ...]:
+        """The paths of the blocks that are called as modules."""
+        return tuple(str(block.path) for block in self._blocks().values() if block.hooked)
+
     def read_from(self, root: nn.Module) -> None:
         """From now on compute with what is registered in `root`, whose containers this program shares. What does not
         lie there stays the program's own."""
@@ -200,6 +204,7 @@ class Program(fx.GraphModule):
         self.__dict__.update({name: root.__dict__[name] for name in _TREE} | own, _simba_root=root, _own=own)
         for block in self._blocks().values():
             block.__dict__["root"] = root
+            block.module()  # gives it the criterion
             if block.hooked:
                 adopt_block(root.get_submodule(str(block.path)))
 

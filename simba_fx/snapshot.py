@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Collection, Iterable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from simba_fx.sharding import dense_class, dtype_in_forward, is_hook, is_sharded, state_of
 
-__all__ = ["Fingerprint", "Snapshot", "called_live", "hooks_of", "snapshot"]
+__all__ = ["Fingerprint", "Snapshot", "hooks_of", "snapshot"]
 
 _PLAIN = frozenset({bool, int, float, complex, str, type(None), torch.dtype, torch.device})
 _CONTAINERS = frozenset({list, tuple, set, dict})
@@ -100,23 +101,6 @@ def snapshot(root: nn.Module, live: Collection[nn.Module] = ()) -> Snapshot:
     return Snapshot(tuple(seen), _values(settings), tuple(hooks), tuple(forwards))
 
 
-def called_live(stack: nn.Module, blocks: bool) -> frozenset[nn.Module]:
-    """The modules that are called while a program runs, or around it: the stack, its embedding, and with
-    `compile="blocks"` what may be its blocks, the members of outermost lists of modules."""
-    live = {stack}
-    embedding = getattr(stack, "get_input_embeddings", lambda: None)()
-    live |= {embedding} if isinstance(embedding, nn.Module) else set()
-    inside: list[nn.Module] = [stack] if blocks else []
-    while inside:
-        module = inside.pop()
-        children = [child for child in module._modules.values() if child is not None]
-        if isinstance(module, nn.ModuleList | nn.Sequential):
-            live |= set(children)
-        else:
-            inside += children
-    return frozenset(live)
-
-
 class Fingerprint:
     """Snapshots of one module tree, taken anew where anything that its modules hold is another object than before.
 
@@ -124,9 +108,13 @@ class Fingerprint:
     kept alive until it is asked again.)
     """
 
-    def __init__(self, root: nn.Module, blocks: bool) -> None:
-        """`blocks`: whether blocks are called as modules."""
-        self.root, self.blocks = root, blocks
+    def __init__(self, root: nn.Module, blocks: bool, around: Callable[[], set[nn.Module]] = set) -> None:
+        """`blocks`: whether blocks are called as modules (`compile="blocks"`); `around`: modules in `root` that are
+        called outside of the graph."""
+        self.root, self.blocks, self.around = root, blocks, around
+        self.called: Collection[str] | None = None
+        """The paths of the blocks that are called as modules; None: not known before the first capture."""
+        self._named: set[str] = set()
         self._modules: list[nn.Module] = []
         self._classes: list[type] = []
         self._views: list[Iterable[Any]] = []
@@ -135,11 +123,28 @@ class Fingerprint:
         self._looks: list[Any] = []
         self._last: Snapshot | None = None
 
+    def live(self) -> set[nn.Module]:
+        """The modules that are called while a program runs, or around it: their hooks are no part of a graph. Among
+        them the blocks: before these are known, the members of outermost lists of modules."""
+        live = {self.root, *self.around()}
+        if self.called is not None:
+            return live | {self.root.get_submodule(path) for path in self.called}
+        inside: list[nn.Module] = [self.root] if self.blocks else []
+        while inside:
+            module = inside.pop()
+            children = [child for child in module._modules.values() if child is not None]
+            if isinstance(module, nn.ModuleList | nn.Sequential):
+                live |= set(children)
+            else:
+                inside += children
+        return live
+
     def snapshot(self) -> Snapshot:
         now = itertools.chain(itertools.chain.from_iterable(self._views), _END)
         same = all(map(operator.is_, now, self._held)) and [*map(type, self._modules)] == self._classes
         if self._last is None or not same or [*map(_look, self._tensors)] != self._looks:
-            self._last = snapshot(self.root, called_live(self.root, self.blocks))
+            self._last = snapshot(self.root, self.live())
+            self._name_hooked(self._last)
             self._modules = list(self.root.modules())
             self._classes = [*map(type, self._modules)]
             config = getattr(self.root, "config", None)
@@ -151,6 +156,23 @@ class Fingerprint:
                              for tensor in held.values() if tensor is not None]  # fmt: skip
             self._looks = [*map(_look, self._tensors)]
         return self._last
+
+    def captured(self, called: Collection[str]) -> None:
+        """A graph was captured, in which the blocks at these paths are called as modules."""
+        if self.called is None or set(self.called) != set(called):
+            self.called, self._last = called, None
+
+    def _name_hooked(self, now: Snapshot) -> None:
+        """Warn once of hooks that a graph takes in."""
+        hooked = [path for path in now.hooked() if path not in self._named]
+        if hooked:
+            self._named.update(hooked)
+            warnings.warn(
+                f"{type(self.root).__name__} has forward hooks on what is not called while a prompt runs "
+                f"({hooked[0]}): what they compute is part of the graph, and nothing else that they do happens at a "
+                "call. Hooks of the embedding and, with compile='blocks', of whole blocks run as usual.",
+                stacklevel=3,
+            )
 
 
 _END = (object(),)

@@ -10,7 +10,7 @@ import dataclasses
 import inspect
 import itertools
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -18,7 +18,7 @@ from torch import nn
 from simba_fx.compiling import dynamic_marker, skip_frame, skip_frame_unless_inlined
 from simba_fx.errors import CaptureError
 from simba_fx.sharding import dense_class, is_hook, is_sharded, own_class, state_of, whole_shape
-from simba_fx.snapshot import called_live, hooks_of
+from simba_fx.snapshot import hooks_of
 
 __all__ = ["adopt_block", "copies_of", "copy_to_trace", "dense_again", "own_forward", "subclass", "twin_around"]
 
@@ -108,12 +108,12 @@ def _shallow(module: nn.Module) -> nn.Module:
     return twin
 
 
-def copy_to_trace(stack: nn.Module, blocks: bool) -> nn.Module:
+def copy_to_trace(stack: nn.Module, live: Iterable[nn.Module]) -> nn.Module:
     """A copy of a module tree to capture from. Tracing puts fake tensors into the modules, which other threads may be
     using; and of a sharded stack it has to see whole parameters (without memory), and no hooks of FSDP.
 
     Args:
-        blocks: whether blocks are called as modules (`compile="blocks"`): their hooks are no part of the graph.
+        live: modules that are called while the graph runs: their hooks are no part of it.
 
     Raises:
         CaptureError: accelerate moves the weights of a module, or a module has another forward than its class's.
@@ -122,7 +122,7 @@ def copy_to_trace(stack: nn.Module, blocks: bool) -> nn.Module:
     refuse_other_forwards(stack)
     copies = copies_of(stack)
     _make_whole(stack, copies, None)
-    for module in called_live(stack, blocks):
+    for module in live:
         twin, known = copies[module], hooks_of(module)
         for hooks in (twin._forward_pre_hooks, twin._forward_hooks):
             for key in [key for key, hook in hooks.items() if any(hook is other for other in known)]:

@@ -126,7 +126,7 @@ def test_a_hook_inside_a_block_becomes_part_of_the_graph(when: str) -> None:
 
     targets = [model] if when == "before" else [model, sparse]
     handles = [m.base_model.layers[2].mixer.register_forward_hook(louder) for m in targets]
-    with pytest.warns(UserWarning, match=r"hooks inside its blocks \(layers\.2\.mixer\)"):
+    with pytest.warns(UserWarning, match=r"what is not called while a prompt runs \(layers\.2\.mixer\)"):
         found = logits(sparse if when == "after" else simba_fx.transform(model, "dense", kernels="model"))
     assert torch.equal(found, logits(model))
     with warnings.catch_warnings():
@@ -206,3 +206,41 @@ def test_hooks_of_a_plain_module(when: str) -> None:
     assert all([seen[:2] for seen in c.seen] == [(1, 20), (2, 40)] for c in counters[1:3])
     assert [seen[1] for seen in counters[3].seen] == kept
     assert kept[0] < 20
+
+
+class Around(nn.Module):
+    """Residuals around the members of the list: a block is more than its module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Block() for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x * 0.5 + layer(x)
+        return x
+
+
+@pytest.mark.parametrize("compile", ["blocks", "whole"])
+def test_hooks_of_what_is_not_called_are_taken_in_and_named(compile: str) -> None:
+    module = Around() if compile == "blocks" else Plain(Block(), Block(), Block())
+    module.eval().layers[1].register_forward_hook(lambda module, args, output: output * 2)  # type: ignore[operator]
+    x = torch.randn(2, 30, WIDTH)
+    make = lambda: simba_fx.transform(module, "dense", example_inputs=PLAIN, kernels="model", compile=compile)  # noqa: E731
+    with pytest.warns(UserWarning, match=r"what is not called while a prompt runs \(layers\.1\)"):
+        found = make()(x)
+    torch.testing.assert_close(found, module(x))
+
+
+def test_a_mode_that_changes_under_another_autocast() -> None:
+    module = WithDropout().eval()
+    x = torch.randn(2, 30, WIDTH)
+    with torch.autocast("cpu", torch.bfloat16):
+        sparse = simba_fx.transform(module, "dense", example_inputs=PLAIN, kernels="model")
+    sparse.train()
+    module.train()
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.manual_seed(1)
+        expected = module(x)
+        torch.manual_seed(1)
+        assert torch.equal(sparse(x), expected)
