@@ -122,6 +122,9 @@ def copy_to_trace(stack: nn.Module, live: Iterable[nn.Module]) -> nn.Module:
     refuse_other_forwards(stack)
     copies = copies_of(stack)
     _make_whole(stack, copies, None)
+    for twin in copies.values():
+        if "gradient_checkpointing" in twin.__dict__:  # a graph is recomputed as a block, not in it
+            twin.__dict__["gradient_checkpointing"] = False
     for module in live:
         twin, known = copies[module], hooks_of(module)
         for hooks in (twin._forward_pre_hooks, twin._forward_hooks):
