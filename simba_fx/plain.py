@@ -219,6 +219,9 @@ def _told(autocast: torch.dtype | None) -> str:
 class PlainProgram(Program):
     """A program that is called as the module was that it came from, over a copy of the module's tree."""
 
+    _simba_run: Any = None
+    """Its generated forward, which takes and gives what is flat."""
+
     def read_from(self, root: nn.Module) -> None:
         super().read_from(root)
         self.__dict__.update({name: root.__dict__[name] for name in _HOOKS})

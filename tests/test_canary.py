@@ -99,6 +99,7 @@ ON_OBJECTS: dict[str, Callable[[], bool]] = {
     "_TorchCompileInductorWrapper": lambda: hasattr(torch, "_TorchCompileInductorWrapper"),
     "_TorchCompileWrapper": lambda: hasattr(torch, "_TorchCompileWrapper"),
     "_attn_implementation": lambda: hasattr(_config(), "_attn_implementation"),
+    "_buffers": lambda: "_buffers" in vars(nn.Module()),
     "_dynamo_source": lambda: True,  # of ours
     "_expr": lambda: "self._expr" in _text("torch.fx.experimental.sym_node"),
     "_forward_hooks": lambda: "_forward_hooks" in vars(nn.Module()),
@@ -108,9 +109,9 @@ ON_OBJECTS: dict[str, Callable[[], bool]] = {
     "_graph_namespace": lambda: hasattr(fx.Graph(), "_graph_namespace"),
     "_hf_hook": lambda: "module._hf_hook =" in _text("accelerate.hooks"),
     "_init_fn": lambda: hasattr(_operator(), "_init_fn"),
-    "_non_persistent_buffers_set": lambda: "_non_persistent_buffers_set" in vars(nn.Module()),
     "_opname": lambda: hasattr(torch.ops.aten.add.Tensor, "_opname"),
     "_opoverload": lambda: hasattr(_operator(), "_opoverload"),
+    "_parameters": lambda: "_parameters" in vars(nn.Module()),
     "_orig_cls_mro_index": lambda: "_orig_cls_mro_index" in _text("torch.distributed.fsdp._fully_shard._fully_shard"),
     "_schema": lambda: hasattr(torch.ops.aten.add.Tensor, "_schema"),
     "_torchdynamo_disable_msg": lambda: "_torchdynamo_disable_msg" in _text("torch._dynamo.eval_frame"),
@@ -124,6 +125,7 @@ IN_STRINGS: dict[str, Callable[[], bool]] = {
     "_gradient_checkpointing_func": lambda: "_gradient_checkpointing_func" in _text("transformers.modeling_utils"),
     "_hf_peft_config_loaded": lambda: "_hf_peft_config_loaded" in _text("transformers.integrations.peft"),
     "_mp_policy": lambda: "_mp_policy" in _text("torch.distributed.fsdp._fully_shard._fsdp_state"),
+    "_non_persistent_buffers_set": lambda: "_non_persistent_buffers_set" in vars(nn.Module()),
     "_output_capturing_hooks_installed": lambda: (
         "_output_capturing_hooks_installed" in _text("transformers.utils.output_capturing")
     ),
