@@ -46,7 +46,6 @@ class Kind(fx.GraphModule):
         self.result_dtypes = tuple(map(_dtype, results)) if isinstance(results, tuple) else _dtype(results)
         self.paths = tuple(str(node.target) for node in graph.find_nodes(op="get_attr"))
         """Of the tensors that it reads, in the module that it runs on."""
-        self.__dict__["run"] = functools.partial(_frames()[1], self)
 
     def recompile(self) -> Any:
         code = super().recompile()
@@ -90,8 +89,9 @@ class Block(nn.Module):
                  root: Any = None) -> None:  # fmt: skip
         super().__init__()
         self.__dict__.update(kind=kind, path=path, hooked=hooked, criterion=criterion, root=root)
-        self.__dict__["names"] = tuple(filter(None, (path or "").split(".")))
-        type(self).__call__ = _frames()[0]  # type: ignore[method-assign]  # instead of torch's, which runs hooks
+        call, run = _frames()
+        self.__dict__.update(names=tuple(filter(None, (path or "").split("."))), run=functools.partial(run, self))
+        type(self).__call__ = call  # type: ignore[method-assign]  # instead of torch's, which runs hooks
 
     @property
     def graph(self) -> fx.Graph:
@@ -120,7 +120,7 @@ class Block(nn.Module):
 
 @functools.cache
 def _frames() -> tuple[Any, Any]:
-    """Python's share in the call of a block: (a block on its inputs, a kind on a module and inputs).
+    """Python's share in the call of a block: (a block on its inputs, its code on a module and inputs).
 
     Each is one frame that Dynamo skips, so that it meets the code of kinds and nothing else.
     """
@@ -137,16 +137,17 @@ def _frames() -> tuple[Any, Any]:
                     mark(tensor, dim)
         module = block.module()
         if not block.hooked:
-            return kind.run(module, inputs)
+            return block.run(module, inputs)
         cls = type(module)
         if not hasattr(cls, "_simba_block"):
             adopt(module)
-        results = call_module(module, *inputs, _simba=kind.run)
+        results = call_module(module, *inputs, _simba=block.run)
         return as_captured(results, kind.result_dtypes) if hasattr(cls, "_get_fsdp_state") else results
 
-    def run(kind: Any, module: Any, inputs: tuple[Any, ...]) -> Any:
+    def run(block: Any, module: Any, inputs: tuple[Any, ...]) -> Any:
+        kind = block.kind
         if MET:
-            refuse(((path, look_up(module, path)) for path in kind.paths), "a block")
+            refuse(((f"{block.path}.{path}", look_up(module, path)) for path in kind.paths), block.path)
         if hasattr(type(module), "_get_fsdp_state"):
             inputs = as_captured(inputs, kind.dtypes)
         held = module.__dict__

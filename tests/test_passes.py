@@ -454,7 +454,7 @@ def test_equal_blocks_are_one_kind(case: Case) -> None:
     for index in case.cut_after[1:]:
         path = case.captured.facts.blocks[index]
         kind = tuple(type(module) for module in case.module.get_submodule(path).modules())
-        kinds.setdefault(kind, set()).add(type(outlined.attributes[f"block_{index}"]))
+        kinds.setdefault(kind, set()).add(outlined.attributes[f"block_{index}"].kind)
     assert all(len(code) == 1 for code in kinds.values())
 
 
