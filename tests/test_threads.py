@@ -207,7 +207,7 @@ def test_tasks_that_overlap_leave_nothing_behind() -> None:
     expected = {tail: kept_with(model, tail, ids) for tail in (1, 4, 8)}
 
     async def work(tail: int) -> list[list[int]]:
-        with simba_fx.tail(model, tail), torch.no_grad():
+        with simba_fx.tail(model, tail):
             await asyncio.sleep(0.01 * tail)
             model(ids, use_cache=False)
             await asyncio.sleep(0.05)
@@ -216,7 +216,8 @@ def test_tasks_that_overlap_leave_nothing_behind() -> None:
     async def both() -> list[Any]:
         return await asyncio.gather(work(4), work(8))
 
-    assert asyncio.run(both()) == [expected[4], expected[8]]
-    with torch.no_grad():
+    with torch.no_grad():  # around both: torch's grad mode is the thread's
+        assert asyncio.run(both()) == [expected[4], expected[8]]
         model(ids, use_cache=False)
+    assert torch.is_grad_enabled()
     assert [block[0].tolist() for block in simba_fx.kept(model)] == expected[1]
