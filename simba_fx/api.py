@@ -99,9 +99,8 @@ def transform(model: nn.Module, schedule: ScheduleLike = "linear", *, criterion:
         model = runtime.dense(model)
         if isinstance(runtime, plain.PlainRuntime) and example_inputs is None:
             example_inputs = runtime.examples()
-            mask, mask_marks = (
-                (runtime.options.mask, runtime.options.mask_marks) if mask is None else (mask, mask_marks)
-            )
+            if mask is None:
+                mask, mask_marks = runtime.options.mask, runtime.options.mask_marks
     if any(runtime_of(module) is not None for module in model.modules()):
         raise SimbaError(
             f"This {type(model).__name__} holds a result of simba_fx.transform; expected a dense model, or that result "

@@ -22,7 +22,7 @@ from simba_fx import leftovers, lift
 from simba_fx.comparison import compare_adapters, say_not_compared
 from simba_fx.errors import CaptureError, ScanNotFoundError
 from simba_fx.flat import Captured, check_every_mixer, cut, drop_no_ops, settled, strip_paths
-from simba_fx.graphs import SCANS, expression, look_up, value
+from simba_fx.graphs import SCANS, expression, look_up, tensor_paths, value
 from simba_fx.guards import Question, guards_of, watched
 from simba_fx.inputs import named_sizes
 from simba_fx.refusals import Watch, advice, explained, refuse_quantised, told_in_words
@@ -98,8 +98,7 @@ def capture(module: nn.Module, owner: nn.Module, inputs: Mapping[str, Any], *, p
     if why := compare(sites):
         say_not_compared((site.function for site in sites), why)
     attributes = {}
-    own = {path for path, _ in (*owner.named_parameters(remove_duplicate=False),
-                                *owner.named_buffers(remove_duplicate=False))}  # fmt: skip
+    own = tensor_paths(owner)
     names = (f"constant_{number}" for number in itertools.count() if f"constant_{number}" not in own)
     constants: dict[str, str] = {}
     for node in graph.find_nodes(op="get_attr"):

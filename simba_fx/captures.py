@@ -14,11 +14,11 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from simba_fx import lift
 from simba_fx.flat import Captured
-from simba_fx.graphs import look_up
+from simba_fx.graphs import tensor_paths
 from simba_fx.sharding import dense_class, hollow
 from simba_fx.snapshot import Snapshot
 
@@ -54,19 +54,12 @@ def captured(store: Store, root: nn.Module, now: Snapshot, rest: Iterable[Hashab
     key = _key_of(root, now, *rest)
     if key not in store:
         found, seen = trace()
-        looks = {path: hollow(held) if is_own(root, path) else held for path, held in found.attributes.items()}
+        own = tensor_paths(root)
+        looks = {path: hollow(held) if path in own else held for path, held in found.attributes.items()}
         store[key] = replace(found, attributes=looks), seen
         for oldest in list(store)[:-_MOST]:
             del store[oldest]
     return store[key]
-
-
-def is_own(root: nn.Module, path: str) -> bool:
-    """Whether the path of a captured tensor is that of a parameter or buffer of `root`, and not of a constant."""
-    try:
-        return isinstance(look_up(root, path), Tensor)
-    except AttributeError:
-        return False
 
 
 def _key_of(root: nn.Module, now: Snapshot, *rest: Hashable) -> Hashable:

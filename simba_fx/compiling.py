@@ -68,5 +68,5 @@ def dynamic_marker() -> Callable[[Iterable[Any], Iterable[tuple[int, ...]]], Non
                 for dim in dynamic[: tensor.dim()]:
                     torch._dynamo.maybe_mark_dynamic(tensor, dim)
 
-    marker: Callable[[Iterable[Any], Iterable[tuple[int, ...]]], None] = disable_compile(mark)
+    marker: Callable[[Iterable[Any], Iterable[tuple[int, ...]]], None] = skip_frame(mark)
     return marker

@@ -20,7 +20,7 @@ from typing import Any
 
 import sympy
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 import simba_fx.ops  # noqa: F401  # registers the operators named below
 from simba_fx.errors import GraphError
@@ -60,6 +60,12 @@ def look_up(root: Any, path: str) -> Any:
     for name in path.split("."):
         root = getattr(root, name)
     return root
+
+
+def tensor_paths(root: nn.Module) -> set[str]:
+    """The paths of a module's parameters and buffers, each by all the names that it has."""
+    tensors = (root.named_parameters(remove_duplicate=False), root.named_buffers(remove_duplicate=False))
+    return {path for named in tensors for path, _ in named}
 
 
 def region(node: fx.Node) -> int:

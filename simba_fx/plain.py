@@ -59,7 +59,7 @@ class PlainRuntime(Memory):
 
     @property
     def built(self) -> Built:
-        return replace(self.graphs[-1][1], program=self.held)
+        return self.graphs[-1][1]
 
     def any_built(self) -> Built:
         return self.built
@@ -82,11 +82,14 @@ class PlainRuntime(Memory):
         self.root, self.fingerprint = root, Fingerprint(root, self.options.compile == "blocks")
         now = self.fingerprint.snapshot()
         built = self._built(now) if known is None else known[1]
-        program: Any = built.program if known is None else built.program.over(root)
-        program.read_from(root)
+        program: Any = built.program
+        if known is None:
+            program.read_from(root)
+        else:
+            program = program.over(root)
         self.fingerprint.captured(program.called())
         program.__dict__["training"] = root.training
-        self.graphs.append((now, built, program.state()))
+        self.graphs.append((now, replace(built, program=program), program.state()))
         _call_as_module(program, self)
         return program  # type: ignore[no-any-return]
 
@@ -101,7 +104,7 @@ class PlainRuntime(Memory):
                 built = self._built(now)
                 other: Any = built.program
                 other.read_from(self.root)
-                found = now, built, other.state()
+                found = now, replace(built, program=self.held), other.state()
             self.held.become(found[2])
             _call_as_module(self.held, self)
             others = [graph for graph in self.graphs if graph is not found]

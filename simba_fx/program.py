@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import sympy
@@ -19,8 +19,8 @@ from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
 from simba_fx import leftovers
-from simba_fx.compiling import disable_compile, skip_frame
-from simba_fx.graphs import expression, look_up, value
+from simba_fx.compiling import disable_compile, dynamic_marker, skip_frame
+from simba_fx.graphs import expression, look_up, tensor_paths, value
 from simba_fx.sharding import MET, as_captured, refuse_sharded
 from simba_fx.twins import adopt_block
 
@@ -124,17 +124,12 @@ def _frames() -> tuple[Any, Any]:
 
     Each is one frame that Dynamo skips, so that it meets the code of kinds and nothing else.
     """
-    import torch._dynamo
-
-    mark, call_module = torch._dynamo.maybe_mark_dynamic, nn.Module.__call__
+    mark, call_module = dynamic_marker(), nn.Module.__call__
     adopt, refuse = disable_compile(adopt_block), disable_compile(refuse_sharded)
 
     def call(block: Any, *inputs: Any) -> Any:
         kind = block.kind
-        for tensor, dims in zip(inputs, kind.dynamic):
-            if dims and isinstance(tensor, Tensor):
-                for dim in dims:
-                    mark(tensor, dim)
+        mark(inputs, kind.dynamic)
         module = block.module()
         if not block.hooked:
             return block.run(module, inputs)
@@ -200,7 +195,7 @@ class Program(fx.GraphModule):
     def read_from(self, root: nn.Module) -> None:
         """From now on compute with what is registered in `root`, whose containers this program shares. What does not
         lie there stays the program's own."""
-        theirs = {path for path, _ in _tensors(root)}
+        theirs = tensor_paths(root)
         own = {path: held for path, held in self._own.items() if path not in theirs}
         self.__dict__.update({name: root.__dict__[name] for name in _TREE} | own, _simba_root=root, _own=own)
         for block in self._blocks().values():
@@ -230,11 +225,6 @@ class Program(fx.GraphModule):
         if self._skips_frame:
             type(self).forward = skip_frame(type(self).forward)
         return code
-
-
-def _tensors(root: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from root.named_parameters(remove_duplicate=False)
-    yield from root.named_buffers(remove_duplicate=False)
 
 
 def _register(root: Any, path: str, held: Any) -> None:
