@@ -34,21 +34,21 @@ class LastCall(NamedTuple):
     """`(B, L)`, not 0 where a token of the input is real; None: everywhere."""
 
 
-_Held = weakref.WeakKeyDictionary["Memory", Any]
-_asked: ContextVar[_Held] = ContextVar("simba_fx asked")
-_last: ContextVar[_Held] = ContextVar("simba_fx last")
-_nothing: _Held = weakref.WeakKeyDictionary()
+class _Place:
+    """Where a context's share of a memory lies. The share itself is with the memory: a call leads to its model, and
+    contexts, which live as long as their thread, keep no model alive."""
+
+    __slots__ = ("__weakref__",)
+
+
+_Places = weakref.WeakKeyDictionary["Memory", _Place]
+_asked: ContextVar[_Places] = ContextVar("simba_fx asked")
+_last: ContextVar[_Places] = ContextVar("simba_fx last")
+_nowhere: _Places = weakref.WeakKeyDictionary()
 
 _numbers = itertools.count()
 _asked_of_all: dict[int, Asked] = {}
 """By runtime. Of tensors that a module leads to, Dynamo takes each size for a constant."""
-
-
-def _set(variable: ContextVar[_Held], memory: Memory, held: Any) -> None:
-    """In a dictionary of its own: contexts that were copied from this one keep theirs."""
-    new: _Held = weakref.WeakKeyDictionary(variable.get(_nothing))
-    new[memory] = held
-    variable.set(new)
 
 
 class Memory:
@@ -61,8 +61,10 @@ class Memory:
     options: Any
     _whole: LastCall | None = None
     _traced: LastCall | None = None
+    _shares: weakref.WeakKeyDictionary[_Place, Any]
 
     def __post_init__(self) -> None:
+        self._shares = weakref.WeakKeyDictionary()
         self._number = next(_numbers)
         weakref.finalize(self, _asked_of_all.pop, self._number, None).atexit = False
         _asked_of_all[self._number] = Asked(self.options.least_tail)
@@ -72,15 +74,14 @@ class Memory:
         usual = _asked_of_all[self._number]
         if self.options.compile == "whole":
             return usual
-        found: Asked = _asked.get(_nothing).get(self, usual)
-        return found
+        return self._here(_asked) or usual
 
     @asked.setter
     def asked(self, asked: Asked) -> None:
         if self.options.compile == "whole":
             _asked_of_all[self._number] = asked
         else:
-            _set(_asked, self, asked)
+            self._put(_asked, asked)
 
     @property
     def tail(self) -> int:
@@ -95,7 +96,7 @@ class Memory:
     def last(self) -> LastCall | None:
         if exported():
             return self._traced
-        return self._whole if self.options.compile == "whole" else _last.get(_nothing).get(self)
+        return self._whole if self.options.compile == "whole" else self._here(_last)
 
     @last.setter
     def last(self, call: LastCall) -> None:
@@ -106,4 +107,16 @@ class Memory:
         if self.options.compile == "whole":
             self._whole = call
         else:
-            _set(_last, self, call)
+            self._put(_last, call)
+
+    def _here(self, variable: ContextVar[_Places]) -> Any:
+        place = variable.get(_nowhere).get(self)
+        return None if place is None else self._shares.get(place)
+
+    def _put(self, variable: ContextVar[_Places], share: Any) -> None:
+        """At a new place: contexts that were copied from this one keep theirs."""
+        place = _Place()
+        self._shares[place] = share
+        places: _Places = weakref.WeakKeyDictionary(variable.get(_nowhere))
+        places[self] = place
+        variable.set(places)

@@ -10,6 +10,7 @@ import dataclasses
 import inspect
 import itertools
 import types
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -22,7 +23,7 @@ from simba_fx.snapshot import hooks_of
 
 __all__ = ["adopt_block", "copies_of", "copy_to_trace", "dense_again", "own_forward", "subclass", "twin_around"]
 
-_classes: dict[tuple[type, str], type] = {}
+_classes: weakref.WeakValueDictionary[tuple[type, str], type] = weakref.WeakValueDictionary()
 
 
 def twin_around(model: nn.Module, runtime: Any, stack_class: type, blocks: bool) -> nn.Module:
@@ -163,15 +164,16 @@ def _make_whole(module: nn.Module, copies: Mapping[nn.Module, nn.Module], state:
 
 def subclass(cls: type[nn.Module], kind: str, forward: Callable[..., Any], **members: Any) -> type:
     """A subclass of a model's class, under its name and with its signature, with a forward and members of ours."""
-    if (cls, kind) not in _classes:
+    ours: Any = _classes.get((cls, kind))
+    if ours is None:
         if forward is not cls.forward:
             forward.__signature__ = inspect.signature(cls.forward)  # type: ignore[attr-defined]
             forward.__doc__ = cls.forward.__doc__
         names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "_simba_class": True}
         ways = {"__reduce_ex__": _pickled, "__copy__": _shallow_copy, "__deepcopy__": _deep_copy}
-        _classes[cls, kind] = type(cls.__name__, (cls,), {**names, **ways, **members})
-        _classes[cls, kind].forward = forward  # type: ignore[attr-defined]  # after transformers has wrapped it
-    return _classes[cls, kind]
+        ours = _classes[cls, kind] = type(cls.__name__, (cls,), {**names, **ways, **members})
+        ours.forward = forward  # after transformers has wrapped it
+    return ours  # type: ignore[no-any-return]
 
 
 def adopt_block(module: nn.Module) -> None:

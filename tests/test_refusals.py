@@ -451,3 +451,27 @@ def test_transforms_leave_nothing_behind() -> None:
         simba_fx.transform(model)(IDS)
     assert there() == before
     assert FakeTensorMode.cache_info().size <= 4096
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("name", ["mamba", "zamba2"])
+def test_a_model_that_was_called_goes_when_its_user_lets_it_go(name: str, compiled: bool) -> None:
+    """What it remembers of the thread's last call, and was asked for, leads to it and must not keep it."""
+    import gc
+    import weakref
+
+    def ours(cls: Any) -> bool:
+        return "_simba_class" in vars(cls)
+
+    def user() -> tuple[Any, ...]:
+        sparse: Any = simba_fx.transform(BY_NAME[name].build(), "linear")
+        run = torch.compile(sparse, backend="eager") if compiled else sparse
+        with torch.no_grad(), simba_fx.tail(sparse, 3):
+            run(tokens(0, 2, 40))
+        assert simba_fx.kept(sparse)
+        return *map(weakref.ref, sparse.parameters()), *map(weakref.ref, map(type, sparse.modules()))
+
+    left = user()
+    torch.compiler.reset()
+    gc.collect()
+    assert not [held for ref in left if (held := ref()) is not None and (isinstance(held, Tensor) or ours(held))]
