@@ -23,7 +23,7 @@ from transformers.models.mamba.modeling_mamba import mamba_selective_scan
 from transformers.models.mamba2.modeling_mamba2 import mamba2_chunk_scan
 
 from simba_fx import ops
-from simba_fx.ops import native
+from simba_fx.ops.cpu import native
 
 Run = Callable[[], object]
 

@@ -26,6 +26,7 @@ if __name__ != "simba_fx.passes":
 
 from typing import Any
 
+from simba_fx.graph.plan import Cut
 from simba_fx.passes.channel_last import ChannelLast
 from simba_fx.passes.drop_casts import DropCasts
 from simba_fx.passes.erase_sites import EraseSites
@@ -38,7 +39,6 @@ from simba_fx.passes.restore_length import RestoreLength
 from simba_fx.passes.score_tokens import ScoreTokens
 from simba_fx.passes.select_tokens import SelectTokens
 from simba_fx.passes.track_tokens import TrackTokens
-from simba_fx.plan import Cut
 
 __all__ = [
     "ChannelLast",

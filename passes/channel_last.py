@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from simba_fx.graphs import SCANS, Facts, Insert, region, value
+from simba_fx.graph.facts import SCANS, Facts, Insert, region, value
 
 _ATEN = torch.ops.aten
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from simba_fx.graphs import Facts, value
+from simba_fx.graph.facts import Facts, value
 
 _ATEN = torch.ops.aten
 _CAST = _ATEN.to.dtype

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from simba_fx.graphs import Facts
+from simba_fx.graph.facts import Facts
 
 
 @dataclass(frozen=True)
 class EraseSites:
-    """Drop the identities that `simba_fx.lift` put around each lifted call.
+    """Drop the identities that `simba_fx.capture.lift` put around each lifted call.
 
     Before: `e = site_enter(u, [...], 3); y = selective_scan(e, ...)[0]; r = site_exit(y, 3, 0)`.
     After: `y = selective_scan(u, ...)[0]`, and r's users read y.

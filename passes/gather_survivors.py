@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from simba_fx.errors import GraphError
-from simba_fx.graphs import (
+from simba_fx.graph.facts import (
     Facts,
     Insert,
     depends_on_length,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from simba_fx.errors import GraphError
-from simba_fx.graphs import (
+from simba_fx.graph.facts import (
     MARK,
     SAME_PLACES,
     SIMILAR,

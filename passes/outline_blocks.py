@@ -12,8 +12,9 @@ import sympy
 import torch
 from torch import Tensor, fx
 
+from simba_fx.capture.blocks import paths
 from simba_fx.errors import GraphError
-from simba_fx.graphs import (
+from simba_fx.graph.facts import (
     MARK,
     Facts,
     Insert,
@@ -25,8 +26,7 @@ from simba_fx.graphs import (
     stem,
     value,
 )
-from simba_fx.program import CRITERION, Block, Kind
-from simba_fx.regions import paths
+from simba_fx.runtime.program import CRITERION, Block, Kind
 
 _TOP = ("track-tokens", "select-tokens", "restore-length")
 """Passes whose nodes stay at the top level: what connects blocks rather than computes in them."""

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from simba_fx.graphs import Facts, Insert, tracked, value
+from simba_fx.graph.facts import Facts, Insert, tracked, value
+from simba_fx.options import named_positions
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,3 @@ class ProtectTokens:
                 target = torch.ops.simba_fx.row_positions.default
                 insert(target, positions, real, columns, val=val, role=role, name=role)
         return 1
-
-
-def named_positions(query: int | None, protect: tuple[int, ...]) -> list[int]:
-    """What must be kept in every block, each position once, the query first."""
-    return list(dict.fromkeys((*(() if query is None else (query,)), *protect)))

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from simba_fx.graphs import Facts, Insert, region, value
-from simba_fx.lift import CallSite
+from simba_fx.capture.lift import CallSite
+from simba_fx.graph.facts import Facts, Insert, region, value
 
 _ENTER, _EXIT = torch.ops.simba_fx.site_enter.default, torch.ops.simba_fx.site_exit.default
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from simba_fx.errors import GraphError
-from simba_fx.graphs import (
+from simba_fx.graph.facts import (
     Facts,
     Insert,
     end_of,
@@ -22,7 +22,7 @@ from simba_fx.graphs import (
     value,
     where,
 )
-from simba_fx.streams import continued
+from simba_fx.graph.residual import continued
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class RestoreLength:
     1. Each token is read once and written once: the places are a permutation of 0 … L-1 (with padding, place L takes
     what has none of its own). 2. Values of earlier blocks that are outputs (`output_hidden_states`) are restored
     from the exits before them. 3. `output="kept"`: nothing to restore. 4. Of several values carried from block to block
-    each is restored from its own exits (`simba_fx.streams`).
+    each is restored from its own exits (`simba_fx.graph.residual`).
     """
 
     output: str = "full"

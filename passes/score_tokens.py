@@ -10,9 +10,9 @@ import torch
 from torch import fx
 
 from simba_fx import ops
-from simba_fx.directions import carrying, check_cuts, scan_directions, ways
-from simba_fx.graphs import Facts, Insert, end_of, nodes_of, operator_of, scans_of, tracked, value
-from simba_fx.plan import Cut
+from simba_fx.graph.facts import Facts, Insert, end_of, nodes_of, operator_of, scans_of, tracked, value
+from simba_fx.graph.plan import Cut
+from simba_fx.graph.token_order import carrying, check_cuts, scan_directions, ways
 
 _SCORES = {
     torch.ops.simba_fx.selective_scan.default: torch.ops.simba_fx.selective_token_score.default,

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from simba_fx.graphs import Facts, Insert, end_of, nodes_of, output_of, returned, selects, tracked, value
-from simba_fx.plan import Cut
+from simba_fx.graph.facts import Facts, Insert, end_of, nodes_of, output_of, returned, selects, tracked, value
+from simba_fx.graph.plan import Cut
 
 OUTPUTS = ("kept", "dropped", "positions", "left", "real")
 """Names of a selection's results: region indices that stay and go, then their positions in the input, then realness."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from simba_fx.graphs import MARK, REGION, Facts, Insert, placeholder, tracked, value
+from simba_fx.graph.facts import MARK, REGION, Facts, Insert, placeholder, tracked, value
 
 
 @dataclass(frozen=True)

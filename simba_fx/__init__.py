@@ -12,16 +12,14 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import sys
-import types
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from simba_fx import errors
     from simba_fx.api import answer, explain, kept, lengths, program, reached, tail, transform
-    from simba_fx.lift import register_scan
+    from simba_fx.capture.lift import register_scan
     from simba_fx.operands import SelectiveScan, SSDScan
-    from simba_fx.report import report
+    from simba_fx.reporting import report
     from simba_fx.saving import load, save
     from simba_fx.schedule import Budget, Constant, Cosine, Dense, Linear, Stages
 
@@ -51,25 +49,15 @@ __all__ = [
 
 _HOMES = {
     "api": ("answer", "explain", "kept", "lengths", "program", "reached", "tail", "transform"),
-    "lift": ("register_scan",),
+    "capture.lift": ("register_scan",),
     "operands": ("SSDScan", "SelectiveScan"),
-    "report": ("report",),
+    "reporting": ("report",),
     "saving": ("load", "save"),
     "schedule": ("Budget", "Constant", "Cosine", "Dense", "Linear", "Stages"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 """In which module each name is defined; the others of `__all__` are modules themselves."""
 
-
-class _Package(types.ModuleType):
-    """Two names are functions and modules: `simba_fx.report` and `simba_fx.program` are the functions."""
-
-    def __setattr__(self, name: str, value: object) -> None:
-        if name not in _HOME_OF or not isinstance(value, types.ModuleType):  # the import system binds what it imported
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
 
 if not TYPE_CHECKING:  # type checkers know the names from above, and that there are no others
 

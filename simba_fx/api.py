@@ -11,15 +11,19 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from simba_fx import huggingface, losses, mixer_model, plain
-from simba_fx.build import Built, Criterion, Options
 from simba_fx.errors import SimbaError
 from simba_fx.flops import budget_cost
-from simba_fx.memory import LastCall
-from simba_fx.pipeline import diff
-from simba_fx.plan import reasons
+from simba_fx.frontends import mamba_ssm as mixer_model
+from simba_fx.frontends import module as plain
+from simba_fx.frontends.transformers import model as huggingface
+from simba_fx.graph.plan import reasons
+from simba_fx.graph.runner import diff
+from simba_fx.options import Criterion, Options
+from simba_fx.runtime import labels as losses
+from simba_fx.runtime.build import Built
+from simba_fx.runtime.fsdp import is_sharded
+from simba_fx.runtime.last_call import LastCall
 from simba_fx.schedule import Budget, Schedule, as_schedule
-from simba_fx.sharding import is_sharded
 from simba_fx.versions import name_untested
 
 __all__ = ["answer", "explain", "kept", "lengths", "program", "reached", "tail", "transform"]

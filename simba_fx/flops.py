@@ -25,11 +25,12 @@ from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 from simba_fx import ops, passes
-from simba_fx.build import CustomCriterion, Options, scoring_blocks
-from simba_fx.capture import Captured
-from simba_fx.directions import reaches_all
-from simba_fx.graphs import MARK, Facts, region, value
-from simba_fx.plan import Cut, cuts_of, entering
+from simba_fx.capture.normalise import Captured
+from simba_fx.graph.facts import MARK, Facts, region, value
+from simba_fx.graph.plan import Cut, cuts_of, entering
+from simba_fx.graph.token_order import reaches_all
+from simba_fx.options import Options
+from simba_fx.runtime.build import CustomCriterion, scoring_blocks
 from simba_fx.schedule import Cost, kept_count
 
 __all__ = ["BudgetCost", "Counts", "Curve", "ModelFlops", "budget_cost", "count", "model_flops", "surroundings_of"]
@@ -40,7 +41,7 @@ class Counts:
     """FLOPs of one run of a graph."""
 
     regions: Mapping[int, int]
-    """By region (`simba_fx.graphs`), without scores."""
+    """By region (`simba_fx.graph.facts`), without scores."""
     scores: Mapping[int, int]
     """Of the nodes that `score-tokens` made, by region."""
     outputs: tuple[Any, ...]
@@ -316,5 +317,5 @@ class BudgetCost:
 
 
 def budget_cost(model: nn.Module | None, stack: Any = None) -> BudgetCost:
-    """What `simba_fx.build` asks when the schedule is a FLOP budget; arguments as in `BudgetCost`."""
+    """What `simba_fx.runtime.build` asks when the schedule is a FLOP budget; arguments as in `BudgetCost`."""
     return BudgetCost(model, stack)

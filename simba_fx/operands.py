@@ -20,7 +20,7 @@ class Operands:
     """What one lifted call is given: base of a frozen dataclass with the call's tensors, and how to run it.
 
     A fused function, which holds a scan among other operators, has a class of its own beside its rows
-    (`simba_fx.lifts.mamba_ssm`): its `run` is the same computation as ordinary operators and a scan.
+    (`simba_fx.capture.scan_functions.mamba_ssm`): its `run` is the same computation as ordinary operators and a scan.
     """
 
     entry: ClassVar[str]

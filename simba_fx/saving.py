@@ -25,12 +25,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from simba_fx import huggingface, mixer_model, schedule
+from simba_fx import schedule
 from simba_fx.api import program, runtime_of, transform
-from simba_fx.build import Criterion, Options
 from simba_fx.errors import ScheduleError, SimbaError
-from simba_fx.sharding import dense_class, is_sharded
-from simba_fx.stranger import (
+from simba_fx.frontends import mamba_ssm as mixer_model
+from simba_fx.frontends.transformers import model as huggingface
+from simba_fx.options import Criterion, Options
+from simba_fx.runtime.fsdp import dense_class, is_sharded
+from simba_fx.untrusted import (
     IMPLEMENTATIONS,
     check_config,
     check_files,

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from simba_fx import SelectiveScan, register_scan
-from simba_fx.capture import Captured, capture
-from simba_fx.huggingface import Signature, capture_stack
+from simba_fx.capture.export import capture_graph
+from simba_fx.capture.normalise import Captured
+from simba_fx.frontends.transformers.model import Signature, capture_stack
 
 ROWS, LENGTH = 3, 24  # of the example that is traced; no width below equals either
 WIDTH, STATES = 6, 5
@@ -248,7 +249,7 @@ def capture_plain(module: nn.Module, mask: bool = False) -> Captured:
     inputs = {"x": torch.zeros(ROWS, LENGTH, WIDTH)}
     if mask:
         inputs["mask"] = torch.ones(ROWS, LENGTH)
-    return capture(module, module, inputs, primary="x", mask="mask" if mask else None)
+    return capture_graph(module, module, inputs, primary="x", mask="mask" if mask else None)
 
 
 CASES: tuple[Case, ...] = (

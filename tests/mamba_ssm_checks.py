@@ -525,7 +525,7 @@ def test_attention_layers_prune_without_states_and_are_refused_with_them() -> No
 
 
 def test_calls_that_no_operator_stands_for_are_refused() -> None:
-    rows: dict[str, Any] = simba_fx.lifts.mamba_ssm.ROWS
+    rows: dict[str, Any] = simba_fx.capture.scan_functions.mamba_ssm.ROWS
     token, constant = torch.zeros(2, 4, 24), torch.zeros(12, 4)
     wide, head = torch.zeros(2, 12, 24), torch.zeros(2, 24, 3, 4)
     calls = {

@@ -29,9 +29,10 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 import simba_fx
-from simba_fx import pipeline, plain
-from simba_fx.capture import capture
+from simba_fx.capture.export import capture_graph
 from simba_fx.errors import GraphError, InputError, SimbaError
+from simba_fx.frontends import module as plain
+from simba_fx.graph import runner as pipeline
 from simba_fx.ops import protect_tokens, row_positions
 
 FLOAT = TOLERANCE[torch.float32]
@@ -167,11 +168,11 @@ def one_capture_per_module() -> Iterator[None]:
 
     def remembered(model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if model not in known:
-            known[model] = capture(model, *args, **kwargs)
+            known[model] = capture_graph(model, *args, **kwargs)
         return known[model]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plain, "capture", remembered)
+        patch.setattr(plain, "capture_graph", remembered)
         yield
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, StaticCache
 
 import simba_fx
-from simba_fx.caches import is_warm
+from simba_fx.frontends.transformers.caches import is_warm
 
 HYBRIDS = [BY_NAME[name] for name in ("bamba", "falcon-h1", "jamba", "zamba2")]
 every_hybrid = pytest.mark.parametrize("entry", HYBRIDS, ids=names(HYBRIDS))

@@ -16,9 +16,11 @@ from reference import assert_close
 from torch import Tensor, nn
 
 import simba_fx
-from simba_fx import SelectiveScan, errors, lift, lifts, pipeline, register_scan
-from simba_fx.capture import capture
-from simba_fx.graphs import SCANS, region
+from simba_fx import SelectiveScan, errors, register_scan
+from simba_fx.capture import lift, scan_functions
+from simba_fx.capture.export import capture_graph
+from simba_fx.graph import runner as pipeline
+from simba_fx.graph.facts import SCANS, region
 
 HERE = sys.modules[__name__]
 ADVICE = (
@@ -340,7 +342,7 @@ def test_a_length_as_a_plain_number() -> None:
 def test_an_example_whose_sizes_say_too_little(shape: tuple[int, ...]) -> None:
     module = Plain(Block())
     with pytest.raises(errors.CaptureError) as caught:
-        capture(module, module, {"x": torch.zeros(shape)}, primary="x")
+        capture_graph(module, module, {"x": torch.zeros(shape)}, primary="x")
     assert str(caught.value) == (
         f"Capture expects an example x of shape (B, L, ...), B ≠ L, both > 1; found {shape}."
     )  # fmt: skip
@@ -350,7 +352,7 @@ def test_packed_sequences() -> None:
     x = torch.zeros(1, 2, 1, 1)
     for name in ("initial_states", "seq_idx"):
         with pytest.raises(errors.CaptureError) as caught:
-            lifts.transformers.ROWS["mamba2_chunk_scan"](x, x, x, x, x, 8, **{name: x})
+            scan_functions.transformers.ROWS["mamba2_chunk_scan"](x, x, x, x, x, 8, **{name: x})
         assert str(caught.value) == (
             f"mamba2_chunk_scan was called with {name}; only whole sequences that start from a zero state can be "
             "pruned. Call the model without packed sequences and without a warm cache."

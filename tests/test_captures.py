@@ -18,8 +18,8 @@ from models import BY_NAME, logits, tokens
 from torch import Tensor, nn
 
 import simba_fx
-from simba_fx import captures
-from simba_fx.snapshot import snapshot
+from simba_fx.runtime import captures
+from simba_fx.runtime.fingerprint import snapshot
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
 own_model: Any = importlib.import_module("own_model")

@@ -16,7 +16,8 @@ from reference import assert_close
 from torch import Tensor, nn
 
 import simba_fx
-from simba_fx import comparison, lift
+from simba_fx.capture import adapters as comparison
+from simba_fx.capture import lift
 from simba_fx.errors import CaptureError
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))

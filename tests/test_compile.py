@@ -28,8 +28,8 @@ from torch._dynamo.utils import counters
 from torch._inductor.utils import fresh_cache
 
 import simba_fx
-from simba_fx.inputs import autocast_dtype
-from simba_fx.lift import exported
+from simba_fx.capture.examples import autocast_dtype
+from simba_fx.capture.tracing import exported
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
 own_model: Any = importlib.import_module("own_model")

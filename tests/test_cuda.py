@@ -22,7 +22,8 @@ from torch._dynamo.utils import counters
 
 import simba_fx
 from simba_fx import ops
-from simba_fx.ops import backends, cuda, reference
+from simba_fx.ops import backends, reference
+from simba_fx.ops.cuda import packages as cuda
 
 DEVICE = "cuda"
 OPS = torch.ops.simba_fx

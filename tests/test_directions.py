@@ -10,9 +10,9 @@ from graph_cases import WIDTH, Block, Both, Mixer, Plain, Turned, TurnedOutside,
 from torch import Tensor, nn
 
 import simba_fx
-from simba_fx.directions import reaches_all, scan_directions, ways
 from simba_fx.errors import GraphError
-from simba_fx.graphs import region
+from simba_fx.graph.facts import region
+from simba_fx.graph.token_order import reaches_all, scan_directions, ways
 
 
 class Applied(nn.Module):

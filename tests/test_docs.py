@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import simba_fx
-from simba_fx import pipeline
+from simba_fx.graph import runner as pipeline
 
 ROOT = Path(__file__).resolve().parents[1]
 RUN = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])

@@ -25,8 +25,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 
 import simba_fx
-from simba_fx.dynamo import simba_fx as backend
-from simba_fx.graphs import SCANS, SELECTS
+from simba_fx.frontends.dynamo import simba_fx as backend
+from simba_fx.graph.facts import SCANS, SELECTS
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
 own_model: Any = importlib.import_module("own_model")
@@ -392,7 +392,7 @@ warnings.simplefilter("ignore")
 import torch
 from transformers import MambaConfig, MambaForCausalLM
 if sys.argv[1] == "loaded":
-    import simba_fx.dynamo
+    import simba_fx.frontends.dynamo
 graphs = []
 def backend(gm, _):
     graphs.append(gm.print_readable(print_output=False))
@@ -531,8 +531,8 @@ def test_a_backend_that_calls_this_one() -> None:
 
     model = nn.Sequential(nn.Linear(3, 3))
     assert refusal(lambda: torch.compile(model, backend=mine)(torch.ones(2, 3))) == (
-        "simba_fx.dynamo.simba_fx was called by another backend, or outside of torch.compile; expected to be the "
-        'backend that Dynamo traces for, so that scans are calls. Write torch.compile(model, backend="simba_fx").'
+        "simba_fx.frontends.dynamo.simba_fx was called by another backend, or outside of torch.compile; expected to be "
+        'the backend that Dynamo traces for, so that scans are calls. Write torch.compile(model, backend="simba_fx").'
     )
 
 

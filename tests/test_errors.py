@@ -453,7 +453,7 @@ class Other(nn.Module):
 @pytest.fixture
 def register(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """`register_scan`, undone after the test."""
-    from simba_fx import lift
+    from simba_fx.capture import lift
 
     monkeypatch.setattr(lift, "_registered", dict(lift._registered))
     return simba_fx.register_scan

@@ -260,7 +260,7 @@ import simba_fx.ops
 
 folder = sys.argv[1]
 torch.set_num_threads(int(sys.argv[2]))  # as where the results are compared: products are summed in other orders
-names = ("simba_fx.api", "simba_fx.passes", "simba_fx.capture", "transformers", "torch._dynamo")
+names = ("simba_fx.api", "simba_fx.passes", "simba_fx.capture.export", "transformers", "torch._dynamo")
 assert not [name for name in names if name in sys.modules], "import simba_fx.ops is light"
 run = {
     "mamba2": torch._inductor.aoti_load_package(folder + "/mamba2.pt2"),

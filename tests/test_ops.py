@@ -21,7 +21,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from simba_fx import ops
 from simba_fx.errors import CriterionError
-from simba_fx.ops import backends, chunked_ssd, cuda, native, reference
+from simba_fx.ops import backends, chunked_ssd, reference
+from simba_fx.ops.cpu import native
+from simba_fx.ops.cuda import packages as cuda
 from simba_fx.schedule import kept_count
 
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 6e-3, torch.float16: 8e-4}

@@ -17,7 +17,9 @@ import pytest
 import torch
 
 from simba_fx import ops
-from simba_fx.ops import backends, cache, cuda, native
+from simba_fx.ops import backends
+from simba_fx.ops.cpu import cache, native
+from simba_fx.ops.cuda import packages as cuda
 
 
 @pytest.fixture

@@ -116,23 +116,22 @@ def test_the_operators_are_imported_alone() -> None:
     (names,) = run(f"import sys; from simba_fx import Linear, ops; {loaded}")
     assert {name for name in names.split() if not name.startswith("simba_fx.ops")} == found
     (names,) = run(f"import sys, simba_fx; simba_fx.transform; {loaded}")
-    assert {"simba_fx.api", "simba_fx.passes", "simba_fx.huggingface"} <= set(names.split())
+    assert {"simba_fx.api", "simba_fx.passes", "simba_fx.frontends.transformers.model"} <= set(names.split())
 
 
 def test_names_are_found_however_they_are_asked_for() -> None:
-    """Also the two that are functions and modules, whichever is imported first."""
     assert run(
-        "from simba_fx.program import Program\n"
-        "import simba_fx, simba_fx.report as report\n"
+        "from simba_fx.runtime.program import Program\n"
+        "import simba_fx\n"
         "from simba_fx import passes, program\n"
-        "print(program.__name__, report.__name__, simba_fx.program is program, passes.__name__)\n"
-        "print(simba_fx.errors.SimbaError.__name__, simba_fx.lifts.__name__)"
-    ) == ["program report True simba_fx.passes", "SimbaError simba_fx.lifts"]
+        "print(program.__name__, simba_fx.program is program, passes.__name__)\n"
+        "print(simba_fx.errors.SimbaError.__name__, simba_fx.frontends.__name__)"
+    ) == ["program True simba_fx.passes", "SimbaError simba_fx.frontends"]
     assert run(
         "import simba_fx\nprint(set(simba_fx.__all__) <= set(dir(simba_fx)), hasattr(simba_fx, 'nonsense'))\n"
         "from simba_fx import *\nprint(load.__module__, report.__module__)\n"
         "try:\n    simba_fx.nonsense\nexcept AttributeError as error:\n    print(error)"
-    ) == ["True False", "simba_fx.saving simba_fx.report", "module 'simba_fx' has no attribute 'nonsense'"]
+    ) == ["True False", "simba_fx.saving simba_fx.reporting", "module 'simba_fx' has no attribute 'nonsense'"]
 
 
 def sources() -> set[str]:

@@ -27,9 +27,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 
 import simba_fx
-from simba_fx import SelectiveScan, passes, pipeline
-from simba_fx.build import CustomCriterion
-from simba_fx.graphs import (
+from simba_fx import SelectiveScan, passes
+from simba_fx.graph import runner as pipeline
+from simba_fx.graph.facts import (
     MARK,
     REGION,
     SELECTS,
@@ -43,10 +43,11 @@ from simba_fx.graphs import (
     selects,
     value,
 )
+from simba_fx.graph.plan import cuts_of
 from simba_fx.ops.select import SPARE
 from simba_fx.passes.select_tokens import OUTPUTS
-from simba_fx.plan import cuts_of
-from simba_fx.program import Block, Program
+from simba_fx.runtime.build import CustomCriterion
+from simba_fx.runtime.program import Block, Program
 from simba_fx.schedule import kept_count
 
 

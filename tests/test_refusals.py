@@ -437,7 +437,7 @@ def test_transforms_leave_nothing_behind() -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.graph_module import _loader
 
-    from simba_fx.program import Block, Program
+    from simba_fx.runtime.program import Block, Program
 
     def there() -> tuple[int, int, int]:
         gc.collect()

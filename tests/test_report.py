@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 import simba_fx
 from simba_fx import flops
-from simba_fx.build import Options
 from simba_fx.errors import ScheduleError, SimbaError
-from simba_fx.huggingface import stack_of
-from simba_fx.report import DROPPED, KEPT, PADDING, Report
+from simba_fx.frontends.transformers.model import stack_of
+from simba_fx.options import Options
+from simba_fx.reporting import DROPPED, KEPT, PADDING, Report
 from simba_fx.schedule import resolve_shares
 
 LENGTH = 160

@@ -29,8 +29,8 @@ from torch import Tensor, nn
 from transformers import MambaForCausalLM, logging
 
 import simba_fx
-from simba_fx.build import CRITERIA, Options
 from simba_fx.errors import CaptureError, ScheduleError, SimbaError
+from simba_fx.options import CRITERIA, Options
 from simba_fx.saving import FILE, WEIGHTS, options_from_json, options_to_json
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))

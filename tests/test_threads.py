@@ -15,7 +15,7 @@ from reference import assert_close, cache_name
 from torch import Tensor, nn
 
 import simba_fx
-from simba_fx import huggingface
+from simba_fx.frontends.transformers import model as huggingface
 
 
 def at_once(*works: Callable[[threading.Event], Any]) -> list[Any]:

@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.library import opcheck
 
 from simba_fx import ops
-from simba_fx.ops import backends, cuda, reference
-from simba_fx.ops.triton.common import INTERPRETED, launch
+from simba_fx.ops import backends, reference
+from simba_fx.ops.cuda import packages as cuda
+from simba_fx.ops.cuda.triton.common import INTERPRETED, launch
 
 OPS = torch.ops.simba_fx
 SELECTIVE = ("u", "delta", "A", "B", "C", "delta_bias")

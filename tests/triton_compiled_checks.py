@@ -28,7 +28,7 @@ from triton_targets import CHANNELS, LAYOUTS, Launch, hottest_loop, mufu, usage
 
 from simba_fx import ops
 from simba_fx.ops import backends, inline
-from simba_fx.ops.triton import scan, score
+from simba_fx.ops.cuda.triton import scan, score
 
 pytestmark = pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")  # Triton 3.9 announces a default of 3.10
 OPS = torch.ops.simba_fx

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 import simba_fx
-from simba_fx.ops import cuda, kernel_path
+from simba_fx.ops import kernel_path
+from simba_fx.ops.cuda import packages as cuda
 
 ENTRY = BY_NAME[os.environ["FAMILY"]]
 LENGTH = 40 if DRY else 150

@@ -112,7 +112,7 @@ def graphs_skipped() -> int:
 def environment(device: torch.device) -> dict[str, Any]:
     """The machine, the versions, the date."""
     from simba_fx import ops
-    from simba_fx.report import _machine
+    from simba_fx.reporting import _machine
 
     found: dict[str, Any] = {
         "machine": _machine(device),

@@ -88,7 +88,7 @@ class Options:
     def check(self) -> None:
         """Raises: BenchError for what cannot be run, in a sentence."""
         from simba_fx.bench.models import PURE, check_model
-        from simba_fx.build import CRITERIA
+        from simba_fx.options import CRITERIA
 
         for name in self.models:
             kind = check_model(name, self.layers)

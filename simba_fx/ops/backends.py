@@ -16,7 +16,9 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from simba_fx.ops import chunked, chunked_ssd, cuda, native
+from simba_fx.ops import chunked, chunked_ssd
+from simba_fx.ops.cpu import native
+from simba_fx.ops.cuda import packages as cuda
 
 
 def kernel_path(device_type: str) -> str:
@@ -50,9 +52,9 @@ def on_gpu(operand: Tensor) -> bool:
 
 @functools.cache
 def triton_kernels() -> Any:
-    """The package `simba_fx.ops.triton`, or None where Triton cannot be imported."""
+    """The package `simba_fx.ops.cuda.triton`, or None where Triton cannot be imported."""
     try:
-        return importlib.import_module("simba_fx.ops.triton")
+        return importlib.import_module("simba_fx.ops.cuda.triton")
     except ImportError:
         return None
 
@@ -68,7 +70,7 @@ def triton_for(operand: Tensor) -> Any:
 
 
 MOST_STATES = 32
-"""States of a channel that a thread's registers hold (`simba_fx.ops.triton.scan`)."""
+"""States of a channel that a thread's registers hold (`simba_fx.ops.cuda.triton.scan`)."""
 
 
 def triton_scan(operand: Tensor, states: int) -> Any:
@@ -80,7 +82,7 @@ def traced() -> AbstractContextManager[Any]:
     """Inside, what is launched becomes part of the graph that is being traced."""
     if triton_kernels() is None:
         return nullcontext()
-    context: AbstractContextManager[Any] = importlib.import_module("simba_fx.ops.triton.common").traced()
+    context: AbstractContextManager[Any] = importlib.import_module("simba_fx.ops.cuda.triton.common").traced()
     return context
 
 

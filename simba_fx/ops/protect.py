@@ -21,7 +21,7 @@ def row_positions(positions: Tensor, real: Tensor | None, wanted: list[int]) -> 
         positions: `(B, L)` int64, of the input's slots, ascending.
         real: `(B, L)` bool, False for padding; None when every token is real.
         wanted: n counts of real tokens, from the row's first (0, 1, …) or from its last (-1, -2, …). Each row has that
-            many tokens: `simba_fx.inputs` checks it.
+            many tokens: `simba_fx.runtime.inputs` checks it.
     """
     checks.fit("row_positions", checks.SLOTS, positions=positions, real=real)
     length = positions.shape[1]

@@ -210,8 +210,8 @@ def position_score(
 
     `"recent"`: the slot's index. `"random"`: uniform in [0, 1), a hash of the seed and of the distance from the row's
     tail in input positions, so a row's draw does not depend on the batch it is in, nor on padding that is counted as
-    its tail (`simba_fx.rows`). `"stride"`: 1 for evenly spaced real tokens before the tail, as many as the row keeps
-    there, else 0.
+    its tail (`simba_fx.runtime.rows`). `"stride"`: 1 for evenly spaced real tokens before the tail, as many as the row
+    keeps there, else 0.
 
     Raises:
         CriterionError: for an unknown criterion.

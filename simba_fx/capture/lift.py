@@ -1,0 +1,308 @@
+"""While a model is captured, each scan becomes one canonical operator.
+
+A Python function that runs a scan (a loop over tokens, a CUDA extension) cannot be read from a graph. So while the
+model is traced, and only then, every such function is replaced, *in the modules that call it*, by its row of the lift
+table: an adapter that names the scan's operands. The call turns into three nodes:
+
+    enter = simba_fx.site_enter(u, [every tensor argument of the call], site)
+    y, state = simba_fx.selective_scan(enter, delta, A, B, C, ...)
+    result = simba_fx.site_exit(y, site, 0)
+
+The scan is what the passes look for. The two markers are identities that remember the original call, so that
+`kernels="model"` can put the model's own function back, argument for argument; otherwise they are erased.
+After capture every patched name is back as it was, on errors too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from simba_fx.capture import scan_functions, tracing
+from simba_fx.errors import CaptureError, OperandError, SimbaError
+from simba_fx.operands import Adapter, CausalConv, Finish, Operands, Row, StandIn
+
+__all__ = [
+    "CallSite",
+    "known_functions",
+    "lifted",
+    "named_operands",
+    "recorder",
+    "register_scan",
+    "registered",
+    "user_rows",
+    "when_registered",
+    "wrong_operands",
+]
+
+
+@dataclass(eq=False)
+class CallSite:
+    """One call of a lifted function, remembered while the model was captured."""
+
+    function: Callable[..., Any]
+    spec: pytree.TreeSpec
+    leaves: list[Any]
+    """Flattened (args, kwargs); tensors are None, in the order in which the enter marker lists them."""
+    results: int = 0
+    scans: bool = True
+    """Whether it is a scan, and no convolution."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.function.__module__}.{self.function.__qualname__}"
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """Equal for calls that differ in their tensors only."""
+        return (self.function, self.spec, tuple(repr(leaf) for leaf in self.leaves), self.results)
+
+    def call(self, *tensors: Tensor) -> list[Any]:
+        """The original function on these tensors; its results as a flat list."""
+        remaining = iter(tensors)
+        leaves = [next(remaining) if isinstance(leaf, _Hole) else leaf for leaf in self.leaves]
+        args, kwargs = pytree.tree_unflatten(leaves, self.spec)
+        return pytree.tree_leaves(self.function(*args, **kwargs))
+
+
+class _Hole:
+    """Where a tensor stood among a call's arguments."""
+
+    def __repr__(self) -> str:
+        return "<tensor>"
+
+
+# --- markers -----------------------------------------------------------------------------------------------------
+
+_library: Any = torch.library.Library("simba_fx", "FRAGMENT")  # type: ignore[no-untyped-call]  # untyped in torch
+_library.define("site_enter(Tensor operand, Tensor[] arguments, int site) -> Tensor")
+_library.define("site_exit(Tensor result, int site, int index) -> Tensor")
+
+
+def _same(tensor: Tensor, *_: Any) -> Tensor:
+    fresh = tensor.new_empty_strided(tensor.size(), tensor.stride())
+    return fresh if tensor.is_meta else fresh.copy_(tensor)
+
+
+for _marker in ("site_enter", "site_exit"):
+    _library.impl(_marker, _same, "CompositeExplicitAutograd")
+    torch.library.register_fake(
+        f"simba_fx::{_marker}", lambda tensor, *_: tensor.new_empty_strided(tensor.size(), tensor.stride())
+    )
+
+
+# --- the table ---------------------------------------------------------------------------------------------------
+
+_registered: dict[Callable[..., Any], Adapter] = {}
+_listeners: list[Callable[[], Any]] = []
+
+
+def register_scan(function: Callable[..., Any], adapter: Adapter) -> None:
+    """Make models that call `function` transformable.
+
+    Before: `transform(model)` raises `ScanNotFoundError`. After: each call of `function` is one scan node.
+
+    Args:
+        function: the function (or method, through its class: `MyBlock.scan`) that the model calls once per scan.
+        adapter: takes the same arguments and returns a `SelectiveScan` or an `SSDScan` that names the operands; or a
+            pair of that and `(y, last_state) -> result` where `function` returns anything but `y` in the same layout.
+
+    Raises:
+        SimbaError: `function` or `adapter` is not callable.
+    """
+    for name, value in (("function", function), ("adapter", adapter)):
+        if not callable(value):
+            raise SimbaError(
+                f"register_scan expects a callable {name}, found {type(value).__name__}. Pass the function object that "
+                "the model calls, and an adapter that takes the same arguments."
+            )
+    _registered[function] = adapter
+    for notify in _listeners:
+        notify()
+
+
+def when_registered(notify: Callable[[], Any]) -> None:
+    """Call `notify` whenever a user registers a scan."""
+    if notify not in _listeners:
+        _listeners.append(notify)
+
+
+def _row(owner: Any, name: str, value: Any) -> Row | None:
+    """The row that lifts `owner.name`: a user's own before the table's; found by who looks the name up, or, where a
+    user's code imports a library's function, by whose function it is."""
+    if not callable(value):
+        return None
+    if (adapter := registered(value)) is not None:
+        return adapter
+    if not inspect.ismodule(owner):
+        return None
+    row = scan_functions.row_of(owner.__name__, name)
+    if row is None and inspect.isfunction(value):
+        return scan_functions.row_of(value.__module__ or "", value.__name__)
+    return row
+
+
+def _own_row(value: Any) -> Row | None:
+    return registered(value) if callable(value) else None
+
+
+def _callers(model: nn.Module) -> Iterator[Any]:
+    """The Python modules and classes whose names a forward of `model` looks up."""
+    classes = {cls for module in model.modules() for cls in type(module).__mro__}
+    classes -= {nn.Module, object}
+    yield from {id(m): m for cls in classes if (m := sys.modules.get(cls.__module__)) is not None}.values()
+    yield from classes
+
+
+def _holders(model: nn.Module) -> Iterator[Any]:
+    """Whatever else holds a function that a user registered, under whatever name: the module that defines it, helpers
+    in other files that import it, modules of the model that keep it as an attribute."""
+    wanted = set(map(id, _registered))
+    loaded = [module for module in list(sys.modules.values()) if inspect.ismodule(module)] if wanted else []
+    for holder in (*loaded, *model.modules()):
+        if any(id(value) in wanted for value in list(vars(holder).values())):
+            yield holder
+
+
+def registered(function: Callable[..., Any]) -> Adapter | None:
+    """The adapter that a user registered for a function, or for what it wraps."""
+    for candidate in (function, inspect.unwrap(function)):
+        try:
+            if candidate in _registered:
+                return _registered[candidate]
+        except TypeError:  # an unhashable callable
+            continue
+    return None
+
+
+def user_rows() -> Iterator[tuple[Callable[..., Any], Adapter]]:
+    """The functions that a user registered, each with its adapter."""
+    yield from _registered.items()
+
+
+def known_functions() -> Iterator[tuple[Callable[..., Any], Row]]:
+    """Every function that has a row and whose Python module is loaded; the user's own first."""
+    yield from user_rows()
+    for module in list(sys.modules.values()):
+        if inspect.ismodule(module):
+            yield from scan_functions.rows_of(module)
+
+
+@contextmanager
+def lifted(model: nn.Module, record: Recorder | None = None) -> Iterator[list[CallSite]]:
+    """Replace the scan functions that `model` calls while the body runs; yield the list of call sites, filled as the
+    model is traced. One thread at a time: names are patched for the whole process.
+
+    `record` makes what stands in for a function, from it, its adapter and that list; None: `recorder`.
+    """
+    record = record or recorder
+    scan_functions.refuse_unsupported(model)
+    sites: list[CallSite] = []
+    with tracing.capturing():
+        undo: list[tuple[Any, str, Any]] = []
+        try:
+            callers = list(_callers(model))
+            for owner in {id(owner): owner for owner in (*callers, *_holders(model))}.values():
+                for name, value in list(vars(owner).items()):
+                    row = _row(owner, name, value) if owner in callers else _own_row(value)
+                    if row is None:
+                        continue
+                    undo.append((owner, name, value))
+                    stand_in = row.stand_in(value) if isinstance(row, StandIn) else record(value, row, sites)
+                    setattr(owner, name, _in_this_thread(value, stand_in))
+            yield sites
+        finally:
+            for owner, name, value in reversed(undo):
+                setattr(owner, name, value)
+
+
+def _in_this_thread(function: Callable[..., Any], stand_in: Callable[..., Any]) -> Callable[..., Any]:
+    """`stand_in` where the model is traced; other threads, which may run a model meanwhile, call `function`."""
+    thread = threading.get_ident()
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return (stand_in if threading.get_ident() == thread else function)(*args, **kwargs)
+
+    return call
+
+
+def named_operands(function: Callable[..., Any], adapter: Adapter, args: Sequence[Any],
+                   kwargs: Mapping[str, Any]) -> tuple[Operands, Finish] | None:  # fmt: skip
+    """What one call of a lifted function is given, and how its result is made; None: the call is left as it is.
+
+    Raises:
+        CaptureError: the adapter fails, returned something else, or refuses the call.
+    """
+    try:
+        adapted = adapter(*args, **kwargs)
+    except SimbaError:
+        raise
+    except Exception as error:
+        told = (str(error).strip() or "no more is said").splitlines()[0]
+        raise CaptureError(
+            f"The adapter registered for {function.__qualname__} raised {type(error).__name__}: {told}. It is given "
+            "what the function is given; expected the scan's operands in return. Correct the call of "
+            "simba_fx.register_scan."
+        ) from error
+    if adapted is None:
+        return None
+    operands, finish = adapted if isinstance(adapted, tuple) else (adapted, lambda y, _: y)
+    if not isinstance(operands, Operands):
+        raise CaptureError(
+            f"The adapter registered for {function.__qualname__} returned {type(operands).__name__}; expected a "
+            "simba_fx.SelectiveScan or a simba_fx.SSDScan. Correct the call of simba_fx.register_scan."
+        )
+    return operands, finish
+
+
+def wrong_operands(function: Callable[..., Any], error: Exception) -> CaptureError:
+    """What is said where our scan cannot run on what an adapter returned."""
+    return CaptureError(
+        f"The adapter registered for {function.__qualname__} returned operands that do not fit: {error}"
+    )
+
+
+def recorder(function: Callable[..., Any], adapter: Adapter, sites: list[CallSite]) -> Callable[..., Any]:
+    """What stands in for a scan `function` while the model is traced."""
+
+    def record(*args: Any, **kwargs: Any) -> Any:
+        adapted = named_operands(function, adapter, args, kwargs)
+        if adapted is None:
+            return function(*args, **kwargs)
+        operands, finish = adapted
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        if any(isinstance(leaf, torch.SymInt) for leaf in leaves):
+            raise CaptureError(
+                f"{function.__qualname__} was called with a length as a plain number; expected tensors and constants. "
+                "Read the length from a tensor inside the function."
+            )
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        site = CallSite(function, spec, [_HOLE if isinstance(leaf, Tensor) else leaf for leaf in leaves])
+        site.scans = not isinstance(operands, CausalConv)
+        sites.append(site)
+        index = len(sites) - 1
+        entered = torch.ops.simba_fx.site_enter(getattr(operands, operands.entry), tensors, index)
+        try:
+            result = finish(*dataclasses.replace(operands, **{operands.entry: entered}).run())
+        except OperandError as error:
+            raise wrong_operands(function, error) from error
+        flat, result_spec = pytree.tree_flatten(result)
+        site.results = len(flat)
+        marked = [torch.ops.simba_fx.site_exit(leaf, index, i) for i, leaf in enumerate(flat)]
+        return pytree.tree_unflatten(marked, result_spec)
+
+    return record
+
+
+_HOLE = _Hole()
+Recorder = Callable[[Callable[..., Any], Adapter, list[CallSite]], Callable[..., Any]]

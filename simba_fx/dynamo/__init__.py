@@ -1,5 +1,0 @@
-"""The other front end: `torch.compile(model, backend="simba_fx")`. Read `backend` first."""
-
-from simba_fx.dynamo.backend import simba_fx
-
-__all__ = ["simba_fx"]

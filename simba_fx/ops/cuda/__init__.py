@@ -1,0 +1,1 @@
+"""What runs on CUDA: ready-built packages, and our Triton kernels."""

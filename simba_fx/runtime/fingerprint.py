@@ -1,0 +1,246 @@
+"""What a captured graph depends on: the tensors of a module tree by shape, and the plain values of its modules.
+
+A graph stays right as long as the tree that it was captured from looks the same. Tensors may be replaced by others of
+their shape (`load_state_dict(assign=True)`, `torch.func.functional_call`, FSDP): a program reads them where they are.
+A module that was exchanged (LoRA, quantised weights), an adapter that was switched off, a dropout that went to eval
+mode, a hook inside a block change what the model computes, and ask for another graph.
+"""
+
+from __future__ import annotations
+
+import itertools
+import operator
+import warnings
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from simba_fx.runtime.fsdp import dense_class, dtype_in_forward, is_hook, is_sharded, state_of
+
+__all__ = ["Fingerprint", "Snapshot", "hooks_of", "snapshot"]
+
+_PLAIN = frozenset({bool, int, float, complex, str, type(None), torch.dtype, torch.device})
+_CONTAINERS = frozenset({list, tuple, set, dict})
+_INTERNAL = frozenset({*nn.Module().__dict__, "gradient_checkpointing"} - {"training"})
+"""Attributes that say nothing about what a forward computes."""
+_BY_CALL = frozenset({"use_cache", "return_dict", "output_hidden_states", "output_attentions"})
+"""Settings of a configuration that are part of each call's signature."""
+
+
+class _Seen(NamedTuple):
+    """One module of a tree. (A tuple: made once per module and prompt, sooner than a frozen dataclass.)"""
+
+    name: str
+    parent: int
+    """Of the parent, its place in the list."""
+    cls: type
+    tensors: tuple[Any, ...]
+    values: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A module tree at a moment. While snapshots are equal, one graph serves."""
+
+    modules: tuple[_Seen, ...]
+    config: tuple[Any, ...]
+    hooks: tuple[tuple[int, Any], ...]
+    """Of modules that are not called while a program runs: (place of the module, hook)."""
+    forwards: tuple[tuple[int, Any], ...]
+    """Where a method was put on a module in place of its class's forward."""
+
+    def difference(self, other: Snapshot) -> str:
+        """Where two snapshots first differ, in words."""
+        for mine, theirs in zip(self.modules, other.modules):
+            if mine != theirs:
+                changed = dict(set(mine.values) ^ set(theirs.values))
+                what = ", ".join(changed) or ("class" if mine.cls is not theirs.cls else "tensors")
+                return f"{what} of {other._path(theirs) or 'the stack'} ({theirs.cls.__name__})"
+        if self.config != other.config:
+            return "config"
+        return "hooks or forwards" if len(self.modules) == len(other.modules) else "the list of modules"
+
+    def hooked(self) -> list[str]:
+        """The paths of the modules whose hooks are part of a graph."""
+        return list(dict.fromkeys(self._path(self.modules[place]) for place, _ in self.hooks))
+
+    def _path(self, module: _Seen) -> str:
+        parent = self._path(self.modules[module.parent]) if module.parent >= 0 else ""
+        return f"{parent}.{module.name}" if parent else module.name
+
+
+def snapshot(root: nn.Module, live: Collection[nn.Module] = ()) -> Snapshot:
+    """Look at every module of a tree. Reads no tensor's values.
+
+    Args:
+        live: modules that are called while a program runs, so that their hooks are not part of a graph.
+    """
+    seen: list[_Seen] = []
+    hooks: list[tuple[int, Any]] = []
+    forwards: list[tuple[int, Any]] = []
+    left: list[tuple[str, int, nn.Module, Any]] = [("", -1, root, None)]
+    while left:
+        name, parent, module, state = left.pop()
+        attributes = module.__dict__
+        state = state_of(module) or state
+        tensors = [(key, *_described(t, state)) for key, t in attributes["_parameters"].items() if t is not None]
+        if attributes["_buffers"]:
+            tensors += [(key, *_described(t, state)) for key, t in attributes["_buffers"].items() if t is not None]
+        place = len(seen)
+        seen.append(_Seen(name, parent, dense_class(module), tuple(tensors), _values(attributes)))
+        if module not in live:
+            hooks += [(place, hook) for hook in hooks_of(module)]
+        if "forward" in attributes:
+            forwards.append((place, attributes["forward"]))
+        left += [(key, place, child, state) for key, child in attributes["_modules"].items() if child is not None]
+    config = getattr(root, "config", None)
+    settings = {} if config is None else {k: v for k, v in vars(config).items() if k not in _BY_CALL}
+    return Snapshot(tuple(seen), _values(settings), tuple(hooks), tuple(forwards))
+
+
+class Fingerprint:
+    """Snapshots of one module tree, taken anew where anything that its modules hold is another object than before.
+
+    That is asked at every prompt: by identity, in C, over views of the modules' own containers. (What was held then is
+    kept alive until it is asked again.)
+    """
+
+    def __init__(self, root: nn.Module, blocks: bool, around: Callable[[], set[nn.Module]] = set) -> None:
+        """`blocks`: whether blocks are called as modules (`compile="blocks"`); `around`: modules in `root` that are
+        called outside of the graph."""
+        self.root, self.blocks, self.around = root, blocks, around
+        self.called: Collection[str] | None = None
+        """The paths of the blocks that are called as modules; None: not known before the first capture."""
+        self._named: set[str] = set()
+        self._modules: list[nn.Module] = []
+        self._classes: list[type] = []
+        self._views: list[Iterable[Any]] = []
+        self._held: list[Any] = []
+        self._tensors: list[Tensor] = []
+        self._looks: list[Any] = []
+        self._last: Snapshot | None = None
+
+    def live(self) -> set[nn.Module]:
+        """The modules that are called while a program runs, or around it: their hooks are no part of a graph. Among
+        them the blocks: before these are known, the members of outermost lists of modules."""
+        live = {self.root, *self.around()}
+        if self.called is not None:
+            return live | {self.root.get_submodule(path) for path in self.called}
+        inside: list[nn.Module] = [self.root] if self.blocks else []
+        while inside:
+            module = inside.pop()
+            children = [child for child in module._modules.values() if child is not None]
+            if isinstance(module, nn.ModuleList | nn.Sequential):
+                live |= set(children)
+            else:
+                inside += children
+        return live
+
+    def snapshot(self) -> Snapshot:
+        now = itertools.chain(itertools.chain.from_iterable(self._views), _END)
+        same = all(map(operator.is_, now, self._held)) and [*map(type, self._modules)] == self._classes
+        if self._last is None or not same or [*map(_look, self._tensors)] != self._looks:
+            self._last = snapshot(self.root, self.live())
+            self._name_hooked(self._last)
+            self._modules = list(self.root.modules())
+            self._classes = [*map(type, self._modules)]
+            config = getattr(self.root, "config", None)
+            self._views = [] if config is None else [*_views(vars(config))]
+            for module in self._modules:
+                self._views += _views(module.__dict__)
+            self._held = [*itertools.chain.from_iterable(self._views), *_END]
+            self._tensors = [tensor for module in self._modules for held in (module._parameters, module._buffers)
+                             for tensor in held.values() if tensor is not None]  # fmt: skip
+            self._looks = [*map(_look, self._tensors)]
+        return self._last
+
+    def captured(self, called: Collection[str]) -> None:
+        """A graph was captured, in which the blocks at these paths are called as modules."""
+        if self.called is None or set(self.called) != set(called):
+            self.called, self._last = called, None
+
+    def _name_hooked(self, now: Snapshot) -> None:
+        """Warn once of hooks that a graph takes in."""
+        hooked = [path for path in now.hooked() if path not in self._named]
+        if hooked:
+            self._named.update(hooked)
+            warnings.warn(
+                f"{type(self.root).__name__} has forward hooks on what is not called while a prompt runs "
+                f"({hooked[0]}): what they compute is part of the graph, and nothing else that they do happens at a "
+                "call. Hooks of the embedding and, with compile='blocks', of whole blocks run as usual.",
+                stacklevel=3,
+            )
+
+
+_END = (object(),)
+_look = operator.attrgetter("shape", "dtype", "device")
+_WATCHED = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
+
+
+def _views(attributes: dict[str, Any]) -> Iterator[Iterable[Any]]:
+    """What an object holds, and what the containers among that hold, at whatever time it is looked at."""
+    yield attributes.values()
+    for name, held in attributes.items():
+        if name in _WATCHED or (type(held) in _CONTAINERS and name not in _INTERNAL):
+            yield from _contents(held)
+
+
+def _contents(container: Any) -> Iterator[Iterable[Any]]:
+    values = container.values() if isinstance(container, dict) else container
+    yield values
+    for held in values:
+        if type(held) in _CONTAINERS:
+            yield from _contents(held)
+
+
+def hooks_of(module: nn.Module) -> list[Any]:
+    """A module's forward hooks, but for those of FSDP, of transformers' recorders and of this package."""
+    found = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+    return [hook for hook in found if not is_hook(hook) and not _is_known(hook)]
+
+
+def _is_known(hook: Any) -> bool:
+    owner = getattr(hook, "__module__", None) or ""
+    return owner == "transformers.utils.output_capturing" or owner.startswith("simba_fx.")
+
+
+def _described(tensor: Tensor, state: Any) -> tuple[Any, ...]:
+    """Shape, dtype and device that a forward sees, and a subclass's type."""
+    kind = type(tensor)
+    if kind is nn.Parameter or kind is Tensor:
+        return tensor.shape, tensor.dtype, tensor.device, None
+    if is_sharded(tensor):
+        return tensor.shape, dtype_in_forward(tensor, state), tensor.device, None
+    return tensor.shape, tensor.dtype, tensor.device, kind
+
+
+def _values(attributes: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
+    found = []
+    for name in attributes:
+        if name in _INTERNAL:  # most are
+            continue
+        value = attributes[name]
+        kind = type(value)
+        if kind in _PLAIN:
+            if "fsdp" not in name:  # FSDP's own notes
+                found.append((name, value))
+        elif kind in _CONTAINERS:
+            found.append((name, _frozen(value)))
+        elif name == "_hf_hook":  # of accelerate: weights may be elsewhere
+            found.append((name, kind))
+    return tuple(found)
+
+
+def _frozen(value: Any) -> Any:
+    """Containers as tuples; of anything that is not a plain value only its type."""
+    kind = type(value)
+    if kind is dict:
+        return tuple((key if type(key) in _PLAIN else type(key), _frozen(held)) for key, held in value.items())
+    if kind is list or kind is tuple:
+        return tuple(map(_frozen, value))
+    if kind is set:
+        return tuple(sorted(map(repr, value)))
+    return value if kind in _PLAIN else kind
