@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,10 @@ from torch import Tensor, fx
 from simba_fx.capture.blocks import paths
 from simba_fx.errors import GraphError
 from simba_fx.graph.facts import (
+    BLOCK,
+    CRITERION,
     MARK,
+    BlockCode,
     Facts,
     Insert,
     drop_dead_code,
@@ -26,7 +29,6 @@ from simba_fx.graph.facts import (
     stem,
     value,
 )
-from simba_fx.runtime.program import CRITERION, Block, Kind
 
 _TOP = ("track-tokens", "select-tokens", "restore-length")
 """Passes whose nodes stay at the top level: what connects blocks rather than computes in them."""
@@ -54,13 +56,13 @@ class OutlineBlocks:
     the blocks stays at the top level.
     """
 
-    attributes: dict[str, Any] = field(repr=False)
-    """What `get_attr` and `call_module` targets stand for; each block is added under the name that the graph calls."""
+    attributes: Mapping[str, Any] = field(repr=False)
+    """What `get_attr` targets stand for: blocks whose tensors look different do not share code."""
 
     name = "outline-blocks"
 
     def rewrite(self, graph: fx.Graph, facts: Facts) -> int:
-        kinds: dict[Any, Kind] = {}
+        kinds: dict[Any, tuple[int, fx.Graph]] = {}
         masks = from_mask_alone(graph, facts)
         taken = {path.split(".")[0] for path in self.attributes}
         changed = 0
@@ -70,12 +72,12 @@ class OutlineBlocks:
                 continue
             path, target = facts.blocks[index], f"block_{index}"
             target = f"simba_{target}" if target in taken else target
-            self.attributes[target] = self._outline(graph, facts, inside, path, target, kinds, masks)
+            self._outline(graph, facts, inside, path, target, kinds, masks)
             changed += 1
         return changed
 
     def _outline(self, graph: fx.Graph, facts: Facts, inside: list[fx.Node], path: str, target: str,
-                 kinds: dict[Any, Kind], masks: set[fx.Node]) -> Block:  # fmt: skip
+                 kinds: dict[Any, tuple[int, fx.Graph]], masks: set[fx.Node]) -> None:  # fmt: skip
         members = set(inside)
         after = set(itertools.dropwhile(lambda n: n is not inside[0], nodes_of(graph, inside[0].meta["region"])))
         outside = list(dict.fromkeys(n for node in inside for n in node.all_input_nodes if n not in members))
@@ -122,17 +124,15 @@ class OutlineBlocks:
         for node in inputs:
             if node.op in ("call_function", "get_attr") and node in after:  # made here by what stays at the top level
                 inside[0].prepend(node)
-        self._replace(graph, inside, inputs, outputs, target)
+        call = self._replace(graph, inside, inputs, outputs, target)
         looks = tuple(_looks(self.attributes[str(node.target)]) for node in owned)
         key = (sub.python_code("self").src, tuple(n.target for n in sub.nodes), looks)
-        if key not in kinds:
-            kinds[key] = Kind(sub, f"Kind{len(kinds)}")
-        criterion = self.attributes["criterion"] if sub.find_nodes(op="call_module") else None
+        kind, code = kinds.setdefault(key, (len(kinds), sub))
         hooked = module is not None and all(path in (paths(n) or [path]) for n in inside if not n.meta.get(MARK))
-        return Block(kinds[key], module, hooked, criterion)
+        call.meta[BLOCK] = BlockCode(code, kind, module, hooked, bool(sub.find_nodes(op="call_module")))
 
     def _replace(self, graph: fx.Graph, inside: list[fx.Node], inputs: list[fx.Node], outputs: list[fx.Node],
-                 target: str) -> None:  # fmt: skip
+                 target: str) -> fx.Node:  # fmt: skip
         """One call in place of the nodes inside."""
         insert = Insert(graph, inside[0], inside[0].meta["region"], self.name)
         vals = tuple(value(node) for node in outputs)
@@ -152,6 +152,7 @@ class OutlineBlocks:
                 result.name = node.name  # free again: the node itself is gone
             else:
                 result.name = graph._graph_namespace.create_name(f"{_kind_of_result(node)}_{insert.region}", None)
+        return call
 
 
 def _at_top(node: fx.Node) -> bool:

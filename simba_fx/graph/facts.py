@@ -31,6 +31,27 @@ SCANS = (torch.ops.simba_fx.selective_scan.default, torch.ops.simba_fx.ssd_scan.
 SELECTS = (torch.ops.simba_fx.select_tokens.default, torch.ops.simba_fx.select_real_tokens.default)
 
 
+BLOCK = "simba_fx_block"
+"""Where a call of a block says what it runs, its `BlockCode`."""
+CRITERION = "_simba_criterion"
+"""Where the code of a block finds a user's criterion on the module that it runs on."""
+
+
+@dataclass(frozen=True, eq=False)
+class BlockCode:
+    """What one block of an outlined graph runs (`outline-blocks`)."""
+
+    graph: fx.Graph
+    """Equal for blocks of one kind."""
+    kind: int
+    path: str | None
+    """Of the module that the code reads tensors of, from the program's root; None: it reads none."""
+    hooked: bool
+    """Whether the code is all of that module's, and runs between its hooks."""
+    scored_by_user: bool
+    """Whether the code calls a user's criterion."""
+
+
 @dataclass(frozen=True)
 class Facts:
     """What is known of a captured graph and does not change while it is rewritten."""

@@ -19,7 +19,7 @@ from simba_fx.graph.runner import Stage, run_passes
 from simba_fx.graph.token_order import carrying, reaches_all
 from simba_fx.operands import SelectiveScan, SSDScan
 from simba_fx.options import Criterion, Options
-from simba_fx.runtime.program import Program
+from simba_fx.runtime.program import Program, blocks_of
 
 __all__ = ["Built", "build_program"]
 
@@ -77,6 +77,7 @@ def build_program(captured: Captured, options: Options, cost: Callable[..., sche
     if options.compile == "blocks":
         top, stages = run_passes(graph, facts, [passes.OutlineBlocks(attributes)])
         history += stages[1:]
+        attributes |= blocks_of(top, attributes.get("criterion"))
     return Built(program_class(attributes, top), captured, graph, shares, cuts, has_scan, history, trailing,
                  options.least, options.output == "full")  # fmt: skip
 

@@ -19,15 +19,13 @@ from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
 from simba_fx.capture import leftovers
-from simba_fx.graph.facts import expression, look_up, tensor_paths, value
+from simba_fx.graph.facts import BLOCK, CRITERION, BlockCode, expression, look_up, tensor_paths, value
 from simba_fx.runtime.clone import adopt_block
 from simba_fx.runtime.compiling import disable_compile, dynamic_marker, skip_frame
 from simba_fx.runtime.fsdp import MET, as_captured, refuse_sharded
 
-__all__ = ["CRITERION", "Block", "Kind", "Program"]
+__all__ = ["Block", "Kind", "Program", "blocks_of"]
 
-CRITERION = "_simba_criterion"
-"""Where the code of a kind finds a user's criterion on the module that it runs on."""
 _TREE = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 _checkpoint = functools.partial(checkpoint, use_reentrant=False)
 
@@ -116,6 +114,20 @@ class Block(nn.Module):
 
     def __repr__(self) -> str:
         return f"{type(self.kind).__name__} on {self.path}"
+
+
+def blocks_of(graph: fx.Graph, criterion: nn.Module | None) -> dict[str, Block]:
+    """The blocks that an outlined graph calls, by the name that it calls them; `criterion`: the user's, if any."""
+    kinds: dict[int, Kind] = {}
+    blocks: dict[str, Block] = {}
+    for node in graph.find_nodes(op="call_module"):
+        code: BlockCode | None = node.meta.get(BLOCK)
+        if code is not None:
+            if code.kind not in kinds:
+                kinds[code.kind] = Kind(code.graph, f"Kind{code.kind}")
+            user = criterion if code.scored_by_user else None
+            blocks[str(node.target)] = Block(kinds[code.kind], code.path, code.hooked, user)
+    return blocks
 
 
 @functools.cache
