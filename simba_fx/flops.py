@@ -20,12 +20,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 from simba_fx import ops, passes
 from simba_fx.capture.normalise import Captured
+from simba_fx.compiling import FakeTensorMode
 from simba_fx.graph.facts import MARK, Facts, region, value
 from simba_fx.graph.plan import Cut, cuts_of, entering
 from simba_fx.graph.token_order import reaches_all

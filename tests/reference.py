@@ -273,6 +273,7 @@ class Row:
     cuts: int = 0  # decisions made
     others: int = 0  # of these, the ones in which a caller's `chosen` are not the best-scored
     scores: list[Array] = field(default_factory=list)  # per cut, of the tokens up to the query
+    sizes: list[Array] = field(default_factory=list)  # and what each was computed from
     streams: list[Tensor] = field(default_factory=list)  # per block (L, H): what each token had left a block with
     tokens: list[int] = field(default_factory=list)  # what `generate` continued with
     steps: list[Tensor] = field(default_factory=list)  # the logits (V,) that each of them was chosen from
@@ -374,6 +375,7 @@ class Pruning:
         ranked = scores[:rival].copy()
         ranked[sure] = np.inf
         self.result.scores.append(scores)
+        self.result.sizes.append(sizes)
         best = choose(ranked.tolist(), self.planned[i + 1] - self.tail)
         stay, end = best, list(range(rival, len(self.positions)))
         if self.chosen is not None:

@@ -11,7 +11,7 @@ import ast
 import importlib
 import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -52,10 +52,10 @@ def imported(tree: ast.AST) -> Iterator[tuple[str, str]]:
             yield from ((alias.asname or alias.name, f"{node.module}.{alias.name}") for alias in node.names)
 
 
-def by_path() -> list[str]:
+def by_path(files: Iterable[Path] = SOURCES) -> list[str]:
     """Private names that are reached from a module: `torch._dynamo.maybe_mark_dynamic`."""
     found = set()
-    for file in SOURCES:
+    for file in files:
         tree = ast.parse(file.read_text())
         names = {name: path for name, path in imported(tree) if path.partition(".")[0] in LIBRARIES}
         paths = {*names.values()}

@@ -29,7 +29,7 @@ from torch._inductor.utils import fresh_cache
 
 import simba_fx
 from simba_fx.capture.examples import autocast_dtype
-from simba_fx.capture.tracing import exported
+from simba_fx.compiling import exported
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
 own_model: Any = importlib.import_module("own_model")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from simba_fx.capture.tracing import traced
+from simba_fx.compiling import traced
 
 __all__ = ["EXAMPLE", "autocast_dtype", "named_sizes"]
 

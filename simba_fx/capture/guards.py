@@ -24,8 +24,8 @@ import sympy
 import torch
 from torch import nn
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
-from torch.utils._sympy.printers import PythonPrinter
 
+from simba_fx.compiling import PythonPrinter
 from simba_fx.errors import CaptureError, InputError
 
 __all__ = ["Guard", "Question", "check_guards", "guards_of", "is_foreign", "line_of", "watched"]

@@ -11,8 +11,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from types import CodeType
 
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.graph_module import _loader
+from simba_fx.compiling import FakeTensorMode, source_texts
 
 _RESULTS = 4096
 """Of operators on fake tensors; a trace leaves some hundred."""
@@ -29,16 +28,16 @@ def let_go_with(cls: type, code: CodeType) -> None:
 def none_left() -> Iterator[None]:
     """Around a trace, of whose graph modules none lives on. (What other threads make meanwhile goes too: its text is
     missed in tracebacks alone, and results are computed again.)"""
-    before = set(_loader.eval_cache)
+    before = set(source_texts.eval_cache)
     try:
         yield
     finally:
-        _forget(set(_loader.eval_cache) - before)
+        _forget(set(source_texts.eval_cache) - before)
         if FakeTensorMode.cache_info().size > _RESULTS:
             FakeTensorMode.cache_clear()
 
 
 def _forget(keys: Collection[str]) -> None:
     for key in keys:
-        _loader.eval_cache.pop(key, None)
+        source_texts.eval_cache.pop(key, None)
         linecache.cache.pop(key, None)

@@ -28,7 +28,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from simba_fx.capture import scan_functions, tracing
+from simba_fx.capture import scan_functions
+from simba_fx.compiling import capturing
 from simba_fx.errors import CaptureError, OperandError, SimbaError
 from simba_fx.operands import Adapter, CausalConv, Finish, Operands, Row, StandIn
 
@@ -208,7 +209,7 @@ def lifted(model: nn.Module, record: Recorder | None = None) -> Iterator[list[Ca
     record = record or recorder
     scan_functions.refuse_unsupported(model)
     sites: list[CallSite] = []
-    with tracing.capturing():
+    with capturing():
         undo: list[tuple[Any, str, Any]] = []
         try:
             callers = list(_callers(model))

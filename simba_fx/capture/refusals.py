@@ -19,11 +19,11 @@ from typing import Any
 import sympy
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
 from simba_fx.capture.guards import Question, is_foreign, line_of
 from simba_fx.capture.lift import CallSite
+from simba_fx.compiling import FakeTensorMode
 from simba_fx.errors import CaptureError, ScanNotFoundError, SimbaError
 
 __all__ = ["Watch", "advice", "explained", "refuse_quantised", "told_in_words"]

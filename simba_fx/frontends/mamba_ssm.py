@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from simba_fx.capture.examples import EXAMPLE, autocast_dtype
 from simba_fx.capture.export import capture_graph
 from simba_fx.capture.normalise import Captured
+from simba_fx.compiling import disable_compile, dynamic_marker, skip_frame
 from simba_fx.errors import CaptureError, InputError
 from simba_fx.frontends.transformers.caches import Entry
 from simba_fx.frontends.transformers.model import Signature, SparseStack, Variant
@@ -29,7 +30,6 @@ from simba_fx.runtime import exporting
 from simba_fx.runtime.build import Built, build_program
 from simba_fx.runtime.captures import captured, stored_with
 from simba_fx.runtime.clone import own_forward, subclass, twin_around
-from simba_fx.runtime.compiling import disable_compile, dynamic_marker, skip_frame
 from simba_fx.runtime.fingerprint import Snapshot
 from simba_fx.runtime.inputs import check_mask
 from simba_fx.runtime.last_call import LastCall

@@ -16,8 +16,8 @@ from typing import Any
 
 from torch import nn
 
+from simba_fx.compiling import dynamic_marker, skip_frame, skip_frame_unless_inlined
 from simba_fx.errors import CaptureError
-from simba_fx.runtime.compiling import dynamic_marker, skip_frame, skip_frame_unless_inlined
 from simba_fx.runtime.fingerprint import hooks_of
 from simba_fx.runtime.fsdp import dense_class, is_hook, is_sharded, own_class, state_of, whole_shape
 
@@ -228,10 +228,10 @@ def _without_recorders(twin: nn.Module) -> None:
 
 
 def _transformed_again(model: nn.Module, options: Any) -> nn.Module:
-    from simba_fx.api import transform
+    import simba_fx
 
     given = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
-    sparse: nn.Module = transform(model, given.pop("schedule"), **given)
+    sparse: nn.Module = simba_fx.transform(model, given.pop("schedule"), **given)
     return sparse
 
 

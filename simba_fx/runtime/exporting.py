@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from simba_fx.capture.tracing import exported, traced
+from simba_fx.compiling import exported, recorded
 from simba_fx.errors import CaptureError
 
 __all__ = ["CallsOfModule", "refuse_onnx"]
@@ -28,7 +28,7 @@ torch.compiler.assume_constant_result(_is_for_onnx)  # type: ignore[no-untyped-c
 
 def refuse_onnx() -> None:
     """Raises: CaptureError: under `torch.onnx.export`."""
-    if (traced() or torch._C._get_tracing_state()) and _is_for_onnx():
+    if recorded() and _is_for_onnx():
         raise CaptureError(
             "A sparse model was given to torch.onnx.export; expected torch.export.export, because the operators that "
             "choose and take tokens have no counterpart in ONNX. Export the dense model to ONNX, or the sparse one by "

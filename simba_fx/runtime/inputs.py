@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from simba_fx.capture.tracing import traced
+from simba_fx.compiling import assert_on_device, traced
 from simba_fx.errors import InputError
 
 
@@ -44,8 +44,8 @@ def check_mask(mask: Tensor | None, rows: int, length: int, tail: int, named: Se
     real = mask != 0
     pieces = (real.diff(dim=1, prepend=mask.new_zeros(rows, 1, dtype=torch.bool)) & real).sum(1)
     if mask.is_cuda:
-        torch._assert_async((pieces >= 1).all(), "a row of attention_mask is all padding")
-        torch._assert_async((pieces <= 1).all(), "a row has padding between its tokens")
+        assert_on_device((pieces >= 1).all(), "a row of attention_mask is all padding")
+        assert_on_device((pieces <= 1).all(), "a row has padding between its tokens")
         check_rows(real.sum(1), tail, named)
         return mask
     row = int(pieces.argmin())
@@ -76,8 +76,8 @@ def check_rows(lengths: Tensor, tail: int, named: Sequence[int]) -> None:
     if max(tail, needed) <= 1:
         return
     if lengths.is_cuda:
-        torch._assert_async((lengths >= tail).all(), "a row has fewer real tokens than the protected tail")
-        torch._assert_async((lengths >= needed).all(), "a row is too short for a position of query or protect")
+        assert_on_device((lengths >= tail).all(), "a row has fewer real tokens than the protected tail")
+        assert_on_device((lengths >= needed).all(), "a row is too short for a position of query or protect")
         return
     row = int(lengths.argmin())
     found = int(lengths[row])
@@ -114,7 +114,7 @@ def check_positions(positions: Tensor | None, embeds: Tensor, mask: Tensor | Non
             rising = rising | (mask[:, 1:] == 0) | (mask[:, :-1] == 0)
         rising = rising.all()
         if positions.is_cuda:
-            torch._assert_async(rising, "position_ids of a packed row: only whole sequences can be pruned")
+            assert_on_device(rising, "position_ids of a packed row: only whole sequences can be pruned")
         elif not bool(rising):
             raise InputError(
                 "position_ids do not rise by one from token to token, as in rows that pack several sequences; expected "

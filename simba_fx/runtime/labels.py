@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from simba_fx.compiling import disable_compile
 from simba_fx.errors import SimbaError
 from simba_fx.runtime.clone import subclass
-from simba_fx.runtime.compiling import disable_compile
 from simba_fx.runtime.last_call import LastCall
 from simba_fx.runtime.rows import IGNORED
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from simba_fx.capture.tracing import exported
+from simba_fx.compiling import exported
 from simba_fx.runtime.rows import Asked
 
 __all__ = ["LastCall", "Memory"]

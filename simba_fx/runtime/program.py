@@ -19,9 +19,9 @@ from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
 from simba_fx.capture import leftovers
+from simba_fx.compiling import disable_compile, dynamic_marker, skip_frame
 from simba_fx.graph.facts import BLOCK, CRITERION, BlockCode, expression, look_up, tensor_paths, value
 from simba_fx.runtime.clone import adopt_block
-from simba_fx.runtime.compiling import disable_compile, dynamic_marker, skip_frame
 from simba_fx.runtime.fsdp import MET, as_captured, refuse_sharded
 
 __all__ = ["Block", "Kind", "Program", "blocks_of"]

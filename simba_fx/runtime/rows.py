@@ -19,10 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from simba_fx.capture.tracing import exported, traced
+from simba_fx.compiling import assert_on_device, exported, skip_frame, traced, vary
 from simba_fx.errors import InputError, SimbaError
 from simba_fx.runtime.clone import subclass
-from simba_fx.runtime.compiling import skip_frame
 
 __all__ = [
     "IGNORED",
@@ -66,7 +65,7 @@ class Asked:
         if torch.compiler.is_dynamo_compiling():  # it is made inside of a traced call, for that call
             return
         sizes = torch.empty(1, 1, dtype=torch.bool, device="cpu").expand(_FAR + self.tail, 2 * _FAR + self.least)
-        torch._dynamo.maybe_mark_dynamic(sizes, (0, 1))
+        vary(sizes, 0, 1)
         object.__setattr__(self, "sizes", sizes)
 
     @property
@@ -140,7 +139,7 @@ def check_lengths(lengths: Tensor, rows: int, length: int) -> None:
         return
     wrong = (lengths < 1) | (lengths > length)
     if lengths.is_cuda:
-        torch._assert_async(~wrong.any(), "simba_fx.lengths: a length that no row has")
+        assert_on_device(~wrong.any(), "simba_fx.lengths: a length that no row has")
     elif bool(wrong.any()):
         row = int(wrong.nonzero()[0])
         raise InputError(

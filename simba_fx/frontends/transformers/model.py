@@ -26,7 +26,7 @@ from torch.utils import _pytree as pytree
 from simba_fx.capture.examples import EXAMPLE, autocast_dtype, named_sizes
 from simba_fx.capture.export import capture_graph
 from simba_fx.capture.normalise import Captured
-from simba_fx.capture.tracing import one_at_a_time, traced
+from simba_fx.compiling import disable_compile, dynamic_marker, one_at_a_time, skip_frame, traced
 from simba_fx.errors import CaptureError, InputError
 from simba_fx.frontends.transformers.caches import Entry, fill, is_warm, new_cache, recording_cache
 from simba_fx.frontends.transformers.decoding import (
@@ -42,7 +42,6 @@ from simba_fx.runtime import exporting
 from simba_fx.runtime.build import Built, build_program
 from simba_fx.runtime.captures import captured, share, stored_with
 from simba_fx.runtime.clone import copy_to_trace, dense_again, own_forward, subclass, twin_around
-from simba_fx.runtime.compiling import disable_compile, dynamic_marker, skip_frame
 from simba_fx.runtime.fingerprint import Fingerprint, Snapshot
 from simba_fx.runtime.inputs import check_mask, check_positions, check_rows
 from simba_fx.runtime.labels import count_kept_labels

@@ -1,0 +1,149 @@
+"""How this package talks to torch's compiler. Every private name of torch stands here, but for those of the Dynamo
+backend (`simba_fx.frontends.dynamo`) and of operators in CUDA graphs (`simba_fx.ops.inline`).
+
+1. What is traced, and by whom. 2. What `torch.compile` is told: frames it leaves to Python, functions it stays out
+of, dynamic sizes. Importing Dynamo takes a second, so nothing here does it before a model is transformed.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+import types
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.graph_module import _loader as source_texts
+from torch.utils._sympy.printers import PythonPrinter
+
+__all__ = [
+    "FakeTensorMode",
+    "PythonPrinter",
+    "assert_on_device",
+    "capturing",
+    "disable_compile",
+    "dynamic_marker",
+    "exported",
+    "one_at_a_time",
+    "recorded",
+    "skip_frame",
+    "skip_frame_unless_inlined",
+    "source_texts",
+    "traced",
+    "vary",
+]
+
+# --- what is traced, and by whom: torch's own flags are the whole process's ------------------------------------------
+
+one_at_a_time = threading.RLock()
+"""Held while a model is captured and rewritten: names are patched, and torch's tracing modes are the process's."""
+_capturing: int | None = None
+"""The thread that captures a model right now."""
+
+
+@contextmanager
+def capturing() -> Iterator[None]:
+    """Around a capture, which is this thread's: what the others do meanwhile is not traced."""
+    global _capturing
+    with one_at_a_time:
+        before, _capturing = _capturing, threading.get_ident()
+        try:
+            yield
+        finally:
+            _capturing = before
+
+
+def traced() -> bool:
+    """Whether this call is being traced into a graph. torch's own flag is the whole process's: a capture in another
+    thread does not count."""
+    if torch.compiler.is_dynamo_compiling():
+        return True
+    return torch.compiler.is_compiling() and (_capturing is None or _capturing == threading.get_ident())
+
+
+def exported() -> bool:
+    """Whether torch.export is tracing this call: likewise, not a capture in another thread.
+
+    Torch's flag itself, which Dynamo reads and guards. Of `torch.compiler.is_exporting()` it makes a constant: torch
+    2.11's makes it True in every frame that it compiles, export or none.
+    """
+    return torch.compiler._is_exporting_flag and (_capturing is None or _capturing == threading.get_ident())
+
+
+def recorded() -> bool:
+    """Whether this call is traced, or recorded by `torch.jit.trace`."""
+    return traced() or bool(torch._C._get_tracing_state())
+
+
+def assert_on_device(condition: Tensor, message: str) -> None:
+    """Fail there, some time later, where `condition` does not hold; the host does not wait."""
+    torch._assert_async(condition, message)
+
+
+# --- what torch.compile is told --------------------------------------------------------------------------------------
+
+_BLOCKS = (
+    "compile='blocks' compiles block by block; fullgraph=True and torch.export.export(strict=True) need "
+    "simba_fx.transform(..., compile='whole')"
+)
+
+
+def _own_code(function: Any) -> Any:
+    """A copy with a code object of its own: Dynamo remembers code objects."""
+    code = function.__code__.replace()
+    own: Any = types.FunctionType(code, function.__globals__, function.__name__, None, function.__closure__)
+    own.__defaults__, own.__kwdefaults__ = function.__defaults__, function.__kwdefaults__
+    return functools.update_wrapper(own, function)
+
+
+def skip_frame(function: Any) -> Any:
+    """Dynamo runs this frame as it is, and goes on compiling the frames that it calls.
+
+    `torch._dynamo.disable(recursive=False)` promises the same, but its wrapper raises wherever torch.export is at work
+    in the process, be it in another thread.
+    """
+    import torch._dynamo.decorators
+
+    skipped: Any = torch._dynamo.decorators.skip(_own_code(function))
+    skipped._torchdynamo_disable_msg = _BLOCKS
+    return skipped
+
+
+def skip_frame_unless_inlined(function: Any) -> Any:
+    """As `skip_frame`, but a frame that Dynamo compiles may inline this one."""
+    import torch._dynamo.eval_frame
+
+    inlined = _own_code(function)
+    torch._dynamo.eval_frame.skip_code(inlined.__code__)
+    return inlined
+
+
+def disable_compile(function: Any) -> Any:
+    """Dynamo compiles neither this frame nor those that it calls."""
+    import torch._dynamo
+
+    return torch._dynamo.disable(function)  # type: ignore[no-untyped-call]  # untyped in torch
+
+
+@functools.cache
+def dynamic_marker() -> Callable[[Iterable[Any], Iterable[tuple[int, ...]]], None]:
+    """A function that lets the first compilation serve every size of the given dimensions of the given tensors."""
+    import torch._dynamo
+
+    def mark(values: Iterable[Any], dims: Iterable[tuple[int, ...]]) -> None:
+        for tensor, dynamic in zip(values, dims):
+            if isinstance(tensor, Tensor):
+                for dim in dynamic[: tensor.dim()]:
+                    torch._dynamo.maybe_mark_dynamic(tensor, dim)
+
+    marker: Callable[[Iterable[Any], Iterable[tuple[int, ...]]], None] = skip_frame(mark)
+    return marker
+
+
+def vary(tensor: Tensor, *dims: int) -> None:
+    """Let the first compilation serve every size of these dimensions."""
+    torch._dynamo.maybe_mark_dynamic(tensor, dims)
