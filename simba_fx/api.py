@@ -12,18 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from simba_fx.errors import SimbaError
-from simba_fx.flops import budget_cost
-from simba_fx.frontends import mamba_ssm as mixer_model
-from simba_fx.frontends import module as plain
-from simba_fx.frontends.transformers import model as huggingface
+from simba_fx.frontends import frontend_of, refuse_foreign_options
 from simba_fx.graph.plan import reasons
 from simba_fx.graph.runner import diff
 from simba_fx.options import Criterion, Options
-from simba_fx.runtime import labels as losses
+from simba_fx.runtime import labels as kept_labels
 from simba_fx.runtime.build import Built
 from simba_fx.runtime.fsdp import is_sharded
 from simba_fx.runtime.last_call import LastCall
-from simba_fx.schedule import Budget, Schedule, as_schedule
+from simba_fx.schedule import Schedule, as_schedule
 from simba_fx.versions import name_untested
 
 __all__ = ["answer", "explain", "kept", "lengths", "program", "reached", "tail", "transform"]
@@ -101,10 +98,7 @@ def transform(model: nn.Module, schedule: ScheduleLike = "linear", *, criterion:
     model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
     if (runtime := runtime_of(model)) is not None:
         model = runtime.dense(model)
-        if isinstance(runtime, plain.PlainRuntime) and example_inputs is None:
-            example_inputs = runtime.examples()
-            if mask is None:
-                mask, mask_marks = runtime.options.mask, runtime.options.mask_marks
+        example_inputs, mask, mask_marks = runtime.arguments(example_inputs, mask, mask_marks)
     if any(runtime_of(module) is not None for module in model.modules()):
         raise SimbaError(
             f"This {type(model).__name__} holds a result of simba_fx.transform; expected a dense model, or that result "
@@ -123,41 +117,14 @@ def transform(model: nn.Module, schedule: ScheduleLike = "linear", *, criterion:
     named: Any = protect  # checked, and made a tuple, in Options
     options = Options(as_schedule(schedule), criterion, output, floor, kernels, compile, seed, query, named, labels,
                       tail, pad_token_id, mask, mask_marks)  # fmt: skip
-    budgeted = isinstance(options.schedule, Budget)  # else nothing needs to remember the dense model
-    pretrained = huggingface.is_pretrained(model)
-    if labels != "all" and not pretrained:
-        raise SimbaError(
-            f"labels={labels!r} changes the loss of a transformers model; expected 'all' for a {type(model).__name__}, "
-            "whose loss is outside of it. Leave it out, and mask your own loss with simba_fx.reached(sparse)."
-        )
-    for option, held, usual in (("tail", tail, "last"), ("pad_token_id", pad_token_id, None)):
-        if held != usual and not pretrained:
-            raise SimbaError(
-                f"{option}={held!r} is for transformers models; expected none for a {type(model).__name__}, which is "
-                "not called with ids and labels in ways that are known. Leave it out, and call the model inside "
-                "simba_fx.answer(sparse, n)."
-            )
-    if pretrained or mixer_model.is_mixer(model):
-        if mask is not None or mask_marks != "real":
-            raise SimbaError(
-                f"mask and mask_marks are for plain modules; expected none for a {type(model).__name__}, whose "
-                "attention_mask marks real tokens, if it takes one. Leave the arguments out."
-            )
-        if example_inputs is not None:
-            library = "transformers" if pretrained else "mamba_ssm"
-            raise SimbaError(
-                f"example_inputs are for plain modules; expected none for a {library} {type(model).__name__}, whose "
-                "inputs are known. Leave the argument out."
-            )
-        install, find = (
-            (huggingface.install, huggingface.stack_of) if pretrained else (mixer_model.install, mixer_model.stack_of)
-        )
-        return install(model, options, budget_cost(model, find(model)) if budgeted else None)
-    return plain.install(model, options, example_inputs, budget_cost(None))
+    frontend = frontend_of(model)
+    refuse_foreign_options(frontend, model, options, example_inputs)
+    return frontend.install(model, options, example_inputs)
 
 
 def runtime_of(model: nn.Module) -> Any:
-    return model.__dict__.get("_simba_stack") or model.__dict__.get("_simba")
+    """What `transform` made of a model, if it is a result of it or the block stack of one."""
+    return model.__dict__.get("_simba")
 
 
 def _runtime(model: nn.Module) -> Any:
@@ -283,7 +250,7 @@ def kept(sparse: nn.Module) -> list[Tensor]:
     blocks, after = [], {cut.block + 1: i for i, cut in enumerate(built.cuts)}
     for block in range(built.captured.facts.n_blocks):
         if (i := after.get(block)) is not None:
-            there = losses.real_at(last, i)
+            there = kept_labels.real_at(last, i)
             current = positions[i] if there is None else torch.where(there, positions[i], -1)
         blocks.append(current)
     return blocks
@@ -298,7 +265,7 @@ def reached(sparse: nn.Module) -> Tensor:
     Raises:
         SimbaError: the model has not been called yet.
     """
-    return losses.reached(_last(sparse, "reached"))
+    return kept_labels.reached(_last(sparse, "reached"))
 
 
 def _last(sparse: nn.Module, name: str) -> LastCall:

@@ -31,7 +31,7 @@ from simba_fx.graph.plan import Cut, cuts_of, entering
 from simba_fx.graph.token_order import reaches_all
 from simba_fx.options import Options
 from simba_fx.runtime.build import CustomCriterion, scoring_blocks
-from simba_fx.schedule import Cost, kept_count
+from simba_fx.schedule import Budget, Cost, kept_count
 
 __all__ = ["BudgetCost", "Counts", "Curve", "ModelFlops", "budget_cost", "count", "model_flops", "surroundings_of"]
 
@@ -316,6 +316,7 @@ class BudgetCost:
                            surroundings=surroundings, query=options.query)  # fmt: skip
 
 
-def budget_cost(model: nn.Module | None, stack: Any = None) -> BudgetCost:
-    """What `simba_fx.runtime.build` asks when the schedule is a FLOP budget; arguments as in `BudgetCost`."""
-    return BudgetCost(model, stack)
+def budget_cost(model: nn.Module, stack: Any, options: Options) -> BudgetCost | None:
+    """What `build_program` asks when the schedule is a FLOP budget; arguments as in `BudgetCost`. None: it is not, and
+    nothing needs to remember the dense model."""
+    return BudgetCost(model, stack) if isinstance(options.schedule, Budget) else None

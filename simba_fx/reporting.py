@@ -18,7 +18,6 @@ from simba_fx import ops
 from simba_fx.api import _runtime, kept
 from simba_fx.errors import SimbaError
 from simba_fx.flops import model_flops, surroundings_of
-from simba_fx.frontends.transformers.model import SparseStack
 from simba_fx.graph.facts import MARK, operator_of, scans_of
 from simba_fx.graph.plan import reasons
 from simba_fx.options import Options
@@ -243,8 +242,8 @@ def report(sparse: nn.Module, *args: Any, **kwargs: Any) -> Report:
     facts, positions = built.captured.facts, kept(sparse)
     tokens = [entered.shape[1] for entered in positions]
     cut_blocks = [] if ran is None else [cut.block for cut in built.cuts]
-    outer = isinstance(runtime, SparseStack)
-    prefix = next(name for name, module in model.named_modules() if module is runtime.stack) if outer else ""
+    stack = runtime.stack
+    prefix = "" if stack is None else next(name for name, module in model.named_modules() if module is stack)
     criterion, custom = _criterion(built, cut_blocks)
     flops = model_flops(
         built.captured,
@@ -252,7 +251,7 @@ def report(sparse: nn.Module, *args: Any, **kwargs: Any) -> Report:
         length=length,
         criterion=criterion,
         custom=custom,
-        surroundings=surroundings_of(model, runtime.stack, args, kwargs, length) if outer else None,
+        surroundings=None if stack is None else surroundings_of(model, stack, args, kwargs, length),
         query=runtime.options.query,
     )
     why = _why(built, tokens, ran is None)
@@ -277,15 +276,15 @@ def report(sparse: nn.Module, *args: Any, **kwargs: Any) -> Report:
     output = _setting(built, "output")
     head = flops.head(length), flops.head(length if output == "full" else tokens[-1])
     scorer = flops.scoring(cut_blocks, tokens)
-    stack = Total(flops.stack([length] * facts.n_blocks), flops.stack(tokens), scorer)
+    blocks = Total(flops.stack([length] * facts.n_blocks), flops.stack(tokens), scorer)
     device = positions[0].device
     return Report(
         blocks=rows,
         rows=batch,
         length=length,
         tail=runtime.tail,
-        stack=stack,
-        total=Total(stack.dense + head[0], stack.sparse + head[1], scorer),
+        stack=blocks,
+        total=Total(blocks.dense + head[0], blocks.sparse + head[1], scorer),
         schedule=_schedule(runtime, built),
         criterion=criterion if custom is None else _name(custom.function),
         output=output,

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mamba_ssm_checks import CASES, GRADIENT_TOLERANCE, TOLERANCE, assert_close, gradients, states, tokens
 from strategies import examples
-from test_fuzz_models import DECISION, by_strength, draw_schedule, strength
+from test_fuzz_models import by_strength, draw_schedule, strength
 
 import simba_fx
 from simba_fx.errors import InputError
@@ -101,7 +101,7 @@ def check(one: Subject, what: str, ids: torch.Tensor, tail: int | None, new: int
             for layer, pair in ({} if theirs is None else theirs.key_value_memory_dict).items():
                 for mine, other in zip(ours.key_value_memory_dict[layer], pair):
                     assert_close(f"state of block {layer}, row {b}", mine[b], other[0], TOLERANCE[torch.float32])
-        assert expected.margin > -DECISION[torch.float32]
+        assert expected.margin > -reference.CLEAR_MARGIN
     if what == "gradients":
         found_by_name, wanted_by_name = (gradients(loss, one.dense) for loss in losses)
         scale = max(float(g.norm()) for g in wanted_by_name.values())

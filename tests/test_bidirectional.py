@@ -31,7 +31,7 @@ from torch._dynamo.utils import counters
 import simba_fx
 from simba_fx.capture.export import capture_graph
 from simba_fx.errors import GraphError, InputError, SimbaError
-from simba_fx.frontends import module as plain
+from simba_fx.frontends.module import model as plain
 from simba_fx.graph import runner as pipeline
 from simba_fx.ops import protect_tokens, row_positions
 

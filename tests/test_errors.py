@@ -59,9 +59,7 @@ def own() -> nn.Module:
 
 
 def runtimes(model: nn.Module) -> list[Any]:
-    return [
-        r for m in model.modules() for r in (m.__dict__.get("_simba_stack"), m.__dict__.get("_simba")) if r is not None
-    ]
+    return [r for m in model.modules() for r in (m.__dict__.get("_simba"), m.__dict__.get("_simba")) if r is not None]
 
 
 def state(model: nn.Module) -> dict[str, Any]:

@@ -142,7 +142,7 @@ def test_a_budget_is_met_to_one_percent(name: str, share: float, shape: str, out
 @functools.cache
 def price(name: str) -> tuple[flops.BudgetCost, Any]:
     captured = simba_fx.program(models.sparse(name, "linear")).captured
-    return flops.budget_cost(models.dense(name), stack_of(models.dense(name))), captured
+    return flops.BudgetCost(models.dense(name), stack_of(models.dense(name))), captured
 
 
 @given(
@@ -179,7 +179,7 @@ def test_a_budget_gives_every_capture_of_a_model_the_same_shares() -> None:
     shares = simba_fx.program(sparse).shares
     ids, mask = models.padded([models.tokens(7, 64), models.tokens(8, 50)], left=(0, 0), right=(0, 14))
     found = simba_fx.report(sparse, ids, attention_mask=mask)
-    assert len(sparse._simba_stack.variants) == 2
+    assert len(sparse._simba.variants) == 2
     assert simba_fx.program(sparse).shares == shares
     assert found.total.share == pytest.approx(0.7, abs=0.01)
 
@@ -192,7 +192,7 @@ def test_a_budget_out_of_reach_says_what_is_in_reach() -> None:
         simba_fx.transform(model, simba_fx.Budget(0.1, length=512))
     reachable = float(str(error.value).split("costs ")[1].split(" of")[0])
     captured = simba_fx.program(models.sparse("mamba", "linear")).captured
-    cost = flops.budget_cost(model)(captured, Options(simba_fx.Dense()), 512)
+    cost = flops.BudgetCost(model)(captured, Options(simba_fx.Dense()), 512)
     shares = resolve_shares(simba_fx.Budget(reachable, length=512), 4, cost)
     assert cost(shares) <= reachable
     assert cost((Fraction(1),) * 4) == 1

@@ -482,7 +482,7 @@ def test_padding_between_the_tokens_of_a_row_is_refused(dtype: torch.dtype) -> N
 def test_a_number_that_nobody_reads_captures_no_graph(name: str) -> None:
     """Trainers pass another `num_items_in_batch` at each call; a hybrid hands it to its block stack."""
     model, ids = simba_fx.transform(dense(name), "linear"), tokens(1, 1, 30)
-    variants = model.__dict__["_simba_stack"].variants
+    variants = model.__dict__["_simba"].variants
     right = logits(model, ids)
     before = [len(graphs) for graphs in variants.values()]
     for items in (57, 58, 59.5):

@@ -30,8 +30,10 @@ from transformers import MambaForCausalLM, logging
 
 import simba_fx
 from simba_fx.errors import CaptureError, ScheduleError, SimbaError
+from simba_fx.frontends.files import FILE
+from simba_fx.frontends.module.files import WEIGHTS
 from simba_fx.options import CRITERIA, Options
-from simba_fx.saving import FILE, WEIGHTS, options_from_json, options_to_json
+from simba_fx.saving import options_from_json, options_to_json
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
 own_model: Any = importlib.import_module("own_model")
@@ -58,7 +60,7 @@ def logits(model: Any, call: dict[str, Tensor]) -> Tensor:
 
 
 def options_of(model: nn.Module) -> Options:
-    found: Options = model.__dict__["_simba_stack"].options
+    found: Options = model.__dict__["_simba"].options
     return found
 
 

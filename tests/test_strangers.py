@@ -23,7 +23,8 @@ from torch import nn
 
 import simba_fx
 from simba_fx.errors import SimbaError
-from simba_fx.saving import FILE, WEIGHTS
+from simba_fx.frontends.files import FILE
+from simba_fx.frontends.module.files import WEIGHTS
 
 HERE = Path(__file__).resolve().parents[1]
 OWN = (sys.prefix, sys.base_prefix, str(HERE), *map(os.path.realpath, (sys.prefix, sys.base_prefix)), "/proc", "/sys",

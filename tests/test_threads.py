@@ -107,7 +107,7 @@ def test_one_model_called_for_the_first_time_by_two_threads() -> None:
     model = simba_fx.transform(entry.build(), keep_all(4), kernels="model")
     found = at_once(*[lambda _: logits(model, **three_rows(masked=True))] * 2)
     assert_close("logits", found[0], found[1], 1e-5)
-    ((_, variants),) = [(k, v) for k, v in model._simba_stack.variants.items() if k.mask is not None]
+    ((_, variants),) = [(k, v) for k, v in model._simba.variants.items() if k.mask is not None]
     assert len(variants) == 1
 
 

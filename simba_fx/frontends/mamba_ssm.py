@@ -9,9 +9,10 @@ from token ids `(B, L)`; there is no padding mask; and the states of a prompt go
 from __future__ import annotations
 
 import functools
-import inspect
-from collections.abc import Callable
+import importlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,22 +22,24 @@ from torch import Tensor, nn
 from simba_fx.capture.examples import EXAMPLE, autocast_dtype
 from simba_fx.capture.export import capture_graph
 from simba_fx.capture.normalise import Captured
-from simba_fx.compiling import disable_compile, dynamic_marker, skip_frame
-from simba_fx.errors import CaptureError, InputError
-from simba_fx.frontends.transformers.caches import Entry
-from simba_fx.frontends.transformers.model import Signature, SparseStack, Variant
+from simba_fx.errors import CaptureError, InputError, SimbaError
+from simba_fx.flops import budget_cost
+from simba_fx.frontends.files import dtype_to_ask_for, dtypes_of, in_saved_dtypes
 from simba_fx.options import Options
-from simba_fx.runtime import exporting
-from simba_fx.runtime.build import Built, build_program
+from simba_fx.runtime.build import build_program
 from simba_fx.runtime.captures import captured, stored_with
-from simba_fx.runtime.clone import own_forward, subclass, twin_around
+from simba_fx.runtime.clone import own_forward, twin_around
 from simba_fx.runtime.fingerprint import Snapshot
 from simba_fx.runtime.inputs import check_mask
 from simba_fx.runtime.last_call import LastCall
 from simba_fx.runtime.rows import refuse_ragged
+from simba_fx.runtime.stack import Entry, Signature, StackRuntime, Variant, stack_class
 
-__all__ = ["SparseMixer", "install", "is_mixer", "stack_of"]
+__all__ = ["KEYS", "LIBRARY", "TAKES", "SparseMixer", "describe", "install", "owns", "read", "stack_of", "write"]
 
+LIBRARY = "mamba_ssm"
+TAKES: frozenset[str] = frozenset()
+KEYS = frozenset({"dtype"})
 _MODULE = "mamba_ssm.models.mixer_seq_simple"
 _KINDS = ("conv", "recurrent")
 """Of the two slots of a layer's states, in their order: `(B, D, W)`; `(B, D, N)` or `(B, H, P, N)`."""
@@ -46,7 +49,7 @@ def _is(module: nn.Module, *names: str, owner: str = _MODULE) -> bool:
     return any(cls.__module__ == owner and cls.__name__ in names for cls in type(module).__mro__)
 
 
-def is_mixer(model: nn.Module) -> bool:
+def owns(model: nn.Module) -> bool:
     """Whether `model` is a `MambaLMHeadModel` or a `MixerModel` of `mamba_ssm`, which is not imported to find out."""
     return _is(model, "MambaLMHeadModel", "MixerModel")
 
@@ -56,7 +59,7 @@ def stack_of(model: nn.Module) -> nn.Module:
     return model if _is(model, "MixerModel") else model.get_submodule("backbone")
 
 
-def install(model: nn.Module, options: Options, cost: Any) -> nn.Module:
+def install(model: nn.Module, options: Options, example_inputs: Any = None) -> nn.Module:
     """A sparse twin of `model` over the same parameters; `model` is untouched.
 
     Raises:
@@ -65,8 +68,8 @@ def install(model: nn.Module, options: Options, cost: Any) -> nn.Module:
     stack = stack_of(model)
     _refuse_rotary(stack)
     blocks = options.compile == "blocks"
-    runtime = SparseMixer(stack, options, cost, store=stored_with(stack))
-    twin = twin_around(model, runtime, _stack_class(type(stack), blocks), blocks)
+    runtime = SparseMixer(stack, options, budget_cost(model, stack, options), store=stored_with(stack))
+    twin = twin_around(model, runtime, stack_class(type(stack), blocks, _prepare), blocks)
     runtime.variant(_signature(stack, torch.int64, cache=False))
     if not blocks and not runtime.attention:  # a graph that is traced whole cannot stop to capture another
         runtime.variant(_signature(stack, torch.int64, cache=True))
@@ -93,28 +96,26 @@ def _signature(stack: Any, ids: torch.dtype, *, cache: bool) -> Signature:
                      autocast=autocast_dtype(weight.device))  # fmt: skip
 
 
-class SparseMixer(SparseStack):
+class SparseMixer(StackRuntime):
     """The runtime of one transformed model of `mamba_ssm`."""
 
-    stack_of = staticmethod(stack_of)
-
-    def _around(self) -> set[nn.Module]:
-        return set()
+    def stack_of(self, model: nn.Module) -> nn.Module:
+        return stack_of(model)
 
     @functools.cached_property
     def attention(self) -> tuple[str, ...]:
         """Paths of the attention layers. (Late: a deep copy's stack is not whole yet when its runtime is made.)"""
         return _attention(self.stack)
 
-    def _capture(self, signature: Signature, now: Snapshot) -> Variant:
+    def capture(self, signature: Signature, now: Snapshot) -> Variant:
         rest = (signature, self.options.kernels, self.options.compile == "blocks")
         with torch.inference_mode(False):  # `generate` of mamba_ssm runs in it; a graph outlives the call
             graph, entries = captured(self.store, self.stack, now, rest, lambda: self._trace(signature))
             built = build_program(graph, self.options, self.cost)
-        return Variant(built, Tensor, entries, {}, (True,), now)
+        return Variant(built, entries, now)
 
     def _trace(self, signature: Signature) -> tuple[Captured, tuple[Entry, ...]]:
-        stack = self._to_trace()
+        stack = self.to_trace()
         ((_, ids),) = signature.extra
         inputs = {"input_ids": torch.zeros(*EXAMPLE.values(), dtype=ids, device=signature.device)}
         shell = _Shell(stack, signature.cache)
@@ -122,7 +123,7 @@ class SparseMixer(SparseStack):
                         kernels=self.options.kernels)  # fmt: skip
         return graph, shell.stored.entries
 
-    def finish(self, variant: Variant, call: Any, flat: Any) -> Any:
+    def finish(self, variant: Variant, call: MixerCall, flat: Any) -> Any:
         """Fill the states; return the stack's output `(B, L, M)`."""
         first = 1 + len(variant.states)
         rows, length = call.ids.shape
@@ -185,42 +186,24 @@ class _Shell(nn.Module):
 
 
 @dataclass
-class Call:
+class MixerCall:
     """One call of a sparse stack that runs a program."""
 
     signature: Signature
     ids: Tensor
+    tail: int
     states: Any
     """The caller's `inference_params`, or None."""
 
+    @property
+    def sizes(self) -> tuple[Any, Any, int]:
+        return *self.ids.shape, self.tail
 
-def _stack_class(cls: type[nn.Module], blocks: bool) -> type:
-    """The class of a sparse MixerModel: a prompt runs its program, a decoding step the class's own forward."""
-    own = cls.forward
-    names = tuple(inspect.signature(own).parameters)[1:]
-    python: Callable[[Any], Any] = disable_compile if blocks else lambda function: function
-    prepare, finish, lookup = python(_prepare), python(SparseMixer.finish), python(SparseMixer.variant)
-    checked = python(Built.check_sizes)
-    mark, refuse = dynamic_marker(), python(exporting.refuse_onnx)
-
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        call = prepare(self, dict(zip(names, args)) | kwargs)
-        if call is None:
-            return own(self, *args, **kwargs)
-        runtime = self._simba
-        variant = lookup(runtime, call.signature)
-        checked(variant.built, cls.__name__, *call.ids.shape, runtime.tail)
-        program = variant.built.program
-        refuse()
-        output = finish(runtime, variant, call, program.forward(call.ids, runtime.tail))
-        if blocks:
-            mark((output,), ((0, 1),))
-        return output
-
-    return subclass(cls, "blocks" if blocks else "whole", skip_frame(forward) if blocks else forward)
+    def inputs(self, names: Sequence[str]) -> list[Any]:
+        return [self.ids, self.tail]
 
 
-def _prepare(stack: Any, given: dict[str, Any]) -> Call | None:
+def _prepare(stack: Any, given: dict[str, Any]) -> MixerCall | None:
     """What to run for a call; None: the class's own forward (a decoding step, a prompt of one token)."""
     runtime: SparseMixer = stack._simba
     name = type(stack).__name__
@@ -252,4 +235,27 @@ def _prepare(stack: Any, given: dict[str, Any]) -> Call | None:
     if length == 1:
         runtime.last = LastCall(rows, length, None, (), None, None)
         return None
-    return Call(_signature(stack, ids.dtype, cache=states is not None), ids, states)
+    return MixerCall(_signature(stack, ids.dtype, cache=states is not None), ids, runtime.tail, states)
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def describe(model: nn.Module) -> dict[str, Any]:
+    if not hasattr(model, "save_pretrained"):
+        raise SimbaError(
+            f"A {type(model).__name__} alone cannot be saved by mamba_ssm; expected the MambaLMHeadModel around it. "
+            "Use torch.save on its state_dict(), and simba_fx.transform after loading."
+        )
+    return dtypes_of(model)
+
+
+def write(model: Any, folder: Path) -> None:
+    model.save_pretrained(str(folder))
+
+
+def read(folder: Path, written: Mapping[str, Any], model: Any, kwargs: Mapping[str, Any]) -> tuple[Any, Any]:
+    models: Any = importlib.import_module(_MODULE)
+    given = dtype_to_ask_for(written, kwargs) | dict(kwargs)
+    found = models.MambaLMHeadModel.from_pretrained(str(folder), **given).eval()  # as transformers has it
+    return in_saved_dtypes(found, written, kwargs), None

@@ -37,8 +37,7 @@ def twin_around(model: nn.Module, runtime: Any, stack_class: type, blocks: bool)
     copies = copies_of(model, runtime.stack)
     twin, inner = copies[model], copies[runtime.stack]
     inner.__class__ = stack_class
-    inner.__dict__["_simba"] = runtime
-    twin.__dict__["_simba_stack"] = runtime  # found from the outer module as well, without a walk
+    inner.__dict__["_simba"] = twin.__dict__["_simba"] = runtime
     if blocks and twin is not inner:
         twin.__class__ = _outer_class(type(twin))
     runtime.stack = inner
@@ -203,8 +202,7 @@ def _pickled_alone(self: nn.Module, protocol: Any) -> Any:
 
 def _pickled(self: nn.Module, protocol: Any) -> Any:
     """A sparse model is pickled as the dense model and what was asked for, and transformed again."""
-    runtime = self.__dict__.get("_simba_stack") or self.__dict__["_simba"]
-    return _transformed_again, (dense_again(self), runtime.options)
+    return _transformed_again, (dense_again(self), self.__dict__["_simba"].options)
 
 
 def dense_again(sparse: nn.Module) -> nn.Module:

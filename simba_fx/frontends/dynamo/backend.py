@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 
 from simba_fx.capture.normalise import Captured, check_every_mixer, drop_no_ops, settled, strip_paths
 from simba_fx.errors import SimbaError
-from simba_fx.flops import budget_cost
+from simba_fx.flops import BudgetCost
 from simba_fx.frontends.dynamo import substitutes
 from simba_fx.frontends.dynamo.checks import (
     assert_real_tokens,
@@ -194,7 +194,7 @@ def _pruned(gm: fx.GraphModule, flat: Flat, frame: Frame, settings: Settings, le
     refuse_keys(graph, facts)
     check_lengths(value(primary), length, options, tail)
     names = tuple(node.name for node in nodes)
-    built = build_program(Captured(graph, flat.attributes, facts, [], _FLAT, names, names), options, budget_cost(None))
+    built = build_program(Captured(graph, flat.attributes, facts, [], _FLAT, names, names), options, BudgetCost(None))
     rewritten = built.graph
     if mask is not None:
         assert_real_tokens(rewritten, options, tail)

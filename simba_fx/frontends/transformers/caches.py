@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Entry = tuple[int, str, int]
+from simba_fx.runtime.stack import Entry
 
 
 def recording_cache(config: Any) -> Any:

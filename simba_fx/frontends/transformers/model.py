@@ -8,13 +8,10 @@ The result is a copy of the model's module tree over the original's own paramete
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
 import inspect
-import threading
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,9 +23,10 @@ from torch.utils import _pytree as pytree
 from simba_fx.capture.examples import EXAMPLE, autocast_dtype, named_sizes
 from simba_fx.capture.export import capture_graph
 from simba_fx.capture.normalise import Captured
-from simba_fx.compiling import disable_compile, dynamic_marker, one_at_a_time, skip_frame, traced
+from simba_fx.compiling import disable_compile, skip_frame, traced
 from simba_fx.errors import CaptureError, InputError
-from simba_fx.frontends.transformers.caches import Entry, fill, is_warm, new_cache, recording_cache
+from simba_fx.flops import budget_cost
+from simba_fx.frontends.transformers.caches import fill, is_warm, new_cache, recording_cache
 from simba_fx.frontends.transformers.decoding import (
     attention_modules,
     call_with_own_mask,
@@ -38,14 +36,13 @@ from simba_fx.frontends.transformers.decoding import (
 )
 from simba_fx.graph.facts import region, returned
 from simba_fx.options import Options
-from simba_fx.runtime import exporting
-from simba_fx.runtime.build import Built, build_program
-from simba_fx.runtime.captures import captured, share, stored_with
-from simba_fx.runtime.clone import copy_to_trace, dense_again, own_forward, subclass, twin_around
-from simba_fx.runtime.fingerprint import Fingerprint, Snapshot
+from simba_fx.runtime.build import build_program
+from simba_fx.runtime.captures import captured, stored_with
+from simba_fx.runtime.clone import own_forward, subclass, twin_around
+from simba_fx.runtime.fingerprint import Snapshot
 from simba_fx.runtime.inputs import check_mask, check_positions, check_rows
 from simba_fx.runtime.labels import count_kept_labels
-from simba_fx.runtime.last_call import LastCall, Memory
+from simba_fx.runtime.last_call import LastCall
 from simba_fx.runtime.rows import (
     Ends,
     check_lengths,
@@ -59,21 +56,16 @@ from simba_fx.runtime.rows import (
     warn_of_padding,
     watch_calls,
 )
+from simba_fx.runtime.stack import Entry, Signature, StackRuntime, Variant, stack_class
 
-__all__ = ["Signature", "SparseStack", "capture_stack", "install", "is_pretrained"]
+__all__ = ["Signature", "SparseStack", "base_of", "capture_stack", "install", "owns", "stack_of"]
 
-_EAGERLY_FIRST = (
-    "Call the model once with such arguments before it is traced, by torch.compile with compile='whole' or by "
-    "torch.export."
-)
 _CACHE_NAMES = ("cache", "past_key_values", "cache_params")
 """What the argument is called: `cache` from transformers 5.24 on, one of the others before."""
 _ROWS, _LENGTH = EXAMPLE.values()
-_KEPT_GRAPHS = 8
-"""Of one kind of call: a model with and without its adapter has two."""
 
 
-def is_pretrained(model: nn.Module) -> bool:
+def owns(model: nn.Module) -> bool:
     """Whether `model` is a transformers model, or a PEFT model around one; neither is imported to find out."""
     return any(cls.__module__ == "transformers.modeling_utils" for cls in type(base_of(model)).__mro__)
 
@@ -89,7 +81,7 @@ def stack_of(model: nn.Module) -> Any:
     return base_of(model).base_model
 
 
-def install(model: nn.Module, options: Options, cost: Any) -> nn.Module:
+def install(model: nn.Module, options: Options, example_inputs: Any = None) -> nn.Module:
     """A sparse twin of `model` over the same parameters; `model` is untouched.
 
     Args:
@@ -103,7 +95,7 @@ def install(model: nn.Module, options: Options, cost: Any) -> nn.Module:
     refuse_eager_experts(base_of(model))
     refuse_other_attention(stack)
     blocks = options.compile == "blocks"
-    runtime = SparseStack(stack, options, cost, store=stored_with(stack))
+    runtime = SparseStack(stack, options, budget_cost(model, stack, options), store=stored_with(stack))
     twin = twin_around(model, runtime, _stack_class(type(stack), blocks), blocks)
     if options.labels == "kept":
         count_kept_labels(base_of(twin), runtime, blocks)
@@ -111,7 +103,7 @@ def install(model: nn.Module, options: Options, cost: Any) -> nn.Module:
         watch_calls(base_of(twin), _runtime_of, _check_call, options.tail == "labels", blocks)
     refuse_generation_without_cache(base_of(twin))
     embeddings = stack.get_input_embeddings().weight
-    default = Signature.default(stack, embeddings, runtime.pad is not None)
+    default = usual_signature(stack, embeddings, runtime.pad is not None)
     runtime.variant(default)
     if not blocks:  # a graph that is traced whole cannot stop to capture another
         runtime.variant(dataclasses.replace(default, mask=torch.int64, trailing=False))
@@ -191,82 +183,38 @@ def refuse_other_attention(stack: Any) -> None:
         )
 
 
-@dataclass(frozen=True)
-class Signature:
-    """What a captured graph is specialised to. Sizes are not part of it."""
-
-    dtype: torch.dtype
-    device: torch.device
-    mask: torch.dtype | None
-    cache: bool
-    training: bool
-    hidden_states: bool
-    ids: bool = True
-    """Whether the call gave token ids: some models scale embeddings that they looked up themselves."""
-    extra: tuple[tuple[str, Any], ...] = ()
-    """Tensors beside embeddings and mask, as (name, (dtype, sizes)), a size "B", "L" or a number."""
-    constants: tuple[tuple[str, Any], ...] = ()
-    """Numbers, flags and words among the arguments, which are part of the graph."""
-    autocast: torch.dtype | None = None
-    """What `torch.autocast` casts to around the call; the graph is captured, and runs, inside of it."""
-    trailing: bool = False
-    """Whether the program is told the rows' lengths. The model's part of the graph knows nothing of them."""
-
-    @staticmethod
-    def default(stack: nn.Module, weight: Tensor, trailing: bool = False) -> Signature:
-        config: Any = stack.config
-        cache = bool(config.use_cache and not stack.training)
-        hidden = bool(getattr(config, "output_hidden_states", False))
-        positions = (("position_ids", (torch.int64, ("B", "L"))),) if takes_positions(type(stack)) else ()
-        return Signature(weight.dtype, weight.device, None, cache, stack.training, hidden, extra=positions,
-                         autocast=autocast_dtype(weight.device), trailing=trailing)  # fmt: skip
+def usual_signature(stack: nn.Module, weight: Tensor, trailing: bool = False) -> Signature:
+    """Of the calls that are captured when a model is transformed."""
+    config: Any = stack.config
+    cache = bool(config.use_cache and not stack.training)
+    hidden = bool(getattr(config, "output_hidden_states", False))
+    positions = (("position_ids", (torch.int64, ("B", "L"))),) if takes_positions(type(stack)) else ()
+    return Signature(weight.dtype, weight.device, None, cache, stack.training, hidden, extra=positions,
+                     autocast=autocast_dtype(weight.device), trailing=trailing)  # fmt: skip
 
 
 @dataclass
-class Variant:
-    """One captured graph of the stack, as a program."""
+class ModelVariant(Variant):
+    """A graph of a transformers stack."""
 
-    built: Built
     output_type: type
-    states: tuple[Entry, ...]
     attention: Mapping[int, int]
     """For each cache layer with keys, how many cuts are before the block that fills it."""
     whole: tuple[bool, ...]
     """For each of the model's values, whether it has a place for every token of the input."""
-    seen: Snapshot
-    """The stack that it was captured from."""
 
 
 @dataclass(eq=False)
-class SparseStack(Memory):
-    """The runtime of one transformed model: its options, its programs, and what its last call kept."""
+class SparseStack(StackRuntime):
+    """The runtime of one transformed transformers model."""
 
-    stack: Any
-    options: Options
-    cost: Any
     warned: bool = False
     """Of rows that may be padded with tokens that may be text; once is enough."""
-    variants: dict[Signature, list[Variant]] = field(default_factory=dict)
-    """For each kind of call the graphs of the stack as it was then, the last one used last."""
     unread: dict[Signature, frozenset[str]] = field(default_factory=dict)
     """For each kind of call, whatever its constants: numbers among its keywords that the model does not look at."""
-    capturing: Any = field(default_factory=threading.RLock)
-    store: Any = field(default_factory=dict)
-    """Captures that serve whatever the options; those of the model that this one came from."""
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> SparseStack:
-        """Programs hold the original's parameters: a copy captures its own."""
-        twin = type(self)(copy.deepcopy(self.stack, memo), self.options, self.cost)
-        memo[id(self)] = twin
-        return twin
-
-    def dense(self, sparse: nn.Module) -> nn.Module:
-        """The dense model that a sparse one of this runtime came from: a copy over the same parameters."""
-        model = dense_again(sparse)
-        share(self.stack_of(model), self.store)
-        return model
-
-    stack_of = staticmethod(stack_of)
+    def stack_of(self, model: nn.Module) -> nn.Module:
+        return stack_of(model)  # type: ignore[no-any-return]
 
     @property
     def pad(self) -> int | None:
@@ -275,70 +223,20 @@ class SparseStack(Memory):
         stated = self.options.pad_token_id
         return (None if ambiguous else pad) if stated is None else stated
 
-    def any_built(self) -> Built:
-        """Of the last call, or of the first capture before any call."""
-        built = self.last.built if self.last is not None else None
-        return built if built is not None else next(iter(self.variants.values()))[-1].built
-
-    def variant(self, signature: Signature) -> Variant:
-        """The program for calls of this signature to the stack as it is now; captured on first use."""
-        signature = self._without_unread(signature)
-        known = self.variants.get(signature, [])
-        if traced():
-            if not known:
-                raise InputError(f"{type(self.stack).__name__} has no graph yet for {signature}. {_EAGERLY_FIRST}")
-            return known[-1]
-        with self.capturing:
-            now = self.fingerprint.snapshot()
-            found = next((variant for variant in known if variant.seen == now), None)
-            if found is None:
-                found = self._captured_anew(signature, known, now)
-            elif found is not known[-1]:  # the last one used comes last
-                known.remove(found)
-                known.append(found)
-        found.seen = now  # the same object, which is compared at once
-        found.built.program.refuse_sharded()
-        return found
-
-    @functools.cached_property
-    def fingerprint(self) -> Fingerprint:
-        return Fingerprint(self.stack, self.options.compile == "blocks", self._around)
-
-    def _around(self) -> set[nn.Module]:
+    def outside(self) -> set[nn.Module]:
         """Ids are looked up before the graph runs."""
         return {self.stack.get_input_embeddings()}
 
-    def _captured_anew(self, signature: Signature, known: list[Variant], now: Snapshot) -> Variant:
-        with one_at_a_time:
-            variant = self._capture(signature, now)
-        if (used := self._without_unread(signature)) != signature:  # the capture has told more
-            signature, known = used, self.variants.get(used, [])
-            if (same := next((other for other in known if other.seen == now), None)) is not None:
-                return same
-        variant.built.program.read_from(self.stack)
-        self.fingerprint.captured(variant.built.program.called())
-        if len(known) == _KEPT_GRAPHS:
-            changed = known[-1].seen.difference(variant.seen)
-            warnings.warn(
-                f"{type(self.stack).__name__} was captured {_KEPT_GRAPHS + 1} times for calls of one kind, because its "
-                f"modules changed in between (the last time: {changed}). Each capture takes seconds; keep what changes "
-                "at every call out of the modules' attributes.",
-                stacklevel=2,
-            )
-            del known[0]
-        self.variants[signature] = [*known, variant]
-        return variant
-
-    def _without_unread(self, signature: Signature) -> Signature:
+    def used(self, signature: Signature) -> Signature:
         unread = self.unread.get(dataclasses.replace(signature, constants=()), frozenset())
         used = tuple((name, held) for name, held in signature.constants if name not in unread)
         return signature if len(used) == len(signature.constants) else dataclasses.replace(signature, constants=used)
 
-    def _capture(self, signature: Signature, now: Snapshot) -> Variant:
+    def capture(self, signature: Signature, now: Snapshot) -> ModelVariant:
         kernels, blocks = self.options.kernels, self.options.compile == "blocks"
         graph, seen = captured(
             self.store, self.stack, now, (signature, kernels, blocks),
-            lambda: self._capture_unread(signature) or capture_stack(self._to_trace(), signature, kernels),
+            lambda: self._capture_unread(signature) or capture_stack(self.to_trace(), signature, kernels),
         )  # fmt: skip
         if seen.unread:
             kind = dataclasses.replace(signature, constants=())
@@ -350,10 +248,7 @@ class SparseStack(Memory):
         values = returned(graph.graph)[: graph.facts.values]
         full = self.options.output == "full"
         whole = tuple(full or not any(cut.block < region(node) for cut in built.cuts) for node in values)
-        return Variant(built, seen.output_type, seen.states, before, whole, now)
-
-    def _to_trace(self) -> nn.Module:
-        return copy_to_trace(self.stack, self.fingerprint.live())
+        return ModelVariant(built, seen.states, now, seen.output_type, before, whole)
 
     def _capture_unread(self, signature: Signature) -> tuple[Captured, _Observed] | None:
         """The graph if the numbers that the forward has no parameters for are looked at by nobody; None if they are.
@@ -367,7 +262,7 @@ class SparseStack(Memory):
         constants = tuple((name, _Unread() if name in loose else held) for name, held in signature.constants)
         try:
             loose_signature = dataclasses.replace(signature, constants=constants)
-            captured, seen = capture_stack(self._to_trace(), loose_signature, self.options.kernels)
+            captured, seen = capture_stack(self.to_trace(), loose_signature, self.options.kernels)
         except Exception:  # who looks at what is no number fails, in whatever way
             return None
         return captured, dataclasses.replace(seen, unread=frozenset(loose))
@@ -396,7 +291,7 @@ class SparseStack(Memory):
             if call_with_own_mask not in module._forward_pre_hooks.values():
                 module.register_forward_pre_hook(call_with_own_mask, with_kwargs=True)
 
-    def finish(self, variant: Variant, call: Call, flat: Any) -> Any:
+    def finish(self, variant: ModelVariant, call: ModelCall, flat: Any) -> Any:
         """Fill the cache; return the model's values as the model returns them."""
         facts, n_states = variant.built.captured.facts, len(variant.states)
         values, states = flat[: facts.values], flat[facts.values : facts.values + n_states]
@@ -413,7 +308,7 @@ class SparseStack(Memory):
         output = variant.output_type(**named)
         return output if call.return_dict else output.to_tuple()
 
-    def _describe_attention(self, variant: Variant, cache: Any, last: LastCall) -> None:
+    def _describe_attention(self, variant: ModelVariant, cache: Any, last: LastCall) -> None:
         """Tell the cache's attention layers which tokens of the prompt they hold, unless they hold them all."""
         _, length, built, positions, real, mask = last
         everything: Any = mask
@@ -538,7 +433,7 @@ def _with_own_names(parameters: tuple[str, ...], given: dict[str, Any]) -> dict[
 
 
 @dataclass
-class Call:
+class ModelCall:
     """One call of a sparse stack that runs a program."""
 
     signature: Signature
@@ -552,53 +447,34 @@ class Call:
     real: Tensor | None
     """`(B, L)`, not 0 where the caller's tokens are real; None: everywhere."""
 
-    def inputs(self, names: Iterable[str]) -> list[Any]:
-        """The program's, of which `names` are tensors."""
+    @property
+    def sizes(self) -> tuple[Any, Any, int]:
+        return *self.tensors["inputs_embeds"].shape[:2], self.ends.tail
+
+    def inputs(self, names: Sequence[str]) -> list[Any]:
         lengths = [self.ends.lengths] if self.signature.trailing else []
         return [*(self.tensors[name] for name in names), self.ends.tail, *lengths]
 
 
 def _stack_class(cls: type[nn.Module], blocks: bool) -> type:
-    """The class of a sparse stack: a prompt runs its program, a decoding step the class's own forward."""
-    own = cls.forward
-    names = tuple(name for name in inspect.signature(own).parameters if name != "self")
-    python = disable_compile if blocks else lambda function: function
-    prepare, finish = python(_prepare), python(SparseStack.finish)
-
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        given = _with_own_names(names, dict(zip(names, args)) | kwargs)
-        call = prepare(self, given)
-        if call is None:
-            return step(self, given)
-        runtime = self._simba
-        variant = lookup(runtime, call.signature)
-        checked(variant.built, cls.__name__, *call.tensors["inputs_embeds"].shape[:2], call.ends.tail)
-        program = variant.built.program
-        inputs = call.inputs(variant.built.captured.arguments)
-        refuse()
-        output = finish(runtime, variant, call, program.forward(*inputs))
-        if blocks:
-            mark((output[0],), ((0, 1),))
-        return output
+    own, names = cls.forward, tuple(inspect_parameters(cls))
+    decoding = disable_compile(_decoding) if blocks else _decoding
+    remember = disable_compile(_expected_tokens)
 
     def guarded(self: Any, given: dict[str, Any]) -> Any:
         """If it fails, the cache's sparse layers expect no token any more."""
         put_back = remember(given)
         try:
-            return own(self, **decode(given))
+            return own(self, **decoding(given))
         except BaseException:
             put_back()
             raise
 
-    lookup, mark, decode = python(SparseStack.variant), dynamic_marker(), python(_decoding)
-    remember = python(_expected_tokens)
-    step = skip_frame(guarded) if blocks else lambda self, given: own(self, **decode(given))
-    checked = python(Built.check_sizes)
-    refuse = python(exporting.refuse_onnx)
-    return subclass(cls, "blocks" if blocks else "whole", skip_frame(forward) if blocks else forward)
+    decode = skip_frame(guarded) if blocks else lambda self, given: own(self, **decoding(given))
+    return stack_class(cls, blocks, _prepare, decode, functools.partial(_with_own_names, names))
 
 
-def _prepare(stack: Any, given: dict[str, Any]) -> Call | None:
+def _prepare(stack: Any, given: dict[str, Any]) -> ModelCall | None:
     """What to run for a call; None: the class's own forward (a decoding step, a prompt of one token)."""
     runtime: SparseStack = stack._simba
     cache_name = cache_parameter(inspect_parameters(type(stack)))
@@ -693,7 +569,7 @@ def _prepare(stack: Any, given: dict[str, Any]) -> Call | None:
         cache = new_cache(stack.config)
     return_dict = given.get("return_dict")
     return_dict = bool(stack.config.return_dict if return_dict is None else return_dict)
-    return Call(signature, tensors, cache if use_cache else None, cache_name, return_dict, length, ends, real)
+    return ModelCall(signature, tensors, cache if use_cache else None, cache_name, return_dict, length, ends, real)
 
 
 def _lengths(stack: Any, runtime: SparseStack, ids: Any, lead: Tensor, mask: Tensor | None,

@@ -17,6 +17,7 @@ from simba_fx.capture.export import capture_graph
 from simba_fx.capture.normalise import Captured
 from simba_fx.compiling import disable_compile, dynamic_marker, one_at_a_time, skip_frame, traced
 from simba_fx.errors import CaptureError, InputError, SimbaError
+from simba_fx.flops import BudgetCost
 from simba_fx.options import Options
 from simba_fx.runtime import exporting
 from simba_fx.runtime.build import Built, build_program
@@ -29,7 +30,7 @@ from simba_fx.runtime.last_call import LastCall, Memory
 from simba_fx.runtime.program import Block, Program
 from simba_fx.runtime.rows import refuse_ragged
 
-__all__ = ["PlainProgram", "PlainRuntime", "install"]
+__all__ = ["PlainProgram", "PlainRuntime", "install", "owns"]
 
 _LIKE_A_MASK = ("mask", "pad", "lengths")
 _KEPT_GRAPHS = 8
@@ -71,6 +72,16 @@ class PlainRuntime(Memory):
         model = dense_again(self.root)
         share(model, self.store)
         return model
+
+    stack = None
+    """The whole module is captured, nothing around it."""
+
+    def arguments(self, example_inputs: Any, mask: Any, mask_marks: Any) -> tuple[Any, Any, Any]:
+        """Of another transform: where no `example_inputs` are given, what it was captured with."""
+        if example_inputs is not None:
+            return example_inputs, mask, mask_marks
+        known = (self.options.mask, self.options.mask_marks) if mask is None else (mask, mask_marks)
+        return self.examples(), *known
 
     def examples(self) -> dict[str, Any]:
         """Arguments like those that it was captured with."""
@@ -258,20 +269,20 @@ class PlainProgram(Program):
         """As of any module; the graph follows."""
         super().train(mode)
         self._simba_root.training = mode
-        if (runtime := self.__dict__.get("_simba_stack")) is not None:
+        if (runtime := self.__dict__.get("_simba")) is not None:
             runtime.follow()
         return self
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise SimbaError(
-            f"The program of a plain module ({self.__dict__['_simba_stack'].name}) cannot be pickled, and so not go "
+            f"The program of a plain module ({self.__dict__['_simba'].name}) cannot be pickled, and so not go "
             "through torch.save or to another process; expected its state_dict(), or a folder. Write "
             "simba_fx.save(sparse, folder), and simba_fx.load(folder, module) there."
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PlainProgram:
         """A copy over copies of the parameters, with a runtime of its own."""
-        runtime: PlainRuntime = self.__dict__["_simba_stack"]
+        runtime: PlainRuntime = self.__dict__["_simba"]
         program = replace(runtime, graphs=[], store={}).start(copy.deepcopy(self._simba_root, memo), runtime.graphs[-1])
         memo[id(self)] = program
         return program
@@ -280,7 +291,11 @@ class PlainProgram(Program):
 _HOOKS = tuple(name for name in vars(nn.Module()) if "hooks" in name)
 
 
-def install(model: nn.Module, options: Options, example: Any, cost: Any) -> fx.GraphModule:
+def owns(model: nn.Module) -> bool:
+    return True
+
+
+def install(model: nn.Module, options: Options, example: Any) -> fx.GraphModule:
     """Capture `model` and return its program, callable as the module was."""
     signature = inspect.signature(model.forward)
     inputs = _examples(model, signature, example)
@@ -294,14 +309,14 @@ def install(model: nn.Module, options: Options, example: Any, cost: Any) -> fx.G
     constants = {name: held for name, held in inputs.items() if name not in tensors}
     refuse_other_forwards(model)
     runtime = PlainRuntime(options, type(model).__name__, signature, autocast_dtype(device), tensors, constants,
-                           primary, mask, cost, stored_with(model))  # fmt: skip
+                           primary, mask, BudgetCost(None), stored_with(model))  # fmt: skip
     with one_at_a_time:
         return runtime.start(copies_of(model)[model])
 
 
 def _call_as_module(program: Any, runtime: PlainRuntime) -> None:
     """Give the program the module's signature: flat inputs and outputs are bound and unbound around its code."""
-    program.__dict__["_simba_stack"] = runtime
+    program.__dict__["_simba"] = runtime
     runtime.held = program
     cls = type(program)
     blocks = runtime.options.compile == "blocks"
