@@ -22,7 +22,7 @@ from simba_fx.graph.facts import (
     value,
     where,
 )
-from simba_fx.graph.residual import continued
+from simba_fx.graph.residual import match_residual
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class RestoreLength:
                    facts: Facts) -> list[fx.Node]:  # fmt: skip
         """For each cut before `node`, the gather of the value that it continues."""
         beside = read_last if node in read_last else []
-        gathers = continued(node, [_result(cut, 0).users for cut in before], beside, facts)
+        gathers = match_residual(node, [_result(cut, 0).users for cut in before], beside, facts)
         if gathers is None:
             odd = next((cut for cut in before if len(_carried(cut)) != 1), before[0])
             names = ", ".join(_read_by(gathered).name for gathered in _carried(odd))

@@ -12,7 +12,7 @@ from torch import fx
 from simba_fx import ops
 from simba_fx.graph.facts import Facts, Insert, end_of, nodes_of, operator_of, scans_of, tracked, value
 from simba_fx.graph.plan import Cut
-from simba_fx.graph.token_order import carrying, check_cuts, scan_directions, ways
+from simba_fx.graph.token_order import check_cuts, directions_to, scan_directions, ways
 
 _SCORES = {
     torch.ops.simba_fx.selective_scan.default: torch.ops.simba_fx.selective_token_score.default,
@@ -81,7 +81,7 @@ class ScoreTokens:
         before: fx.Node | None = None
         if query is not None:
             wanted: Any = query.args[2]
-            scans = {scan: way for scan, way in scans.items() if way in carrying(wanted[0])}
+            scans = {scan: way for scan, way in scans.items() if way in directions_to(wanted[0])}
             if False in scans.values():
                 before = insert(torch.ops.aten.le.Tensor, positions, query, val=val.bool())
         for backward in dict.fromkeys(scans.values()):

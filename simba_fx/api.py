@@ -35,7 +35,7 @@ def transform(model: nn.Module, schedule: ScheduleLike = "linear", *, criterion:
               tail: Literal["last", "labels"] = "last", pad_token_id: int | None = None,
               mask: str | Literal[False] | None = None, mask_marks: Literal["real", "padding"] = "real",
               example_inputs: tuple[Any, ...] | Mapping[str, Any] | None = None) -> Any:  # fmt: skip
-    """A sparse twin of `model` over the same weights; `model` itself is untouched and stays dense.
+    """A sparse copy of `model` over the same weights; `model` itself is untouched and stays dense.
 
     Before: every block of `model` sees all L tokens. After: block i sees `kept_count(L, r_i)` of them, chosen by their
     contribution to the scan's output at the query position (Simba, TMLR 2025).

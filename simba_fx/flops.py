@@ -232,7 +232,7 @@ def surroundings_of(model: nn.Module, stack: nn.Module, args: Sequence[Any], kwa
     path = next(name for name, module in model.named_modules() if module is stack)
     if not path:
         return None
-    twin = inner = _apart(model)
+    shell = inner = _apart(model)
     for name in path.split("."):
         inner._modules[name] = held = _apart(inner.get_submodule(name))
         inner = held
@@ -246,16 +246,16 @@ def surroundings_of(model: nn.Module, stack: nn.Module, args: Sequence[Any], kwa
 
         inner.__dict__["forward"] = lambda *_, **__: named if isinstance(named, Tensor) else _StackOutput(named)
         call_args, call_kwargs = pytree.tree_map(resized, (tuple(args), dict(kwargs)))
-        twin(*call_args, **call_kwargs)
+        shell(*call_args, **call_kwargs)
 
     return run
 
 
 def _apart(module: nn.Module) -> nn.Module:
     """A copy whose submodules can be replaced without touching `module`'s."""
-    twin = copy.copy(module)
-    twin.__dict__["_modules"] = dict(module._modules)
-    return twin
+    shell = copy.copy(module)
+    shell.__dict__["_modules"] = dict(module._modules)
+    return shell
 
 
 class _StackOutput:

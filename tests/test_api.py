@@ -250,7 +250,7 @@ def test_parameters_that_are_replaced_are_picked_up() -> None:
     assert not torch.equal(run(sparse, ids), before)
 
 
-def test_train_and_eval_are_the_twins_own() -> None:
+def test_train_and_eval_are_the_copys_own() -> None:
     """`train()` of one says nothing to the other where their modules are their own."""
     model = BY_NAME["mamba"].build()
     sparse = simba_fx.transform(model)

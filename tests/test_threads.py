@@ -15,7 +15,7 @@ from reference import assert_close, cache_name
 from torch import Tensor, nn
 
 import simba_fx
-from simba_fx.frontends.transformers import model as huggingface
+from simba_fx.frontends.transformers import model as frontend
 
 
 def at_once(*works: Callable[[threading.Event], Any]) -> list[Any]:
@@ -187,9 +187,9 @@ def test_hybrids_decode_with_their_own_masks(monkeypatch: pytest.MonkeyPatch) ->
         return found
 
     expected, others = second(mine), []
-    run, fill = in_another_thread(lambda: others.append(second(other))), huggingface.fill
+    run, fill = in_another_thread(lambda: others.append(second(other))), frontend.fill
     with monkeypatch.context() as patch:
-        patch.setattr(huggingface, "fill", lambda *args: (run(), fill(*args)))
+        patch.setattr(frontend, "fill", lambda *args: (run(), fill(*args)))
         assert torch.equal(second(mine), expected)
     assert torch.equal(others[0], second(other))
 

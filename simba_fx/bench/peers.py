@@ -141,17 +141,17 @@ def fewer_blocks(model: Any, count: int) -> Any:
     stack = model.base_model
     path = next(name for name, module in model.named_modules() if module is stack)
     chosen = [round(i * (len(stack.layers) - 1) / (count - 1)) for i in range(count)]
-    twin = _apart(model)
-    shorter = twin._modules[path] = _apart(stack)
+    clone = _apart(model)
+    shorter = clone._modules[path] = _apart(stack)
     shorter._modules["layers"] = nn.ModuleList(stack.layers[index] for index in chosen)
-    for module in (twin, shorter):
+    for module in (clone, shorter):
         module.config = copy.deepcopy(model.config)
         module.config.num_hidden_layers = count
-    return twin
+    return clone
 
 
 def _apart(module: Any) -> Any:
     """A copy whose submodules can be replaced without touching `module`'s."""
-    twin = copy.copy(module)
-    twin.__dict__["_modules"] = dict(module._modules)
-    return twin
+    clone = copy.copy(module)
+    clone.__dict__["_modules"] = dict(module._modules)
+    return clone

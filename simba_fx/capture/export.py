@@ -22,7 +22,7 @@ from simba_fx.capture import leftovers, lift
 from simba_fx.capture.adapters import compare_adapters, say_not_compared
 from simba_fx.capture.examples import named_sizes
 from simba_fx.capture.guards import Question, guards_of, watched
-from simba_fx.capture.normalise import Captured, check_every_mixer, cut, drop_no_ops, settled, strip_paths
+from simba_fx.capture.normalise import Captured, annotate, check_every_mixer, cut, drop_no_ops, strip_paths
 from simba_fx.capture.refusals import Watch, advice, explained, refuse_quantised, told_in_words
 from simba_fx.errors import CaptureError, ScanNotFoundError
 from simba_fx.graph.facts import SCANS, expression, look_up, tensor_paths, value
@@ -122,7 +122,7 @@ def capture_graph(module: nn.Module, owner: nn.Module, inputs: Mapping[str, Any]
         )
     arguments, placeholders = tuple(named), tuple(node.name for node in named.values())
     count = None if values is None else values()
-    facts = settled(graph, owner, named[primary], None if mask is None else named[mask], count, marks)
+    facts = annotate(graph, owner, named[primary], None if mask is None else named[mask], count, marks)
     letters = _letters(named, {name: named_sizes(inputs[name], rows, length) for name in named})
     shape_env = value(named[primary]).fake_mode.shape_env
     guards = guards_of(shape_env, questions, letters, len(sites), _block_modules(owner, facts.blocks))

@@ -16,10 +16,10 @@ from simba_fx.compiling import FakeTensorMode, source_texts
 _RESULTS = 4096
 """Of operators on fake tensors; a trace leaves some hundred."""
 
-__all__ = ["let_go_with", "none_left"]
+__all__ = ["free_with", "none_left"]
 
 
-def let_go_with(cls: type, code: CodeType) -> None:
+def free_with(cls: type, code: CodeType) -> None:
     """Let the text of `code`, which torch generated, go with the graph module's own class `cls`."""
     weakref.finalize(cls, _forget, (code.co_filename,)).atexit = False
 

@@ -24,7 +24,7 @@ from simba_fx.errors import CaptureError
 from simba_fx.graph.facts import REGION, SCANS, Facts, drop_dead_code, expression, is_size, returned, value
 from simba_fx.graph.token_order import settle_flips
 
-__all__ = ["Captured", "check_every_mixer", "cut", "drop_no_ops", "settled", "strip_paths"]
+__all__ = ["Captured", "annotate", "check_every_mixer", "cut", "drop_no_ops", "strip_paths"]
 
 _ASSERTIONS = ("_assert_tensor_metadata", "_assert_scalar", "sym_constrain_range", "_assert_async")
 
@@ -49,7 +49,7 @@ class Captured:
     """What calls must share with the example that was traced."""
 
 
-def settled(graph: fx.Graph, owner: nn.Module | None, primary: fx.Node, mask: fx.Node | None,
+def annotate(graph: fx.Graph, owner: nn.Module | None, primary: fx.Node, mask: fx.Node | None,
             values: int | None = None, marks: str = "real") -> Facts:  # fmt: skip
     """Give every node its region and every size its one place, in place; returns what is then known of the graph.
 

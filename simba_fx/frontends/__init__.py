@@ -34,7 +34,7 @@ class Frontend(Protocol):
         ...
 
     def install(self, model: nn.Module, options: Options, example_inputs: Any) -> nn.Module:
-        """A sparse twin of `model` over the same parameters; `model` is untouched.
+        """A sparse copy of `model` over the same parameters; `model` is untouched.
 
         Raises:
             CaptureError, ScheduleError, GraphError: from the first captures, which happen here.

@@ -28,7 +28,7 @@ from simba_fx.frontends.files import dtype_to_ask_for, dtypes_of, in_saved_dtype
 from simba_fx.options import Options
 from simba_fx.runtime.build import build_program
 from simba_fx.runtime.captures import captured, stored_with
-from simba_fx.runtime.clone import own_forward, twin_around
+from simba_fx.runtime.clone import clone_around, own_forward
 from simba_fx.runtime.fingerprint import Snapshot
 from simba_fx.runtime.inputs import check_mask
 from simba_fx.runtime.last_call import LastCall
@@ -60,7 +60,7 @@ def stack_of(model: nn.Module) -> nn.Module:
 
 
 def install(model: nn.Module, options: Options, example_inputs: Any = None) -> nn.Module:
-    """A sparse twin of `model` over the same parameters; `model` is untouched.
+    """A sparse copy of `model` over the same parameters; `model` is untouched.
 
     Raises:
         CaptureError, ScheduleError, GraphError: from the first captures, which happen here.
@@ -69,11 +69,11 @@ def install(model: nn.Module, options: Options, example_inputs: Any = None) -> n
     _refuse_rotary(stack)
     blocks = options.compile == "blocks"
     runtime = SparseMixer(stack, options, budget_cost(model, stack, options), store=stored_with(stack))
-    twin = twin_around(model, runtime, stack_class(type(stack), blocks, _prepare), blocks)
+    clone = clone_around(model, runtime, stack_class(type(stack), blocks, _prepare), blocks)
     runtime.variant(_signature(stack, torch.int64, cache=False))
     if not blocks and not runtime.attention:  # a graph that is traced whole cannot stop to capture another
         runtime.variant(_signature(stack, torch.int64, cache=True))
-    return twin
+    return clone
 
 
 def _attention(stack: nn.Module) -> tuple[str, ...]:

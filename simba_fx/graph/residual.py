@@ -15,13 +15,13 @@ from torch import fx
 
 from simba_fx.graph.facts import MARK, Facts, region, value, where
 
-__all__ = ["continued"]
+__all__ = ["match_residual"]
 
 _MARKERS = (torch.ops.simba_fx.site_enter.default, torch.ops.simba_fx.site_exit.default)
 _GATHERED = ("carried", "invariant")
 
 
-def continued(node: fx.Node, cuts: Sequence[Iterable[fx.Node]], beside: Sequence[fx.Node],
+def match_residual(node: fx.Node, cuts: Sequence[Iterable[fx.Node]], beside: Sequence[fx.Node],
               facts: Facts) -> list[fx.Node] | None:  # fmt: skip
     """For each cut the gather of the value that `node` continues, or None where one of them is not certain.
 

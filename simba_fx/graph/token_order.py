@@ -41,7 +41,7 @@ from simba_fx.graph.facts import (
 )
 from simba_fx.graph.plan import Cut
 
-__all__ = ["Way", "carrying", "check_cuts", "reaches_all", "scan_directions", "settle_flips", "ways"]
+__all__ = ["TokenOrder", "check_cuts", "directions_to", "reaches_all", "scan_directions", "settle_flips", "ways"]
 
 FORWARD, REVERSED, MIXED, SHUFFLED = "forward", "reversed", "mixed", "shuffled"
 _TURNED = {FORWARD: REVERSED, REVERSED: FORWARD, MIXED: MIXED, SHUFFLED: SHUFFLED}
@@ -59,7 +59,7 @@ _ANYWHERE = ("rot90", "take", "put", "as_strided", "masked_select", "masked_scat
 
 
 @dataclass(frozen=True)
-class Way:
+class TokenOrder:
     """How the tokens of a value run, and the node that made it so."""
 
     kind: str
@@ -73,16 +73,16 @@ def length_dims(node: fx.Node, facts: Facts) -> tuple[int, ...]:
     return tuple(dim for dim, size in enumerate(sizes) if facts.sequence in expression(size).free_symbols)
 
 
-def ways(graph: fx.Graph, facts: Facts) -> dict[fx.Node, Way]:
+def ways(graph: fx.Graph, facts: Facts) -> dict[fx.Node, TokenOrder]:
     """The way of every node that holds tokens. What enters a block shuffled is an order of its own: forward there."""
-    found: dict[fx.Node, Way] = {}
+    found: dict[fx.Node, TokenOrder] = {}
     touched: set[fx.Node] = set()  # what depends on a token, also where no length is left among the sizes: `x[:, :1]`
     for node in graph.nodes:
         name, sized = getattr(node.target, "_opname", ""), bool(length_dims(node, facts))
         if node.op in ("get_attr", "output") or is_size(node) or name in _FACTORIES:
             continue
         if node.op == "placeholder" and sized:
-            found[node] = Way(FORWARD, node)
+            found[node] = TokenOrder(FORWARD, node)
             touched.add(node)
         read = node.all_input_nodes if name not in _MARKERS else [_first(node)]
         inputs = {n: _entering(found[n], n, node) for n in read if n in found}
@@ -97,20 +97,20 @@ def _first(node: fx.Node) -> Any:
     return node.args[0]
 
 
-def _entering(way: Way, source: fx.Node, user: fx.Node) -> Way:
-    return Way(FORWARD, user) if way.kind == SHUFFLED and region(source) < region(user) else way
+def _entering(way: TokenOrder, source: fx.Node, user: fx.Node) -> TokenOrder:
+    return TokenOrder(FORWARD, user) if way.kind == SHUFFLED and region(source) < region(user) else way
 
 
-def _joined(node: fx.Node, inputs: Iterable[Way]) -> Way:
+def _joined(node: fx.Node, inputs: Iterable[TokenOrder]) -> TokenOrder:
     """The way of what is computed slot by slot from values that run these ways."""
     by_kind = {way.kind: way for way in reversed(list(inputs))}
     for kind in (SHUFFLED, MIXED):
         if kind in by_kind:
             return by_kind[kind]
-    return Way(MIXED, node) if len(by_kind) > 1 else next(iter(by_kind.values()))
+    return TokenOrder(MIXED, node) if len(by_kind) > 1 else next(iter(by_kind.values()))
 
 
-def _moved(node: fx.Node, way: Way, touched: set[fx.Node], facts: Facts) -> Way:
+def _moved(node: fx.Node, way: TokenOrder, touched: set[fx.Node], facts: Facts) -> TokenOrder:
     """The way of a node's result, given the way of its inputs and the nodes that depend on tokens."""
     name = getattr(node.target, "_opname", "")
     lead = next((argument for argument in node.args[:1] if isinstance(argument, fx.Node)), None)
@@ -120,9 +120,9 @@ def _moved(node: fx.Node, way: Way, touched: set[fx.Node], facts: Facts) -> Way:
         if not set(_positive(given, lead)) & set(dims):
             return way
         plain = len(dims) == 1 and expression(value(lead).shape[dims[0]]).free_symbols == {facts.sequence}
-        return Way(_TURNED[way.kind] if plain else SHUFFLED, node)
+        return TokenOrder(_TURNED[way.kind] if plain else SHUFFLED, node)
     if _moves_tokens(node, name, lead, dims, touched, facts) or _splits_the_length(node, facts):
-        return Way(SHUFFLED, node)
+        return TokenOrder(SHUFFLED, node)
     return way
 
 
@@ -177,7 +177,7 @@ def _is_whole(size: sympy.Expr, length: sympy.Symbol) -> bool:
 
 
 def scan_directions(
-    graph: fx.Graph, facts: Facts, blocks: Iterable[int], found: dict[fx.Node, Way]
+    graph: fx.Graph, facts: Facts, blocks: Iterable[int], found: dict[fx.Node, TokenOrder]
 ) -> dict[fx.Node, bool]:
     """For each scan of these blocks whether it runs against the input's order; `found` by `ways`.
 
@@ -187,7 +187,7 @@ def scan_directions(
     return {scan: _is_reversed(scan, found) for block in blocks for scan in scans_of(graph, block)}
 
 
-def _is_reversed(scan: fx.Node, found: dict[fx.Node, Way]) -> bool:
+def _is_reversed(scan: fx.Node, found: dict[fx.Node, TokenOrder]) -> bool:
     operands = [n for n in scan.all_input_nodes if n in found]
     entering = {n: _entering(found[n], n, scan) for n in operands}
     for n, way in entering.items():
@@ -225,10 +225,10 @@ def reaches_all(graph: fx.Graph, facts: Facts, query: int | None) -> tuple[bool,
     if query is None:
         return tuple(map(bool, blocks))
     directions = scan_directions(graph, facts, range(facts.n_blocks), ways(graph, facts))
-    return tuple(carrying(query) <= {directions[scan] for scan in scans} for scans in blocks)
+    return tuple(directions_to(query) <= {directions[scan] for scan in scans} for scans in blocks)
 
 
-def carrying(query: int) -> set[bool]:
+def directions_to(query: int) -> set[bool]:
     """The directions (True: reversed) of the scans that carry tokens to a query: both, but for a row's ends."""
     return {0: {True}, -1: {False}}.get(query, {False, True})
 
@@ -236,7 +236,7 @@ def carrying(query: int) -> set[bool]:
 # --- borders between blocks ----------------------------------------------------------------------------------------
 
 
-def check_cuts(graph: fx.Graph, facts: Facts, cuts: Sequence[Cut], found: dict[fx.Node, Way]) -> None:
+def check_cuts(graph: fx.Graph, facts: Facts, cuts: Sequence[Cut], found: dict[fx.Node, TokenOrder]) -> None:
     """Survivors are gathered, and put back, in the input's order.
 
     Raises:

@@ -16,7 +16,7 @@ from simba_fx.capture.normalise import Captured
 from simba_fx.errors import CriterionError, GraphError
 from simba_fx.graph.plan import Cut, cuts_of
 from simba_fx.graph.runner import Stage, run_passes
-from simba_fx.graph.token_order import carrying, reaches_all
+from simba_fx.graph.token_order import directions_to, reaches_all
 from simba_fx.operands import SelectiveScan, SSDScan
 from simba_fx.options import Criterion, Options
 from simba_fx.runtime.program import Program, blocks_of
@@ -92,7 +92,7 @@ def scoring_blocks(captured: Captured, options: Options) -> tuple[bool, ...]:
     by_position = options.criterion in ops.POSITION_CRITERIA  # looks at no scan
     reached = reaches_all(captured.graph, facts, None if by_position else query)
     if query is not None and not any(reached):
-        needed = " and ".join(("a forward scan", "a reversed scan")[way] for way in sorted(carrying(query)))
+        needed = " and ".join(("a forward scan", "a reversed scan")[way] for way in sorted(directions_to(query)))
         raise GraphError(
             f"query={query} is reached by every token only where a block has {needed}; found no such block among the "
             f"{facts.n_blocks} of this model. Leave query out (each scan is then scored at its own end), or, to keep "

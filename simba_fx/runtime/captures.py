@@ -20,7 +20,7 @@ from simba_fx.capture import lift
 from simba_fx.capture.normalise import Captured
 from simba_fx.graph.facts import tensor_paths
 from simba_fx.runtime.fingerprint import Snapshot
-from simba_fx.runtime.fsdp import dense_class, hollow
+from simba_fx.runtime.fsdp import dense_class, without_memory
 
 __all__ = ["captured", "share", "stored_with"]
 
@@ -55,7 +55,7 @@ def captured(store: Store, root: nn.Module, now: Snapshot, rest: Iterable[Hashab
     if key not in store:
         found, seen = trace()
         own = tensor_paths(root)
-        looks = {path: hollow(held) if path in own else held for path, held in found.attributes.items()}
+        looks = {path: without_memory(held) if path in own else held for path, held in found.attributes.items()}
         store[key] = replace(found, attributes=looks), seen
         for oldest in list(store)[:-_MOST]:
             del store[oldest]
@@ -100,7 +100,7 @@ def _objects(held: Any) -> Iterator[Any]:
     elif isinstance(held, list | tuple | set | frozenset):
         for value in held:
             yield from _objects(value)
-    elif isinstance(held, types.MethodType):  # of a twin it is bound to the twin
+    elif isinstance(held, types.MethodType):  # of a clone it is bound to the clone
         yield held.__func__
     elif type(held).__name__ == "_WrappedHook":  # of torch.nn
         yield from _objects(held.hook)

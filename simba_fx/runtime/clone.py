@@ -21,27 +21,27 @@ from simba_fx.errors import CaptureError
 from simba_fx.runtime.fingerprint import hooks_of
 from simba_fx.runtime.fsdp import dense_class, is_hook, is_sharded, own_class, state_of, whole_shape
 
-__all__ = ["adopt_block", "copies_of", "copy_to_trace", "dense_again", "own_forward", "subclass", "twin_around"]
+__all__ = ["adopt_block", "clone_around", "copies_of", "copy_to_trace", "dense_again", "own_forward", "subclass"]
 
 _classes: weakref.WeakValueDictionary[tuple[type, str], type] = weakref.WeakValueDictionary()
 
 
-def twin_around(model: nn.Module, runtime: Any, stack_class: type, blocks: bool) -> nn.Module:
-    """A sparse twin of `model`, whose block stack `runtime.stack` (it may be `model` itself) becomes a `stack_class`.
+def clone_around(model: nn.Module, runtime: Any, stack_class: type, blocks: bool) -> nn.Module:
+    """A sparse copy of `model`, whose block stack `runtime.stack` (it may be `model` itself) becomes a `stack_class`.
 
-    The twin's stack finds the runtime and the runtime finds the twin's stack. `blocks`: what surrounds the stack is
+    The clone's stack finds the runtime and the runtime finds the clone's stack. `blocks`: what surrounds the stack is
     compiled for every batch and length (`compile="blocks"`).
     """
     refuse_other_forwards(model, runtime.stack)
     refuse_other_forwards(runtime.stack)
     copies = copies_of(model, runtime.stack)
-    twin, inner = copies[model], copies[runtime.stack]
+    clone, inner = copies[model], copies[runtime.stack]
     inner.__class__ = stack_class
-    inner.__dict__["_simba"] = twin.__dict__["_simba"] = runtime
-    if blocks and twin is not inner:
-        twin.__class__ = _outer_class(type(twin))
+    inner.__dict__["_simba"] = clone.__dict__["_simba"] = runtime
+    if blocks and clone is not inner:
+        clone.__class__ = _outer_class(type(clone))
     runtime.stack = inner
-    return twin
+    return clone
 
 
 def copies_of(*roots: nn.Module) -> dict[nn.Module, nn.Module]:
@@ -51,14 +51,14 @@ def copies_of(*roots: nn.Module) -> dict[nn.Module, nn.Module]:
     twice in the copy.
     """
     copies = {module: _shallow(module) for root in roots for module in root.modules()}
-    for twin in copies.values():
-        for name, child in twin._modules.items():
-            twin._modules[name] = None if child is None else copies[child]
-        _rebind_methods(twin, copies)
+    for clone in copies.values():
+        for name, child in clone._modules.items():
+            clone._modules[name] = None if child is None else copies[child]
+        _rebind_methods(clone, copies)
     return copies
 
 
-def _rebind_methods(twin: nn.Module, copies: Mapping[nn.Module, nn.Module]) -> None:
+def _rebind_methods(clone: nn.Module, copies: Mapping[nn.Module, nn.Module]) -> None:
     """Methods that were put on a module, among its hooks or its attributes (PEFT does), belong to the copy as well."""
 
     def rebound(held: Any) -> Any:
@@ -66,11 +66,11 @@ def _rebind_methods(twin: nn.Module, copies: Mapping[nn.Module, nn.Module]) -> N
         if isinstance(owner, nn.Module) and owner in copies:
             return types.MethodType(held.__func__, copies[owner])
         if type(held).__name__ == "_WrappedHook":  # of torch.nn; it remembers its module weakly
-            return type(held)(rebound(held.hook), twin if held.with_module else None)
+            return type(held)(rebound(held.hook), clone if held.with_module else None)
         return held
 
-    for name, held in twin.__dict__.items():
-        twin.__dict__[name] = rebound(held)
+    for name, held in clone.__dict__.items():
+        clone.__dict__[name] = rebound(held)
         if name.endswith("_hooks") and isinstance(held, dict):
             for key, hook in held.items():
                 held[key] = rebound(hook)
@@ -100,12 +100,12 @@ def refuse_other_forwards(root: nn.Module, stack: nn.Module | None = None) -> No
 
 def _shallow(module: nn.Module) -> nn.Module:
     """The same parameters, buffers, hooks and submodules in containers of its own."""
-    twin: nn.Module = object.__new__(type(module))  # classes of FSDP and of parametrisations refuse copies
-    twin.__dict__.update(module.__dict__)
-    for name, held in twin.__dict__.items():
+    clone: nn.Module = object.__new__(type(module))  # classes of FSDP and of parametrisations refuse copies
+    clone.__dict__.update(module.__dict__)
+    for name, held in clone.__dict__.items():
         if type(held) in (dict, set) or (name.startswith("_") and hasattr(held, "copy") and "hooks" in name):
-            twin.__dict__[name] = copy.copy(held)
-    return twin
+            clone.__dict__[name] = copy.copy(held)
+    return clone
 
 
 def copy_to_trace(stack: nn.Module, live: Iterable[nn.Module]) -> nn.Module:
@@ -122,12 +122,12 @@ def copy_to_trace(stack: nn.Module, live: Iterable[nn.Module]) -> nn.Module:
     refuse_other_forwards(stack)
     copies = copies_of(stack)
     _make_whole(stack, copies, None)
-    for twin in copies.values():
-        if "gradient_checkpointing" in twin.__dict__:  # a graph is recomputed as a block, not in it
-            twin.__dict__["gradient_checkpointing"] = False
+    for clone in copies.values():
+        if "gradient_checkpointing" in clone.__dict__:  # a graph is recomputed as a block, not in it
+            clone.__dict__["gradient_checkpointing"] = False
     for module in live:
-        twin, known = copies[module], hooks_of(module)
-        for hooks in (twin._forward_pre_hooks, twin._forward_hooks):
+        clone, known = copies[module], hooks_of(module)
+        for hooks in (clone._forward_pre_hooks, clone._forward_hooks):
             for key in [key for key, hook in hooks.items() if any(hook is other for other in known)]:
                 del hooks[key]
     return copies[stack]
@@ -146,13 +146,13 @@ def refuse_offloaded(stack: nn.Module) -> None:
 
 
 def _make_whole(module: nn.Module, copies: Mapping[nn.Module, nn.Module], state: Any) -> None:
-    twin, state = copies[module], state_of(module) or state
+    clone, state = copies[module], state_of(module) or state
     if state is not None:
-        twin.__class__ = own_class(module)
-        for hooks in (twin._forward_pre_hooks, twin._forward_hooks):
+        clone.__class__ = own_class(module)
+        for hooks in (clone._forward_pre_hooks, clone._forward_hooks):
             for key in [key for key, hook in hooks.items() if is_hook(hook)]:
                 del hooks[key]
-        twin._parameters = {
+        clone._parameters = {
             name: whole_shape(held, state) if held is not None and is_sharded(held) else held
             for name, held in module._parameters.items()
         }
@@ -208,21 +208,21 @@ def _pickled(self: nn.Module, protocol: Any) -> Any:
 def dense_again(sparse: nn.Module) -> nn.Module:
     """A copy over the same parameters with nothing of ours in it."""
     copies = copies_of(sparse)
-    for twin in copies.values():
-        twin.__class__ = dense_class(twin)
-        for name in [name for name in twin.__dict__ if name.startswith("_simba")]:
-            del twin.__dict__[name]
-        _without_recorders(twin)
+    for clone in copies.values():
+        clone.__class__ = dense_class(clone)
+        for name in [name for name in clone.__dict__ if name.startswith("_simba")]:
+            del clone.__dict__[name]
+        _without_recorders(clone)
     return copies[sparse]
 
 
-def _without_recorders(twin: nn.Module) -> None:
+def _without_recorders(clone: nn.Module) -> None:
     """transformers puts hooks that cannot be pickled on its modules with the first call for hidden states or router
     logits, and puts them there again where they are missing."""
-    twin.__dict__.pop("_output_capturing_hooks_installed", None)
-    for key, hook in list(twin._forward_hooks.items()):
+    clone.__dict__.pop("_output_capturing_hooks_installed", None)
+    for key, hook in list(clone._forward_hooks.items()):
         if getattr(hook, "__module__", "") == "transformers.utils.output_capturing":
-            del twin._forward_hooks[key]
+            del clone._forward_hooks[key]
 
 
 def _transformed_again(model: nn.Module, options: Any) -> nn.Module:
@@ -234,15 +234,15 @@ def _transformed_again(model: nn.Module, options: Any) -> nn.Module:
 
 
 def _shallow_copy(self: Any) -> Any:
-    twin = object.__new__(type(self))
-    twin.__dict__.update(self.__dict__)
-    return twin
+    clone = object.__new__(type(self))
+    clone.__dict__.update(self.__dict__)
+    return clone
 
 
 def _deep_copy(self: Any, memo: dict[int, Any]) -> Any:
-    twin = memo[id(self)] = object.__new__(type(self))
-    twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
-    return twin
+    clone = memo[id(self)] = object.__new__(type(self))
+    clone.__dict__.update(copy.deepcopy(self.__dict__, memo))
+    return clone
 
 
 def own_forward(stack: nn.Module) -> Callable[..., Any]:

@@ -21,13 +21,13 @@ __all__ = [
     "as_captured",
     "dense_class",
     "dtype_in_forward",
-    "hollow",
     "is_hook",
     "is_sharded",
     "own_class",
     "refuse_sharded",
     "state_of",
     "whole_shape",
+    "without_memory",
 ]
 
 
@@ -94,10 +94,10 @@ def whole_shape(shard: Tensor, state: Any) -> nn.Parameter:
     """What a forward sees of a sharded parameter, without memory behind it."""
     with torch.no_grad():
         whole = torch.empty(shard.shape, dtype=dtype_in_forward(shard, state), device=shard.device)
-    return nn.Parameter(hollow(whole), shard.requires_grad)
+    return nn.Parameter(without_memory(whole), shard.requires_grad)
 
 
-def hollow(tensor: Tensor) -> Tensor:
+def without_memory(tensor: Tensor) -> Tensor:
     """A tensor that looks like this one, without memory behind it; a subclass's as it is."""
     if type(tensor) not in (Tensor, nn.Parameter):
         return tensor

@@ -48,7 +48,7 @@ class Kind(fx.GraphModule):
     def recompile(self) -> Any:
         code = super().recompile()
         forward = type(self).forward
-        leftovers.let_go_with(type(self), forward.__code__)
+        leftovers.free_with(type(self), forward.__code__)
 
         def recomputed(run: Callable[..., Any], module: nn.Module, *inputs: Any) -> Any:
             return run(functools.partial(forward, module), *inputs)
@@ -233,7 +233,7 @@ class Program(fx.GraphModule):
 
     def recompile(self) -> Any:
         code = super().recompile()
-        leftovers.let_go_with(type(self), type(self).forward.__code__)
+        leftovers.free_with(type(self), type(self).forward.__code__)
         if self._skips_frame:
             type(self).forward = skip_frame(type(self).forward)
         return code

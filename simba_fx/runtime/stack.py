@@ -104,9 +104,9 @@ class StackRuntime(Memory):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> StackRuntime:
         """Programs hold the original's parameters: a copy captures its own."""
-        twin = type(self)(copy.deepcopy(self.stack, memo), self.options, self.cost)
-        memo[id(self)] = twin
-        return twin
+        clone = type(self)(copy.deepcopy(self.stack, memo), self.options, self.cost)
+        memo[id(self)] = clone
+        return clone
 
     # What a front end adds.
 

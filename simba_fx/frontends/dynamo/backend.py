@@ -19,7 +19,7 @@ from torch._dynamo.exc import TensorifyScalarRestartAnalysis
 from torch._dynamo.symbolic_convert import TensorifyState
 from torch.utils import _pytree as pytree
 
-from simba_fx.capture.normalise import Captured, check_every_mixer, drop_no_ops, settled, strip_paths
+from simba_fx.capture.normalise import Captured, annotate, check_every_mixer, drop_no_ops, strip_paths
 from simba_fx.errors import SimbaError
 from simba_fx.flops import BudgetCost
 from simba_fx.frontends.dynamo import substitutes
@@ -188,7 +188,7 @@ def _pruned(gm: fx.GraphModule, flat: Flat, frame: Frame, settings: Settings, le
     primary = primary_of(given, length, options)
     mask = mask_of(given, primary, options)
     refuse_states(given, length)
-    facts = settled(graph, owner, primary, mask, marks=options.mask_marks)
+    facts = annotate(graph, owner, primary, mask, marks=options.mask_marks)
     refuse_one_block(facts.n_blocks, scans)
     refuse_nameless_masks(given, primary, mask, facts.n_blocks, options)
     refuse_keys(graph, facts)

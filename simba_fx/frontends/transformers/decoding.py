@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["attention_modules", "call_with_own_mask", "expect_token", "make_sparse", "sparse_layers"]
+__all__ = ["attention_modules", "call_with_own_mask", "expect_token", "mark_pruned_kv", "sparse_layers"]
 
 _classes: dict[type, type] = {}
 
 
-def make_sparse(layer: Any, missing: int, real: Tensor | None) -> None:
+def mark_pruned_kv(layer: Any, missing: int, real: Tensor | None) -> None:
     """Turn a cache layer that holds keys and values into a sparse layer, in place.
 
     Args:
@@ -73,7 +73,7 @@ def _sparse_again(cls: type, state: dict[str, Any]) -> Any:
     """A sparse layer from its parts, unpickled or copied."""
     layer: Any = object.__new__(cls)
     layer.__dict__.update(state)
-    make_sparse(layer, layer.missing, layer.real)
+    mark_pruned_kv(layer, layer.missing, layer.real)
     return layer
 
 

@@ -31,14 +31,14 @@ from simba_fx.frontends.transformers.decoding import (
     attention_modules,
     call_with_own_mask,
     expect_token,
-    make_sparse,
+    mark_pruned_kv,
     sparse_layers,
 )
 from simba_fx.graph.facts import region, returned
 from simba_fx.options import Options
 from simba_fx.runtime.build import build_program
 from simba_fx.runtime.captures import captured, stored_with
-from simba_fx.runtime.clone import own_forward, subclass, twin_around
+from simba_fx.runtime.clone import clone_around, own_forward, subclass
 from simba_fx.runtime.fingerprint import Snapshot
 from simba_fx.runtime.inputs import check_mask, check_positions, check_rows
 from simba_fx.runtime.labels import count_kept_labels
@@ -82,7 +82,7 @@ def stack_of(model: nn.Module) -> Any:
 
 
 def install(model: nn.Module, options: Options, example_inputs: Any = None) -> nn.Module:
-    """A sparse twin of `model` over the same parameters; `model` is untouched.
+    """A sparse copy of `model` over the same parameters; `model` is untouched.
 
     Args:
         model: a transformers model, or a PEFT model around one.
@@ -96,18 +96,18 @@ def install(model: nn.Module, options: Options, example_inputs: Any = None) -> n
     refuse_other_attention(stack)
     blocks = options.compile == "blocks"
     runtime = SparseStack(stack, options, budget_cost(model, stack, options), store=stored_with(stack))
-    twin = twin_around(model, runtime, _stack_class(type(stack), blocks), blocks)
+    clone = clone_around(model, runtime, _stack_class(type(stack), blocks), blocks)
     if options.labels == "kept":
-        count_kept_labels(base_of(twin), runtime, blocks)
-    if base_of(twin) is not runtime.stack or options.tail == "labels":
-        watch_calls(base_of(twin), _runtime_of, _check_call, options.tail == "labels", blocks)
-    refuse_generation_without_cache(base_of(twin))
+        count_kept_labels(base_of(clone), runtime, blocks)
+    if base_of(clone) is not runtime.stack or options.tail == "labels":
+        watch_calls(base_of(clone), _runtime_of, _check_call, options.tail == "labels", blocks)
+    refuse_generation_without_cache(base_of(clone))
     embeddings = stack.get_input_embeddings().weight
     default = usual_signature(stack, embeddings, runtime.pad is not None)
     runtime.variant(default)
     if not blocks:  # a graph that is traced whole cannot stop to capture another
         runtime.variant(dataclasses.replace(default, mask=torch.int64, trailing=False))
-    return twin
+    return clone
 
 
 def _runtime_of(head: Any) -> SparseStack:
@@ -324,7 +324,7 @@ class SparseStack(StackRuntime):
         for layer, cuts in variant.attention.items():
             slots = positions[cuts - 1].shape[1] if cuts else length
             here = None if not masked else real[cuts - 1] if cuts else everything != 0
-            make_sparse(cache.layers[layer], length - slots, here)
+            mark_pruned_kv(cache.layers[layer], length - slots, here)
 
 
 def _is_number(held: Any) -> bool:
