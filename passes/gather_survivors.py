@@ -19,6 +19,7 @@ from simba_fx.graph.facts import (
     from_mask_alone,
     is_even,
     is_size,
+    output_of,
     placeholder,
     region,
     selects,
@@ -59,21 +60,31 @@ class GatherSurvivors:
         last = facts.n_blocks - (self.output == "full")
         from_mask = from_mask_alone(graph, facts)
         masks = [placeholder(graph, facts.mask)] if facts.mask is not None else []  # as each cut leaves it
-        return sum(self._cut(graph, facts, select, last, from_mask, masks) for select in selects(graph))
+        cuts, changed = selects(graph), 0
+        live: list[fx.Node] = []
+        at, end = next(iter(graph.nodes)), output_of(graph)  # the walk of the graph, which each cut takes to its end
+        for select, until in zip(cuts, [*map(region, cuts[1:]), facts.n_blocks]):
+            while at is not end and region(at) <= region(select):
+                live.append(at)
+                at = at.next
+            before = at.prev
+            done, live = self._cut(graph, facts, select, until, last, live, from_mask, masks)
+            at, changed = before.next, changed + done
+        return changed
 
-    def _cut(self, graph: fx.Graph, facts: Facts, select: fx.Node, last: int, from_mask: set[fx.Node],
-             masks: list[fx.Node]) -> int:  # fmt: skip
+    def _cut(self, graph: fx.Graph, facts: Facts, select: fx.Node, until: int, last: int, alive: list[fx.Node],
+             from_mask: set[fx.Node], masks: list[fx.Node]) -> tuple[int, list[fx.Node]]:  # fmt: skip
+        """Whether anything was changed, and which nodes are alive behind the cut, of those that were before."""
         results = {node.args[1]: node for node in select.users}
         kept, renamed = results[0], dict[str, Any](positions=results[2], real=results.get(4))
         if any(user.meta.get("simba_fx", {}).get("pass") == self.name for user in kept.users):
-            return 0
+            return 0, alive
         block = region(select)
-        until = next((region(later) for later in selects(graph) if region(later) > block), facts.n_blocks)
 
         def beyond(user: fx.Node) -> bool:
             return block < region(user) <= last and user.op != "output"
 
-        live = [node for node in graph.nodes if region(node) <= block and any(map(beyond, node.users))]
+        live = [node for node in alive if any(map(beyond, node.users))]
         insert = Insert(graph, end_of(graph, block), block + 1, self.name)
         shorter = self._shorter(facts, insert, kept)
         fresh: dict[fx.Node, fx.Node] = {}
@@ -119,7 +130,7 @@ class GatherSurvivors:
         if masks and masks[-1] in fresh:
             masks.append(fresh[masks[-1]])
         from_mask.update(fresh.values())
-        return 1
+        return 1, list(dict.fromkeys((*live, *results.values())))
 
     def _gather(self, insert: Insert, node: fx.Node, dims: tuple[int, ...], kept: fx.Node, carried: bool,
                 facts: Facts) -> fx.Node:  # fmt: skip
@@ -229,8 +240,10 @@ def _is_place(node: fx.Node, facts: Facts) -> bool:
     """Whether a value, or what it is gathered from, depends on no token: the place of a token, not what it carries."""
     if node.meta.get("simba_fx", {}).get("role") == "place":
         return True
+    if region(node) != -1:
+        return False
     tokens = (name for name in _inputs_read(node) if sequence_dims(placeholder(node.graph, name), facts))
-    return region(node) == -1 and not set(tokens) - {facts.mask}
+    return not set(tokens) - {facts.mask}
 
 
 def _inserted_now(user: fx.Node) -> bool:

@@ -21,11 +21,11 @@ from simba_fx.graph.facts import (
     BlockCode,
     Facts,
     Insert,
+    by_region,
     drop_dead_code,
     expression,
     from_mask_alone,
     is_size,
-    nodes_of,
     stem,
     value,
 )
@@ -65,21 +65,21 @@ class OutlineBlocks:
         kinds: dict[Any, tuple[int, fx.Graph]] = {}
         masks = from_mask_alone(graph, facts)
         taken = {path.split(".")[0] for path in self.attributes}
-        changed = 0
+        changed, blocks = 0, by_region(graph)
         for index in range(facts.n_blocks):
-            inside = [node for node in nodes_of(graph, index) if not _at_top(node)]
+            inside = [node for node in blocks.get(index, ()) if not _at_top(node)]
             if not any(node.op != "placeholder" and isinstance(value(node), Tensor) for node in inside):
                 continue
             path, target = facts.blocks[index], f"block_{index}"
             target = f"simba_{target}" if target in taken else target
-            self._outline(graph, facts, inside, path, target, kinds, masks)
+            after = set(itertools.dropwhile(lambda node: node is not inside[0], blocks[index]))  # noqa: B023
+            self._outline(graph, facts, inside, after, path, target, kinds, masks)
             changed += 1
         return changed
 
-    def _outline(self, graph: fx.Graph, facts: Facts, inside: list[fx.Node], path: str, target: str,
-                 kinds: dict[Any, tuple[int, fx.Graph]], masks: set[fx.Node]) -> None:  # fmt: skip
+    def _outline(self, graph: fx.Graph, facts: Facts, inside: list[fx.Node], after: set[fx.Node], path: str,
+                 target: str, kinds: dict[Any, tuple[int, fx.Graph]], masks: set[fx.Node]) -> None:  # fmt: skip
         members = set(inside)
-        after = set(itertools.dropwhile(lambda n: n is not inside[0], nodes_of(graph, inside[0].meta["region"])))
         outside = list(dict.fromkeys(n for node in inside for n in node.all_input_nodes if n not in members))
         module = path if path and any(path in paths(node) for node in inside) else None
         owned = {node: _inner(node, module) for node in outside if node.op == "get_attr"}

@@ -51,13 +51,15 @@ class RestoreLength:
             return 0
         outputs = output_of(graph)
         values = set(returned(graph)[: facts.values])
-        readers = [node for node in graph.nodes if region(node) == facts.n_blocks and node is not outputs]
+        readers = {node for node in graph.nodes if region(node) == facts.n_blocks and node is not outputs}
         changed = 0
         exits: dict[tuple[fx.Node, torch.dtype], fx.Node] = {}
         found = {}
         for node in list(graph.nodes):
+            if not any(user in readers or (user is outputs and node in values) for user in node.users):
+                continue
             before = [cut for cut in cuts if region(cut) < region(node) < facts.n_blocks]
-            if not before or not any(user in readers or (user is outputs and node in values) for user in node.users):
+            if not before:
                 continue
             if isinstance(value(node), Tensor) and sequence_dims(node, facts):
                 found[node] = before

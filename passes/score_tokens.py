@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from simba_fx import ops
-from simba_fx.graph.facts import Facts, Insert, end_of, nodes_of, operator_of, scans_of, tracked, value
+from simba_fx.graph.facts import Facts, Insert, by_region, operator_of, region, scans_by_block, tracked, value
 from simba_fx.graph.plan import Cut
 from simba_fx.graph.token_order import check_cuts, directions_to, scan_directions, ways
 
@@ -44,7 +44,8 @@ class ScoreTokens:
     name = "score-tokens"
 
     def rewrite(self, graph: fx.Graph, facts: Facts) -> int:
-        cuts = [cut for cut in self.cuts if _scored(graph, cut.block) is None]
+        scored = {region(node) for node in graph.nodes if (node.meta.get("simba_fx") or {}).get("role") == "score"}
+        cuts = [cut for cut in self.cuts if cut.block not in scored]
         if not cuts:
             return 0
         found = ways(graph, facts)
@@ -54,9 +55,10 @@ class ScoreTokens:
         positions: Any = tracked(graph, "positions")
         protected = tracked(graph, "protected")
         val = value(positions).new_empty(value(positions).shape, dtype=torch.float32)
+        blocks, scans_in = by_region(graph), scans_by_block(graph, facts.n_blocks)
         for cut in cuts:
-            insert = Insert(graph, end_of(graph, cut.block), cut.block, self.name)
-            scans = scans_of(graph, cut.block)
+            insert = Insert(graph, blocks[cut.block][-1].next, cut.block, self.name)
+            scans = scans_in[cut.block]
             if reads_scans:
                 score = self._by_scans(insert, {scan: directions[scan] for scan in scans}, val)
             else:
@@ -121,10 +123,6 @@ class ScoreTokens:
 
 
 _MAXIMUM = torch.ops.aten.maximum.default
-
-
-def _scored(graph: fx.Graph, block: int) -> fx.Node | None:
-    return next((n for n in nodes_of(graph, block) if n.meta.get("simba_fx", {}).get("role") == "score"), None)
 
 
 def _all_arguments(node: fx.Node) -> list[Any]:

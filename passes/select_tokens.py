@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from simba_fx.graph.facts import Facts, Insert, end_of, nodes_of, output_of, returned, selects, tracked, value
+from simba_fx.graph.facts import Facts, Insert, by_region, output_of, returned, selects, tracked, value
 from simba_fx.graph.plan import Cut
 
 OUTPUTS = ("kept", "dropped", "positions", "left", "real")
@@ -33,12 +33,13 @@ class SelectTokens:
 
     def rewrite(self, graph: fx.Graph, facts: Facts) -> int:
         changed = 0
-        done = {node.args[0] for node in selects(graph)}
+        done, blocks = {node.args[0] for node in selects(graph)}, by_region(graph)
         for cut in self.cuts:
-            score = next(n for n in nodes_of(graph, cut.block) if n.meta.get("simba_fx", {}).get("role") == "score")
+            inside = blocks[cut.block]
+            score = next(n for n in reversed(inside) if n.meta.get("simba_fx", {}).get("role") == "score")
             if score in done:
                 continue
-            insert = Insert(graph, end_of(graph, cut.block), cut.block, self.name)
+            insert = Insert(graph, inside[-1].next, cut.block, self.name)
             positions: Any = tracked(graph, "positions")
             real, lengths = tracked(graph, "real"), tracked(graph, "lengths")
             rule = (tracked(graph, "length"), tracked(graph, "tail"))

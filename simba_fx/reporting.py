@@ -18,7 +18,7 @@ from simba_fx import ops
 from simba_fx.api import _runtime, kept
 from simba_fx.errors import SimbaError
 from simba_fx.flops import model_flops, surroundings_of
-from simba_fx.graph.facts import MARK, operator_of, scans_of
+from simba_fx.graph.facts import MARK, operator_of, scans_by_block
 from simba_fx.graph.plan import reasons
 from simba_fx.options import Options
 from simba_fx.runtime.build import Built, CustomCriterion
@@ -300,7 +300,10 @@ def report(sparse: nn.Module, *args: Any, **kwargs: Any) -> Report:
 
 
 def _scan_kind(built: Built, block: int) -> str:
-    names = [_SCAN_KINDS[str(operator_of(scan)._opname)] for scan in scans_of(built.captured.graph, block)]
+    names = [
+        _SCAN_KINDS[str(operator_of(scan)._opname)]
+        for scan in scans_by_block(built.captured.graph, built.captured.facts.n_blocks)[block]
+    ]
     return " + ".join(dict.fromkeys(names)) or "none"
 
 

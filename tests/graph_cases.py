@@ -20,7 +20,7 @@ from torch.nn.functional import softplus
 from simba_fx import SelectiveScan, register_scan
 from simba_fx.capture.export import capture_graph
 from simba_fx.capture.normalise import Captured
-from simba_fx.frontends.transformers.model import Signature, capture_stack
+from simba_fx.frontends.transformers.model import Signature, capture_stack, usual_signature
 
 ROWS, LENGTH = 3, 24  # of the example that is traced; no width below equals either
 WIDTH, STATES = 6, 5
@@ -219,7 +219,7 @@ class Case:
     def _transformers(self) -> Captured:
         kind = torch.int64 if self.mask else None
         cpu, cache = torch.device("cpu"), bool(self.cache)
-        extra = Signature.default(self.module, self.module.get_input_embeddings().weight, False).extra
+        extra = usual_signature(self.module, self.module.get_input_embeddings().weight, False).extra
         return capture_stack(self.module, Signature(torch.float32, cpu, kind, cache, False, False, extra=extra))[0]
 
     @property

@@ -39,7 +39,7 @@ from simba_fx.graph.facts import (
     expression,
     output_of,
     region,
-    scans_of,
+    scans_by_block,
     selects,
     value,
 )
@@ -135,7 +135,7 @@ def runs(case: Case, way: str) -> tuple[Run, ...]:
     """Every pass of one transform, each on the result of the one before, outlining last."""
     captured, options = case.captured, WAYS[way]
     facts = captured.facts
-    has_scan = [bool(scans_of(captured.graph, block)) for block in range(facts.n_blocks)]
+    has_scan = [*map(bool, scans_by_block(captured.graph, facts.n_blocks))]
     cuts, named = cuts_of(case.shares, has_scan), {"query": case.query, "protect": case.protect}
     steps = passes.pipeline(cuts, sites=tuple(captured.sites), **named, **options)
     attributes = dict(captured.attributes)

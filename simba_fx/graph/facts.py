@@ -14,7 +14,6 @@ along the list. Before the sequence is cut, every size that depends on the lengt
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -203,8 +202,12 @@ def where(node: fx.Node) -> str:
     return paths[-1] if paths else "the model's own forward"
 
 
-def nodes_of(graph: fx.Graph, index: int) -> Iterator[fx.Node]:
-    return (node for node in graph.nodes if region(node) == index)
+def by_region(graph: fx.Graph) -> dict[int, list[fx.Node]]:
+    """The graph's nodes by region, in one walk. Changes nothing; what is inserted later is not among them."""
+    found: dict[int, list[fx.Node]] = {}
+    for node in graph.nodes:
+        found.setdefault(region(node), []).append(node)
+    return found
 
 
 def end_of(graph: fx.Graph, index: int) -> fx.Node:
@@ -213,9 +216,13 @@ def end_of(graph: fx.Graph, index: int) -> fx.Node:
     return node
 
 
-def scans_of(graph: fx.Graph, index: int) -> list[fx.Node]:
-    """The scans of block `index`. Changes nothing."""
-    return [node for node in nodes_of(graph, index) if node.target in SCANS]
+def scans_by_block(graph: fx.Graph, blocks: int) -> list[list[fx.Node]]:
+    """The scans of each block. Changes nothing."""
+    found: list[list[fx.Node]] = [[] for _ in range(blocks)]
+    for target in SCANS:
+        for scan in graph.find_nodes(op="call_function", target=target):
+            found[region(scan)].append(scan)
+    return found
 
 
 def selects(graph: fx.Graph) -> list[fx.Node]:
@@ -229,8 +236,13 @@ def placeholder(graph: fx.Graph, name: str) -> fx.Node:
 
 
 def tracked(graph: fx.Graph, role: str) -> fx.Node | None:
-    """The bookkeeping node of that role (`track-tokens`): positions, real, lengths, length, tail."""
-    return next((node for node in graph.nodes if node.meta.get(MARK, {}).get("role") == role), None)
+    """The bookkeeping node of that role (`track-tokens`), all before the first block: positions, real, lengths, …"""
+    for node in graph.nodes:
+        if node.meta.get(REGION, -1) >= 0:
+            return None
+        if node.meta.get(MARK, {}).get("role") == role:
+            return node  # type: ignore[no-any-return]
+    return None
 
 
 def output_of(graph: fx.Graph) -> fx.Node:

@@ -35,7 +35,7 @@ from simba_fx.graph.facts import (
     output_of,
     region,
     returned,
-    scans_of,
+    scans_by_block,
     value,
     where,
 )
@@ -184,7 +184,8 @@ def scan_directions(
     Raises:
         GraphError: its operands run different ways, or their tokens were moved by anything else than `flip`.
     """
-    return {scan: _is_reversed(scan, found) for block in blocks for scan in scans_of(graph, block)}
+    scans = scans_by_block(graph, facts.n_blocks)
+    return {scan: _is_reversed(scan, found) for block in blocks for scan in scans[block]}
 
 
 def _is_reversed(scan: fx.Node, found: dict[fx.Node, TokenOrder]) -> bool:
@@ -221,7 +222,7 @@ def reaches_all(graph: fx.Graph, facts: Facts, query: int | None) -> tuple[bool,
     A scan that runs forward carries what stands before the query, a reversed one what stands behind it. Without a
     query each scan is scored at its own end, which every token reaches.
     """
-    blocks = [scans_of(graph, block) for block in range(facts.n_blocks)]
+    blocks = scans_by_block(graph, facts.n_blocks)
     if query is None:
         return tuple(map(bool, blocks))
     directions = scan_directions(graph, facts, range(facts.n_blocks), ways(graph, facts))
