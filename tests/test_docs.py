@@ -150,7 +150,24 @@ def test_every_page_is_listed() -> None:
     assert pages <= set(re.findall(r"\]\(docs/([\w-]+\.md)\)", (ROOT / "README.md").read_text()))
 
 
+FILES = {path.relative_to(ROOT).as_posix() for folder in ("simba_fx", "passes", "tests", "benchmarks", "examples")
+         for path in (ROOT / folder).rglob("*.*")}  # fmt: skip
+
+
+def missing_files(text: str) -> list[str]:
+    """Files of this repository that a page names in `backticks`, in full or by the end of their path."""
+    named = re.findall(r"`([\w./-]+\.(?:py|cpp|sh))`", text)
+    return [name for name in named if not any(f"/{file}".endswith(f"/{name}") for file in FILES)]
+
+
+@every_page
+def test_files_that_a_page_names_are_there(page: Path) -> None:
+    if page.name != "CHANGELOG.md":  # which tells of what was
+        assert missing_files(page.read_text()) == []
+
+
 def test_the_watch_sees_what_is_wrong() -> None:
+    assert missing_files("`simba_fx/api.py`, `api.py`, `scan.py`, `ops/cpu/kernels.cpp`, `gone.py`") == ["gone.py"]
     page = ROOT / "docs" / "method.md"
     text = (
         "# Two `words`, here\n[a](#two-words-here) [b](#another) [c](../README.md#which-models) [d](nothing.md)\n"
