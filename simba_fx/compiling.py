@@ -1,5 +1,5 @@
 """How this package talks to torch's compiler. Every private name of torch stands here, but for those of the Dynamo
-backend (`simba_fx.frontends.dynamo`) and of operators in CUDA graphs (`simba_fx.ops.inline`).
+backend (`simba_fx.frontends.dynamo.internals`) and of operators in CUDA graphs (`simba_fx.ops.inline`).
 
 1. What is traced, and by whom. 2. What `torch.compile` is told: frames it leaves to Python, functions it stays out
 of, dynamic sizes. Importing Dynamo takes a second, so nothing here does it before a model is transformed.

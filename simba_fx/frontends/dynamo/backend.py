@@ -15,8 +15,6 @@ from typing import Any
 import sympy
 import torch
 from torch import Tensor, fx
-from torch._dynamo.exc import TensorifyScalarRestartAnalysis
-from torch._dynamo.symbolic_convert import TensorifyState
 from torch.utils import _pytree as pytree
 
 from simba_fx.capture.normalise import Captured, annotate, check_every_mixer, drop_no_ops, strip_paths
@@ -38,6 +36,7 @@ from simba_fx.frontends.dynamo.checks import (
 )
 from simba_fx.frontends.dynamo.frame import Attempt, Frame
 from simba_fx.frontends.dynamo.graph import Flat, constant, flattened, float_inputs, lifted_calls, module_of
+from simba_fx.frontends.dynamo.internals import inner_backend, restart, specialize
 from simba_fx.graph.facts import SCANS, expression, placeholder, value
 from simba_fx.options import Options
 from simba_fx.runtime.build import build_program
@@ -80,17 +79,14 @@ def simba_fx(gm: fx.GraphModule, example_inputs: list[Any], *, options: Mapping[
     attempt = Attempt.current()
     attempt.marks.undo()
     if substitutes.keep_fresh(simba_fx):  # a function became known after this frame's trace began
-        raise TensorifyScalarRestartAnalysis(restart_reason="simba_fx: scan functions that were not stood in for")
+        restart("scan functions that were not stood in for")
     frame = Frame.current(gm)
     calls, hidden = lifted_calls(gm)
     refuse_hidden_calls(hidden)
     if not calls:
         refuse_missed(gm, frame)
         return settings.inner(gm, example_inputs)
-    if floats := {name for name in float_inputs(gm) if not TensorifyState.should_specialize(name)}:
-        for name in floats:  # constants of the model: its epsilons; the inner backend would ask for the same later
-            TensorifyState.specialize(name)
-        raise TensorifyScalarRestartAnalysis(restart_reason="simba_fx: floats are constants")
+    specialize(float_inputs(gm))  # epsilons
     flat = flattened(gm)
     drop_no_ops(flat.graph)
     scans = [node for node in flat.graph.nodes if node.target in SCANS]
@@ -156,11 +152,7 @@ class Settings:
                 "Option 'backend' names the backend that compiles the rewritten graph; expected another one than "
                 "simba_fx. Leave it out for Inductor."
             )
-        mode = given.get("mode", mode)
-        of_torch: Any = torch  # what torch.compile itself makes of these arguments; untyped there
-        if name == "inductor":
-            return Settings(options, tail, of_torch._TorchCompileInductorWrapper(mode, inner_options, None))
-        return Settings(options, tail, of_torch._TorchCompileWrapper(name, mode, inner_options, None))
+        return Settings(options, tail, inner_backend(name, given.get("mode", mode), inner_options))
 
 
 # --- rewriting -----------------------------------------------------------------------------------------------------

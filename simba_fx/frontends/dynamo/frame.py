@@ -10,13 +10,11 @@ from typing import Any
 
 import sympy
 from torch import Tensor, fx, nn
-from torch._dynamo.exc import TensorifyScalarRestartAnalysis
-from torch._dynamo.symbolic_convert import InstructionTranslator
-from torch._guards import CompileContext
 
 from simba_fx.capture.blocks import paths
 from simba_fx.errors import CaptureError
 from simba_fx.frontends.dynamo.inputs import Input, Marks, inputs_of
+from simba_fx.frontends.dynamo.internals import CompileContext, output_graph, restart
 from simba_fx.graph.facts import expression
 
 __all__ = ["Attempt", "Frame"]
@@ -34,7 +32,7 @@ class Frame:
 
     @staticmethod
     def current(gm: fx.GraphModule) -> Frame:
-        output: Any = InstructionTranslator.current_tx().output
+        output = output_graph()
         code = output.root_tx.f_code.co_name
         piece = output.compile_subgraph_reason.graph_break or code.startswith("torch_dynamo_resume_in")
         inputs = tuple(inputs_of(gm.graph, output.local_scope))
@@ -90,7 +88,7 @@ class Attempt:
                 "a tensor input (B, L, ...), and no branch or Python loop over its tokens. Use simba_fx.transform."
             )
         self.retraced, self.static = True, not length.free_symbols
-        raise TensorifyScalarRestartAnalysis(restart_reason="simba_fx: the length as a symbol")
+        restart("the length as a symbol")
 
 
 _attempts: weakref.WeakKeyDictionary[CompileContext, Attempt] = weakref.WeakKeyDictionary()

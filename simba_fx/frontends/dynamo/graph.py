@@ -11,10 +11,8 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._functorch.aot_autograd import aot_export_module
-from torch._guards import TracingContext, tracing
-from torch.utils._sympy.symbol import SymT, symbol_is_type
 
+from simba_fx.frontends.dynamo.internals import TracingContext, aot_export_module, as_from_dynamo, is_float, tracing
 from simba_fx.frontends.dynamo.substitutes import is_lifted_call
 from simba_fx.graph.facts import REGION, output_of, returned
 
@@ -79,7 +77,7 @@ def float_inputs(gm: fx.GraphModule) -> set[str]:
     """The symbols of floats that Dynamo made inputs of the graph (a norm's epsilon, under `dynamic=True`)."""
     numbers = [node.meta.get("example_value") for node in gm.graph.nodes]
     symbols = (s for number in numbers if isinstance(number, torch.SymFloat) for s in number.node.expr.free_symbols)
-    return {str(symbol) for symbol in symbols if symbol_is_type(symbol, SymT.FLOAT)}
+    return {str(symbol) for symbol in symbols if is_float(symbol)}
 
 
 def constant(node: fx.Node, number: float) -> None:
@@ -103,7 +101,7 @@ def module_of(gm: fx.GraphModule, graph: fx.Graph, attributes: dict[str, Any], m
     output_of(graph).args = (tuple(kept[len(tuple(mutated)) :]),)
     for node, original in zip(inputs.values(), gm.graph.find_nodes(op="placeholder")):
         node.meta = {**original.meta, REGION: -1}
-        node._dynamo_source = original._dynamo_source
+        as_from_dynamo(node, original)
     graph.lint()
     module = fx.GraphModule(attributes, graph)
     module.meta = gm.meta

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, fx, nn
-from torch._dynamo.source import AttrSource, LocalSource, NNModuleSource
 
 from simba_fx.capture.examples import named_sizes
+from simba_fx.frontends.dynamo.internals import AttrSource, LocalSource, NNModuleSource
 
 __all__ = ["Input", "Marks", "inputs_of"]
 

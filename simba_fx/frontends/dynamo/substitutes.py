@@ -15,13 +15,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch._dynamo
 from torch import fx
-from torch._dynamo.callback import callback_handler
-from torch._dynamo.symbolic_convert import InstructionTranslator
 
 from simba_fx.capture import lift
 from simba_fx.capture.adapters import say_not_compared
+from simba_fx.frontends.dynamo.internals import before_each_frame, constant_when_traced, output_graph
 from simba_fx.operands import Row, StandIn
 
 __all__ = ["is_lifted_call", "keep_fresh", "tracing_for"]
@@ -37,7 +35,7 @@ _calls: set[Any] = set()
 def tracing_for(backend: Any) -> bool:
     """Whether the graph that Dynamo is tracing now, in this thread, goes to `backend`, however it was wrapped."""
     try:
-        compiler = InstructionTranslator.current_tx().output.compiler_fn
+        compiler = output_graph().compiler_fn
     except AttributeError:  # nothing is being traced
         return False
     wraps = ("_torchdynamo_orig_backend", "compiler_fn", "func")
@@ -53,8 +51,7 @@ def is_lifted_call(node: fx.Node) -> bool:
 def keep_fresh(backend: Any) -> bool:
     """From now on, functions that get a row have a handler before the next frame is traced; whether one was new."""
     watch = _watches.setdefault(backend, lambda *_: _refresh(backend))
-    if watch not in callback_handler.start_callbacks:  # or no longer: torch._dynamo.reset() forgets it
-        callback_handler.register_start_callback(watch)
+    before_each_frame(watch)
     lift.when_registered(watch)
     return _refresh(backend)
 
@@ -74,7 +71,7 @@ def _substitute(function: types.FunctionType, row: Row, backend: Any) -> bool:
     stand_in = row.stand_in(function) if isinstance(row, StandIn) else _call_in_graph(function)
     own = _copy(function)
 
-    @torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]  # untyped in torch
+    @constant_when_traced
     def ours() -> bool:
         return tracing_for(backend)
 
