@@ -535,13 +535,41 @@ def logits_of(one: Subject, call: Call, width: int) -> list[tuple[Tensor, Tensor
     return [(slots[slots >= first] - first, positions[slots >= first]) for slots, positions in places(one, call)]
 
 
-def compare(name: str, ours: Tensor, theirs: Tensor, truth: Tensor | None) -> None:
-    """Against the reference; in bfloat16 both are measured against the same weights in float32."""
+def compare(name: str, ours: Tensor, theirs: Tensor, truth: Tensor | None,
+            otherwise: Callable[[int], Tensor]) -> None:  # fmt: skip
+    """Against the reference; in bfloat16 both are measured against the same weights in float32.
+
+    A token at which the model is ill-conditioned may be rounded well by chance: `otherwise(seed)`, the reference with
+    its scans rounded another way, tells how far off rounding alone brings it.
+    """
     assert not theirs.isnan().any(), name
     if truth is None:
         return assert_close(name, ours, theirs, TOLERANCE[torch.float32])
     own, our = (relative_rms(x, truth) for x in (theirs, ours))
-    assert our <= 4 * own + 0.02, f"{name}: {our:.3g} off where the model's own blocks are {own:.3g} off"
+    if our <= 4 * own + 0.02:
+        return None
+    COUNTS["bfloat16, by other roundings"] += 1
+    spread = max(relative_rms(otherwise(seed), truth) for seed in range(8))
+    assert our <= 2 * spread, f"{name}: {our:.3g} off where rounding explains {own:.3g} to {spread:.3g}"
+
+
+@contextlib.contextmanager
+def rounded_otherwise(one: Subject, seed: int) -> Iterator[None]:
+    """The model's own scans, their results moved by less than half of bfloat16's spacing."""
+    modeling, generator = one.setting.entry.modeling, torch.Generator().manual_seed(seed)
+    functions = {name: getattr(modeling, name) for name in ("mamba_selective_scan", "mamba2_chunk_scan")
+                 if hasattr(modeling, name)}  # fmt: skip
+
+    def moved(function: Any, *args: Any, **kwargs: Any) -> Any:
+        found = function(*args, **kwargs)
+        result, *rest = found if isinstance(found, tuple) else (found,)
+        result = result * (1 + (torch.rand(result.shape, generator=generator) - 0.5) * 2**-7)
+        return (result, *rest) if isinstance(found, tuple) else result
+
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        for name, function in functions.items():
+            patch.setattr(modeling, name, functools.partial(moved, function))
+        yield
 
 
 def compare_logits(one: Subject, call: Call, found: Tensor, expected: reference.Batch,
@@ -553,7 +581,12 @@ def compare_logits(one: Subject, call: Call, found: Tensor, expected: reference.
             COUNTS["compared bit by bit"] += 1
             assert torch.equal(ours.to(theirs.dtype), theirs), f"row {b}: {relative_rms(ours, theirs):.3g} off"
         else:
-            compare(f"row {b}", ours, theirs, None if truth is None else truth.logits[b, positions])
+
+            def otherwise(seed: int, b: int = b, positions: Tensor = positions) -> Tensor:
+                with rounded_otherwise(one, seed):
+                    return expected_of(one, call).logits[b, positions]
+
+            compare(f"row {b}", ours, theirs, None if truth is None else truth.logits[b, positions], otherwise)
 
 
 def compare_states(one: Subject, call: Call, cache: Any, expected: reference.Batch) -> None:
@@ -668,7 +701,16 @@ def check_generation(one: Subject, call: Call) -> None:
         count_decisions(one, rows[:1], rows[1:])
         for step, ours in enumerate(found.logits):
             theirs, *truth = [row.steps[step] for row in rows]
-            compare(f"step {step}, row {b}", ours[b], theirs, truth[0] if truth else None)
+
+            def otherwise(
+                seed: int, b: int = b, step: int = step, place: Tensor = place, options: Any = options
+            ) -> Tensor:
+                with rounded_otherwise(one, seed):
+                    row = reference.generate(one.dense, ids[b, place], one.shares, call.new,
+                                             follow=found.sequences[b, length:].tolist(), **options)  # fmt: skip
+                return row.steps[step]
+
+            compare(f"step {step}, row {b}", ours[b], theirs, truth[0] if truth else None, otherwise)
 
 
 def check_refusal(one: Subject, call: Call) -> None:
