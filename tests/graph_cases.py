@@ -20,7 +20,9 @@ from torch.nn.functional import softplus
 from simba_fx import SelectiveScan, register_scan
 from simba_fx.capture.export import capture_graph
 from simba_fx.capture.normalise import Captured
-from simba_fx.frontends.transformers.model import Signature, capture_stack, usual_signature
+from simba_fx.frontends.transformers.calls import usual_signature
+from simba_fx.frontends.transformers.trace import capture_stack
+from simba_fx.runtime.stack import Signature
 
 ROWS, LENGTH = 3, 24  # of the example that is traced; no width below equals either
 WIDTH, STATES = 6, 5

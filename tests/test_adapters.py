@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 import simba_fx
 from simba_fx.errors import CaptureError
-from simba_fx.frontends.transformers import model as model_module
+from simba_fx.frontends.transformers import trace
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings(  # PEFT asks transformers by the old name
@@ -118,7 +118,7 @@ def test_toggling_an_adapter_captures_once_per_state(entry: Entry, monkeypatch: 
     logits(adapted)
     with adapted.disable_adapter():
         logits(adapted)
-    monkeypatch.setattr(model_module, "capture_graph", None)  # from here on, capturing is an error
+    monkeypatch.setattr(trace, "capture_graph", None)  # from here on, capturing is an error
     for _ in range(3):
         on = logits(adapted)
         with adapted.disable_adapter():

@@ -1,0 +1,101 @@
+"""What is captured of a transformers model: its block stack, as a function of tensors."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from simba_fx.capture.examples import EXAMPLE
+from simba_fx.capture.export import capture_graph
+from simba_fx.capture.normalise import Captured
+from simba_fx.frontends.transformers.caches import recording_cache
+from simba_fx.frontends.transformers.calls import cache_parameter
+from simba_fx.runtime.clone import own_forward
+from simba_fx.runtime.stack import Entry, Signature
+
+__all__ = ["Observed", "capture_stack"]
+
+_ROWS, _LENGTH = EXAMPLE.values()
+
+
+@dataclass
+class Observed:
+    """What a shell saw while it was traced. Not attributes of the module: export puts those back."""
+
+    output_type: type = dict
+    states: tuple[Entry, ...] = ()
+    values: int = 0
+    unread: frozenset[str] = frozenset()
+    """Numbers among the keywords that nobody looked at."""
+
+
+def capture_stack(stack: Any, signature: Signature, kernels: str = "auto") -> tuple[Captured, Observed]:
+    """The graph of `stack` for calls of this signature."""
+    width = stack.get_input_embeddings().weight.shape[1]
+    make: dict[str, Any] = {"device": signature.device}
+    inputs = {"inputs_embeds": torch.zeros(_ROWS, _LENGTH, width, dtype=signature.dtype, **make)}
+    if signature.ids:
+        inputs["input_ids"] = torch.zeros(_ROWS, _LENGTH, dtype=torch.int64, **make)
+    if signature.mask is not None:
+        inputs["attention_mask"] = torch.ones(_ROWS, _LENGTH, dtype=signature.mask, **make)
+    for name, (dtype, sizes) in signature.extra:
+        inputs[name] = torch.zeros([EXAMPLE.get(size, size) for size in sizes], dtype=dtype, **make)
+    shell = _Shell(stack, signature)
+    mask = "attention_mask" if signature.mask is not None else None
+    captured = capture_graph(shell, stack, inputs, primary="inputs_embeds", prefix="stack", mask=mask,
+                       values=lambda: shell.observed.values, spare=("input_ids", "position_ids"),
+                       kernels=kernels)  # fmt: skip
+    return captured, shell.observed
+
+
+class _Shell(nn.Module):
+    """The stack as a function of tensors: returns its values by name and what a cache would store."""
+
+    def __init__(self, stack: nn.Module, signature: Signature) -> None:
+        super().__init__()
+        self.stack = stack
+        self.training = stack.training
+        self.signature = signature
+        self.observed = Observed()
+
+    def forward(self, **tensors: Tensor) -> Any:
+        options: dict[str, Any] = {"return_dict": True, "use_cache": self.signature.cache}
+        options |= dict(self.signature.constants)
+        parameters = inspect.signature(own_forward(self.stack)).parameters
+        if "output_hidden_states" in parameters or self.signature.hidden_states:
+            options["output_hidden_states"] = self.signature.hidden_states
+        cache_name = cache_parameter(parameters)
+        cache = recording_cache(self.stack.config) if self.signature.cache else None
+        if cache is not None:
+            options[cache_name] = cache
+        if self.signature.ids:  # the embeddings are looked up outside of the graph; what follows is the model's own
+            embeds = tensors.pop("inputs_embeds")
+            stack: Any = self.stack
+            embedding = stack.get_input_embeddings()
+            with _forward_is(embedding, lambda _: embeds):
+                output = own_forward(self.stack)(input_ids=tensors.pop("input_ids"), **tensors, **options)
+        else:
+            output = own_forward(self.stack)(**tensors, **options)
+        named = {name: value for name, value in output.items() if name != cache_name}
+        stored = cache.stored() if cache is not None else {}
+        observed = self.observed
+        observed.output_type, observed.states = type(output), tuple(stored)
+        observed.values = len(pytree.tree_leaves(named))
+        return named, list(stored.values())
+
+
+@contextmanager
+def _forward_is(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Calls of `module` run `forward` inside, its hooks included."""
+    module.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        del module.__dict__["forward"]
