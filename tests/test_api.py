@@ -117,7 +117,7 @@ def test_every_export_says_what_it_is_in_one_line(name: str) -> None:
 
 def test_the_first_line_of_transforms_docstring_says_that_the_model_is_untouched() -> None:
     first = inspect.getdoc(simba_fx.transform).splitlines()[0]
-    assert first == "A sparse twin of `model` over the same weights; `model` itself is untouched and stays dense."
+    assert first == "A sparse copy of `model` over the same weights; `model` itself is untouched and stays dense."
     assert "Raises:" in inspect.getdoc(simba_fx.transform)
 
 
