@@ -356,7 +356,7 @@ COUNTS: collections.Counter[str] = collections.Counter()
 def near_ties_are_few() -> Iterator[None]:
     yield
     assert COUNTS["decided otherwise, float"] <= max(2, COUNTS["decisions, float"] // 100), COUNTS
-    assert COUNTS["forward"] > COUNTS["refused"], COUNTS
+    assert COUNTS["forward"] > COUNTS["refused"] or not COUNTS["sequences"], COUNTS
 
 
 @pytest.fixture
