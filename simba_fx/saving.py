@@ -268,7 +268,7 @@ def _read(folder: Path) -> dict[str, Any]:
             f"{folder / FILE} has format {found!r}; this version of simba_fx reads format {FORMAT}. Use the version "
             "that wrote it, or transform the dense model."
         )
-    if written.get("library") not in [*_FRONTENDS]:
+    if written.get("library") not in [*_FRONTENDS]:  # a list: what is written may have no hash
         raise SimbaError(
             f"{FILE}: expected a library among {', '.join(_FRONTENDS)}; found {written.get('library')!r}. Correct it, "
             "or transform the dense model."

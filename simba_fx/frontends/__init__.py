@@ -70,19 +70,24 @@ def frontend_of(model: nn.Module) -> Frontend:
     return next(frontend for frontend in FRONTENDS if frontend.owns(model))
 
 
+_OF_IDS_AND_LABELS = (
+    "{option}={held!r} is for transformers models; expected none for a {name}, which is not called with ids and labels "
+    "in ways that are known. Leave it out, and call the model inside simba_fx.answer(sparse, n)."
+)
+_MASKS = (
+    "mask and mask_marks are for plain modules; expected none for a {name}, whose attention_mask marks real tokens, if "
+    "it takes one. Leave the arguments out."
+)
 _FOREIGN = {
     "labels": "labels={held!r} changes the loss of a transformers model; expected 'all' for a {name}, whose loss is "
     "outside of it. Leave it out, and mask your own loss with simba_fx.reached(sparse).",
-    "tail": "tail={held!r} is for transformers models; expected none for a {name}, which is not called with ids and "
-    "labels in ways that are known. Leave it out, and call the model inside simba_fx.answer(sparse, n).",
-    "pad_token_id": "pad_token_id={held!r} is for transformers models; expected none for a {name}, which is not called "
-    "with ids and labels in ways that are known. Leave it out, and call the model inside simba_fx.answer(sparse, n).",
-    "mask": "mask and mask_marks are for plain modules; expected none for a {name}, whose attention_mask marks real "
-    "tokens, if it takes one. Leave the arguments out.",
+    "tail": _OF_IDS_AND_LABELS,
+    "pad_token_id": _OF_IDS_AND_LABELS,
+    "mask": _MASKS,
+    "mask_marks": _MASKS,
     "example_inputs": "example_inputs are for plain modules; expected none for a {library} {name}, whose inputs are "
     "known. Leave the argument out.",
 }
-_FOREIGN["mask_marks"] = _FOREIGN["mask"]
 
 
 def refuse_foreign_options(frontend: Frontend, model: nn.Module, options: Options, example_inputs: Any) -> None:
@@ -90,4 +95,5 @@ def refuse_foreign_options(frontend: Frontend, model: nn.Module, options: Option
     for option, told in _FOREIGN.items():
         held = getattr(options, option, example_inputs)
         if option not in frontend.TAKES and held != getattr(Options, option, None):
-            raise SimbaError(told.format(held=held, name=type(model).__name__, library=frontend.LIBRARY))
+            name = type(model).__name__
+            raise SimbaError(told.format(option=option, held=held, name=name, library=frontend.LIBRARY))

@@ -120,7 +120,7 @@ class SparseMixer(StackRuntime):
         inputs = {"input_ids": torch.zeros(*EXAMPLE.values(), dtype=ids, device=signature.device)}
         shell = _Shell(stack, signature.cache)
         graph = capture_graph(shell, stack, inputs, primary="input_ids", prefix="stack", values=lambda: 1,
-                        kernels=self.options.kernels)  # fmt: skip
+                              kernels=self.options.kernels)  # fmt: skip
         return graph, shell.stored.entries
 
     def finish(self, variant: Variant, call: MixerCall, flat: Any) -> Any:

@@ -18,6 +18,7 @@ from simba_fx.capture.normalise import Captured
 from simba_fx.compiling import disable_compile, dynamic_marker, one_at_a_time, skip_frame, traced
 from simba_fx.errors import CaptureError, InputError, SimbaError
 from simba_fx.flops import BudgetCost
+from simba_fx.frontends.files import name_of
 from simba_fx.options import Options
 from simba_fx.runtime import exporting
 from simba_fx.runtime.build import Built, build_program
@@ -144,7 +145,7 @@ class PlainRuntime(Memory):
         around = torch.autocast(device.type, self.autocast, enabled=self.autocast is not None)
         with torch.inference_mode(False), around:  # as at first, whatever surrounds a later call
             graph = capture_graph(root, root, examples, primary=self.primary, mask=self.mask,
-                            marks=self.options.mask_marks, kernels=self.options.kernels)  # fmt: skip
+                                  marks=self.options.mask_marks, kernels=self.options.kernels)  # fmt: skip
         for node in graph.graph.find_nodes(op="placeholder"):  # numbers, flags and words are in the graph already
             if node.name not in graph.inputs:
                 graph.graph.erase_node(node)
@@ -229,7 +230,7 @@ class PlainRuntime(Memory):
 
 
 def _told(autocast: torch.dtype | None) -> str:
-    return "off" if autocast is None else f"to {str(autocast).removeprefix('torch.')}"
+    return "off" if autocast is None else f"to {name_of(autocast)}"
 
 
 class PlainProgram(Program):

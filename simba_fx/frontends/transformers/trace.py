@@ -50,8 +50,8 @@ def capture_stack(stack: Any, signature: Signature, kernels: str = "auto") -> tu
     shell = _Shell(stack, signature)
     mask = "attention_mask" if signature.mask is not None else None
     captured = capture_graph(shell, stack, inputs, primary="inputs_embeds", prefix="stack", mask=mask,
-                       values=lambda: shell.observed.values, spare=("input_ids", "position_ids"),
-                       kernels=kernels)  # fmt: skip
+                             values=lambda: shell.observed.values, spare=("input_ids", "position_ids"),
+                             kernels=kernels)  # fmt: skip
     return captured, shell.observed
 
 
