@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from simba_fx.graph.facts import SCANS, Facts, Insert, region, value
+from simba_fx.graph.facts import SCANS, Facts, value
+from simba_fx.graph.marks import Insert, Role, region
 
 _ATEN = torch.ops.aten
 
@@ -33,8 +34,8 @@ class ChannelLast:
                 continue
             insert = Insert(graph, node, region(node), self.name)
             val = value(node).mT.contiguous()
-            product = insert(_ATEN.linear.default, tokens.args[0], weight, val=val, like=node, role="layout")
-            back = insert(_ATEN.transpose.int, product, 1, 2, val=val.mT, like=node, role="layout")
+            product = insert(_ATEN.linear.default, tokens.args[0], weight, val=val, like=node, role=Role.LAYOUT)
+            back = insert(_ATEN.transpose.int, product, 1, 2, val=val.mT, like=node, role=Role.LAYOUT)
             node.replace_all_uses_with(back)
             graph.erase_node(node)
             if not tokens.users:

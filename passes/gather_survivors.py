@@ -12,7 +12,6 @@ from torch import fx
 from simba_fx.errors import GraphError
 from simba_fx.graph.facts import (
     Facts,
-    Insert,
     depends_on_length,
     end_of,
     expression,
@@ -21,17 +20,17 @@ from simba_fx.graph.facts import (
     is_size,
     output_of,
     placeholder,
-    region,
     selects,
     sequence_dims,
     shape_text,
     stem,
-    tracked,
     value,
     where,
 )
+from simba_fx.graph.marks import Insert, Role, made_by, region, role, tracked
 
-_BOOKKEEPING = ("positions", "real")
+_BOOKKEEPING = (Role.POSITIONS, Role.REAL)
+_GATHERED = (Role.CARRIED, Role.INVARIANT, Role.PLACE)
 
 
 @dataclass(frozen=True)
@@ -76,8 +75,9 @@ class GatherSurvivors:
              from_mask: set[fx.Node], masks: list[fx.Node]) -> tuple[int, list[fx.Node]]:  # fmt: skip
         """Whether anything was changed, and which nodes are alive behind the cut, of those that were before."""
         results = {node.args[1]: node for node in select.users}
-        kept, renamed = results[0], dict[str, Any](positions=results[2], real=results.get(4))
-        if any(user.meta.get("simba_fx", {}).get("pass") == self.name for user in kept.users):
+        kept: fx.Node = results[0]
+        renamed: dict[Role, Any] = {Role.POSITIONS: results[2], Role.REAL: results.get(4)}
+        if any(made_by(user) == self.name for user in kept.users):
             return 0, alive
         block = region(select)
 
@@ -95,19 +95,19 @@ class GatherSurvivors:
                 return shorter(node)
             if node not in fresh and node is masks[-1]:
                 fresh[node] = self._gather(insert, node, (1,), kept, False, facts)
-                fresh[node] = self._blank_fillers(insert, fresh[node], (1,), renamed["real"], facts)
+                fresh[node] = self._blank_fillers(insert, fresh[node], (1,), renamed[Role.REAL], facts)
             elif node not in fresh:
                 given: Any = (node.args, node.kwargs)
                 args, kwargs = fx.node.map_arg(given, anew)
-                fresh[node] = insert(node.target, *args, val=value(node), role="invariant", like=node, **kwargs)
+                fresh[node] = insert(node.target, *args, val=value(node), role=Role.INVARIANT, like=node, **kwargs)
             return fresh[node]
 
         for node in live:
-            role = node.meta.get("simba_fx", {}).get("role")
-            if node.op == "get_attr" or node in results.values() or role == "rows":
+            what = role(node)
+            if node.op == "get_attr" or node in results.values() or what is Role.ROWS:
                 continue
-            if role in _BOOKKEEPING:
-                node.replace_all_uses_with(renamed[role], delete_user_cb=beyond)
+            if what in _BOOKKEEPING:
+                node.replace_all_uses_with(renamed[what], delete_user_cb=beyond)
                 continue
             if not (dims := sequence_dims(node, facts)):
                 continue
@@ -117,10 +117,10 @@ class GatherSurvivors:
             if masks and _place_by_place(node, masks[-1]):
                 node.replace_all_uses_with(anew(node), delete_user_cb=lambda u: beyond(u) and not _inserted_now(u))
                 continue
-            carried = region(node) == block and role not in ("carried", "invariant", "place") and node not in from_mask
+            carried = region(node) == block and what not in _GATHERED and node not in from_mask
             gathered = self._gather(insert, node, dims, kept, carried, facts)
-            if node in from_mask and renamed["real"] is not None:
-                gathered = self._blank_fillers(insert, gathered, dims, renamed["real"], facts)
+            if node in from_mask and renamed[Role.REAL] is not None:
+                gathered = self._blank_fillers(insert, gathered, dims, renamed[Role.REAL], facts)
                 from_mask.add(gathered)
             node.replace_all_uses_with(gathered, delete_user_cb=lambda user: beyond(user) and not _inserted_now(user))
         for node in live:
@@ -142,19 +142,19 @@ class GatherSurvivors:
             count = early(torch.ops.aten.sym_size.int, lead, 0, val=value(kept).shape[0])
             val = val.expand(value(kept).shape[0], *val.shape[1:])
             sizes = [count, *[-1] * (val.dim() - 1)]
-            node = early(torch.ops.aten.expand.default, node, sizes, val=val, role="invariant", like=node)
+            node = early(torch.ops.aten.expand.default, node, sizes, val=val, role=Role.INVARIANT, like=node)
         if dims != (1,) or val.shape[0] != value(kept).shape[0]:
             raise GraphError(
                 f"Node {node.name} in {where(node)} has shape {shape_text(val, facts)} and crosses a cut; expected "
                 f"(B, L, ...) with L in dimension 1 alone, or (B, H, L, L), found it in {dims}. This layout cannot be "
                 "gathered; keep the blocks around it whole (give them the same share)."
             )
-        role = "place" if place else "carried" if carried else "invariant"
+        what = Role.PLACE if place else Role.CARRIED if carried else Role.INVARIANT
         if val.dim() == 2:
-            return insert(torch.ops.aten.gather.default, node, 1, kept, val=val, role=role, like=node)
-        rows = tracked(insert.graph, "rows")
+            return insert(torch.ops.aten.gather.default, node, 1, kept, val=val, role=what, like=node)
+        rows = tracked(insert.graph, Role.ROWS)
         name = f"{'survivors' if carried else stem(node.name)}_{insert.region}"
-        return insert(torch.ops.aten.index.Tensor, node, [rows, kept], val=val, role=role, like=node, name=name)
+        return insert(torch.ops.aten.index.Tensor, node, [rows, kept], val=val, role=what, like=node, name=name)
 
     def _take_square(self, insert: Insert, node: fx.Node, results: dict[Any, fx.Node], until: int,
                      facts: Facts) -> None:  # fmt: skip
@@ -172,7 +172,7 @@ class GatherSurvivors:
         hides_pads = facts.mask in _inputs_read(node)  # what is computed from places alone has no filler to hide
         real = results.get(4) if hides_pads else None
         taken = insert(torch.ops.simba_fx.take_square.default, node, results[2], real, val=value(node),
-                       role="square", like=node, name=name)  # fmt: skip
+                       role=Role.SQUARE, like=node, name=name)  # fmt: skip
         for user in readers:
             user.replace_input_with(node, taken)
 
@@ -181,25 +181,25 @@ class GatherSurvivors:
         val, name = value(gathered), f"mask_{insert.region}"
         if facts.mask_marks == "padding" and val.dim() == 2:
             padded = self._padded(insert.graph, facts)
-            return insert(torch.ops.aten.where.self, real, gathered, padded, val=val, role="invariant", like=gathered,
-                          name=name)  # fmt: skip
+            return insert(torch.ops.aten.where.self, real, gathered, padded, val=val, role=Role.INVARIANT,
+                          like=gathered, name=name)  # fmt: skip
         for _ in range(val.dim() - 2):
             real = insert(torch.ops.aten.unsqueeze.default, real, -1, val=value(real)[..., None])
         nothing = False if val.dtype == torch.bool else 0  # a number would make integers of truth values
-        return insert(torch.ops.aten.where.ScalarOther, real, gathered, nothing, val=val, role="invariant",
+        return insert(torch.ops.aten.where.ScalarOther, real, gathered, nothing, val=val, role=Role.INVARIANT,
                       like=gathered, name=name)  # fmt: skip
 
     def _padded(self, graph: fx.Graph, facts: Facts) -> fx.Node:
         """What the mask says of padding, `(B, 1)`: its value at the first pad of each row. A row without one has no
         fillers either."""
-        if (known := tracked(graph, "padded")) is not None:
+        if (known := tracked(graph, Role.PADDED)) is not None:
             return known
         mask = placeholder(graph, str(facts.mask))
-        real: Any = tracked(graph, "real")
+        real: Any = tracked(graph, Role.REAL)
         insert = Insert(graph, end_of(graph, -1), -1, self.name)
         numbers = insert(torch.ops.aten.to.dtype, real, torch.int64, val=value(real).long())
         first = insert(torch.ops.aten.argmin.default, numbers, 1, True, val=value(numbers)[:, :1])
-        return insert(torch.ops.aten.gather.default, mask, 1, first, val=value(mask)[:, :1], role="padded")
+        return insert(torch.ops.aten.gather.default, mask, 1, first, val=value(mask)[:, :1], role=Role.PADDED)
 
     def _shorter(self, facts: Facts, insert: Insert, kept: fx.Node) -> Callable[[fx.Node], fx.Node]:
         """Size arithmetic that is used beyond the cut starts from the new length. Selections count from the input's."""
@@ -222,7 +222,7 @@ class GatherSurvivors:
 def _place_by_place(node: fx.Node, mask: fx.Node) -> bool:
     """Whether a node is the padding mask, or computed from it alone by operators that do the same at every place."""
     read = [n for n in node.all_input_nodes if not is_size(n)]
-    even = node.op == "call_function" and node.meta.get("simba_fx", {}).get("role") != "real" and is_even(node)
+    even = node.op == "call_function" and role(node) is not Role.REAL and is_even(node)
     return node is mask or (even and bool(read) and all(_place_by_place(n, mask) for n in read))
 
 
@@ -238,7 +238,7 @@ def _inputs_read(node: fx.Node) -> set[str]:
 
 def _is_place(node: fx.Node, facts: Facts) -> bool:
     """Whether a value, or what it is gathered from, depends on no token: the place of a token, not what it carries."""
-    if node.meta.get("simba_fx", {}).get("role") == "place":
+    if role(node) is Role.PLACE:
         return True
     if region(node) != -1:
         return False
@@ -247,9 +247,9 @@ def _is_place(node: fx.Node, facts: Facts) -> bool:
 
 
 def _inserted_now(user: fx.Node) -> bool:
-    return bool(user.meta.get("simba_fx", {}).get("pass") == GatherSurvivors.name)
+    return made_by(user) == GatherSurvivors.name
 
 
 def _counts_from_input(user: fx.Node) -> bool:
     """Selections and scores by position count from the input's length, whatever the length of their region."""
-    return user.meta.get("simba_fx", {}).get("pass") in ("select-tokens", "score-tokens", GatherSurvivors.name)
+    return made_by(user) in ("select-tokens", "score-tokens", GatherSurvivors.name)

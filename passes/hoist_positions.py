@@ -12,11 +12,9 @@ from torch import Tensor, fx
 
 from simba_fx.errors import GraphError
 from simba_fx.graph.facts import (
-    MARK,
     SAME_PLACES,
     SIMILAR,
     Facts,
-    Insert,
     end_of,
     expression,
     is_even,
@@ -24,12 +22,12 @@ from simba_fx.graph.facts import (
     operator_of,
     opname,
     placeholder,
-    region,
     selects,
     shape_text,
     value,
     where,
 )
+from simba_fx.graph.marks import Insert, made_by, region
 
 _BROADCAST = ("scaled_dot_product_attention", "masked_fill", "where", "cat", "stack", "type_as", "expand_as")
 """Beside pointwise operators, those whose operands meet dimension by dimension, counted from the last."""
@@ -133,7 +131,7 @@ class HoistPositions:
 
 def _own(node: fx.Node) -> bool:
     """Whether the node is the model's, or this pass's copy of one; not the bookkeeping of other passes."""
-    return node.meta.get(MARK, {}).get("pass") in (None, HoistPositions.name)
+    return made_by(node) in (None, HoistPositions.name)
 
 
 def _rank(user: fx.Node) -> int | None:

@@ -17,10 +17,8 @@ from simba_fx.errors import GraphError
 from simba_fx.graph.facts import (
     BLOCK,
     CRITERION,
-    MARK,
     BlockCode,
     Facts,
-    Insert,
     by_region,
     drop_dead_code,
     expression,
@@ -29,6 +27,7 @@ from simba_fx.graph.facts import (
     stem,
     value,
 )
+from simba_fx.graph.marks import Insert, Role, give_role, made_by, role
 
 _TOP = ("track-tokens", "select-tokens", "restore-length")
 """Passes whose nodes stay at the top level: what connects blocks rather than computes in them."""
@@ -113,12 +112,12 @@ class OutlineBlocks:
 
         for node in inside:
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: env[n] if n in env else size(n))
-            name = stem(node.name) if node.meta.get(MARK) else None
+            name = stem(node.name) if made_by(node) else None
             target_inside = CRITERION if node.op == "call_module" else node.target
             env[node] = sub.create_node(node.op, target_inside, args, kwargs, name=name)
             env[node].meta = dict(node.meta)
         outputs = [node for node in inside if any(_reads(user, node) for user in node.users if user not in members)]
-        outputs.sort(key=lambda node: (node.meta.get(MARK) is not None, _kind_of_result(node) != "hidden"))
+        outputs.sort(key=lambda node: (made_by(node) is not None, _kind_of_result(node) != "hidden"))
         sub.output(tuple(env[node] for node in outputs) if len(outputs) > 1 else env[outputs[0]])
         drop_dead_code(sub)
         for node in inputs:
@@ -128,7 +127,7 @@ class OutlineBlocks:
         looks = tuple(_looks(self.attributes[str(node.target)]) for node in owned)
         key = (sub.python_code("self").src, tuple(n.target for n in sub.nodes), looks)
         kind, code = kinds.setdefault(key, (len(kinds), sub))
-        hooked = module is not None and all(path in (paths(n) or [path]) for n in inside if not n.meta.get(MARK))
+        hooked = module is not None and all(path in (paths(n) or [path]) for n in inside if not made_by(n))
         call.meta[BLOCK] = BlockCode(code, kind, module, hooked, bool(sub.find_nodes(op="call_module")))
 
     def _replace(self, graph: fx.Graph, inside: list[fx.Node], inputs: list[fx.Node], outputs: list[fx.Node],
@@ -137,18 +136,18 @@ class OutlineBlocks:
         insert = Insert(graph, inside[0], inside[0].meta["region"], self.name)
         vals = tuple(value(node) for node in outputs)
         single = len(outputs) == 1
-        call = insert(target, *inputs, op="call_module", val=vals[0] if single else vals, role="block")
+        call = insert(target, *inputs, op="call_module", val=vals[0] if single else vals, role=Role.BLOCK)
         call.meta["nn_module_stack"] = inside[0].meta.get("nn_module_stack")
         results = [call] if single else [insert(operator.getitem, call, i, val=vals[i]) for i in range(len(outputs))]
         members = set(inside)
         for node, result in zip(outputs, results):
             node.replace_all_uses_with(result, delete_user_cb=lambda user: user not in members)
-            result.meta[MARK]["role"] = (node.meta.get(MARK) or {}).get("role", "")
+            give_role(result, role(node))
         for node in reversed(inside):
             if not node.users:  # a size that a later block reads stays until that block reads it from its own inputs
                 graph.erase_node(node)
         for node, result in zip(outputs, results):
-            if node.meta.get(MARK):
+            if made_by(node):
                 result.name = node.name  # free again: the node itself is gone
             else:
                 result.name = graph._graph_namespace.create_name(f"{_kind_of_result(node)}_{insert.region}", None)
@@ -156,10 +155,9 @@ class OutlineBlocks:
 
 
 def _at_top(node: fx.Node) -> bool:
-    mark = node.meta.get(MARK) or {}
+    by = made_by(node)
     by_position = node.target in _BY_POSITION
-    outlined = mark.get("pass") == OutlineBlocks.name
-    return node.op in ("placeholder", "get_attr", "output") or mark.get("pass") in _TOP or by_position or outlined
+    return node.op in ("placeholder", "get_attr", "output") or by in (*_TOP, OutlineBlocks.name) or by_position
 
 
 def _inner(node: fx.Node, module: str | None) -> str | None:

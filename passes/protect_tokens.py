@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from simba_fx.graph.facts import Facts, Insert, tracked, value
+from simba_fx.graph.facts import Facts, value
+from simba_fx.graph.marks import Insert, Role, tracked
 from simba_fx.options import named_positions
 
 
@@ -30,17 +31,17 @@ class ProtectTokens:
     name = "protect-tokens"
 
     def rewrite(self, graph: fx.Graph, facts: Facts) -> int:
-        positions, real = tracked(graph, "positions"), tracked(graph, "real")
+        positions, real = tracked(graph, Role.POSITIONS), tracked(graph, Role.REAL)
         wanted = named_positions(self.query, self.protect)
-        if not wanted or positions is None or tracked(graph, "protected") is not None:
+        if not wanted or positions is None or tracked(graph, Role.PROTECTED) is not None:
             return 0
-        known = (positions, real, tracked(graph, "lengths"))  # lengths may be an input, which comes first
+        known = (positions, real, tracked(graph, Role.LENGTHS))  # lengths may be an input, which comes first
         last = [node for node in graph.nodes if node in known][-1]
         insert = Insert(graph, last.next, -1, self.name)
         grid = value(positions)
-        for role, columns in (("query", wanted[:1] if self.query is not None else []), ("protected", wanted)):
+        for role, columns in ((Role.QUERY, wanted[:1] if self.query is not None else []), (Role.PROTECTED, wanted)):
             if columns:
                 val = grid.new_empty((grid.shape[0], len(columns)))
                 target = torch.ops.simba_fx.row_positions.default
-                insert(target, positions, real, columns, val=val, role=role, name=role)
+                insert(target, positions, real, columns, val=val, role=role, name=str(role))
         return 1

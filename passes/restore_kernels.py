@@ -11,7 +11,8 @@ import torch
 from torch import fx
 
 from simba_fx.capture.lift import CallSite
-from simba_fx.graph.facts import Facts, Insert, region, value
+from simba_fx.graph.facts import Facts, value
+from simba_fx.graph.marks import Insert, Role, region
 
 _ENTER, _EXIT = torch.ops.simba_fx.site_enter.default, torch.ops.simba_fx.site_exit.default
 
@@ -41,7 +42,7 @@ class RestoreKernels:
             insert = Insert(graph, node, region(node), self.name)
             if index not in calls:
                 function = shared.setdefault(site.key, _named(site))
-                calls[index] = insert(function, *_tensors(enters[index]), like=node, role="kernel")
+                calls[index] = insert(function, *_tensors(enters[index]), like=node, role=Role.KERNEL)
             val = value(node)
             calls[index].meta["val"] = [*(calls[index].meta["val"] or ()), val]
             out = insert(operator.getitem, calls[index], leaf, val=val)

@@ -9,19 +9,8 @@ import torch
 from torch import Tensor, fx
 
 from simba_fx.errors import GraphError
-from simba_fx.graph.facts import (
-    Facts,
-    Insert,
-    end_of,
-    output_of,
-    region,
-    returned,
-    selects,
-    sequence_dims,
-    tracked,
-    value,
-    where,
-)
+from simba_fx.graph.facts import Facts, end_of, output_of, returned, selects, sequence_dims, value, where
+from simba_fx.graph.marks import Insert, Role, made_by, region, role, tracked
 from simba_fx.graph.residual import match_residual
 
 
@@ -46,7 +35,7 @@ class RestoreLength:
 
     def rewrite(self, graph: fx.Graph, facts: Facts) -> int:
         cuts = selects(graph)
-        done = any((node.meta.get("simba_fx") or {}).get("pass") == self.name for node in graph.nodes)
+        done = any(made_by(node) == self.name for node in graph.nodes)
         if self.output != "full" or not cuts or done:
             return 0
         outputs = output_of(graph)
@@ -102,11 +91,11 @@ class RestoreLength:
             places.append(_result(cut, 3))
         places.append(_result(before[-1], 2))
         insert = Insert(graph, end_of(graph, facts.n_blocks - 1), facts.n_blocks, self.name)
-        length = tracked(graph, "length")
-        positions: Any = tracked(graph, "positions")
+        length = tracked(graph, Role.LENGTH)
+        positions: Any = tracked(graph, Role.POSITIONS)
         full = value(node).new_empty((*value(positions).shape, *value(node).shape[2:]))
         return insert(torch.ops.simba_fx.restore_tokens.default, [*pieces, node], places, length, val=full,
-                      role="restored")  # fmt: skip
+                      role=Role.RESTORED)  # fmt: skip
 
     def _exit(self, graph: fx.Graph, cut: fx.Node, gathered: fx.Node, dtype: torch.dtype) -> fx.Node:
         """What the tokens that leave at `cut` carry with them, `(B, m - k + 2, D)`, in the result's dtype."""
@@ -115,15 +104,15 @@ class RestoreLength:
         name = f"exit_{region(cut)}" + (f"_{others}" if others else "")
         arguments = (_read_by(gathered), _result(cut, 1))
         val = value(gathered)
-        taken = insert(torch.ops.simba_fx.take_tokens.default, *arguments, val=val, role="exit", name=name)
+        taken = insert(torch.ops.simba_fx.take_tokens.default, *arguments, val=val, role=Role.EXIT, name=name)
         if val.dtype == dtype:
             return taken
-        return insert(torch.ops.aten.to.dtype, taken, dtype, val=val.to(dtype), role="exit")
+        return insert(torch.ops.aten.to.dtype, taken, dtype, val=val.to(dtype), role=Role.EXIT)
 
 
 def _carried(cut: fx.Node) -> list[fx.Node]:
     """The gathers of the residual stream at a cut."""
-    return [user for user in _result(cut, 0).users if user.meta.get("simba_fx", {}).get("role") == "carried"]
+    return [user for user in _result(cut, 0).users if role(user) is Role.CARRIED]
 
 
 def _read_by(gather: fx.Node) -> Any:

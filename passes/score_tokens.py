@@ -10,7 +10,8 @@ import torch
 from torch import fx
 
 from simba_fx import ops
-from simba_fx.graph.facts import Facts, Insert, by_region, operator_of, region, scans_by_block, tracked, value
+from simba_fx.graph.facts import Facts, by_region, operator_of, scans_by_block, value
+from simba_fx.graph.marks import Insert, Role, give_role, region, role, tracked
 from simba_fx.graph.plan import Cut
 from simba_fx.graph.token_order import check_cuts, directions_to, scan_directions, ways
 
@@ -18,6 +19,7 @@ _SCORES = {
     torch.ops.simba_fx.selective_scan.default: torch.ops.simba_fx.selective_token_score.default,
     torch.ops.simba_fx.ssd_scan.default: torch.ops.simba_fx.ssd_token_score.default,
 }
+_BOOKKEEPING = (Role.POSITIONS, Role.REAL, Role.LENGTHS, Role.LENGTH, Role.TAIL)
 _SKIPPED = ("D", "z", "chunk_size")  # operands that the score of a token does not read
 
 
@@ -44,7 +46,7 @@ class ScoreTokens:
     name = "score-tokens"
 
     def rewrite(self, graph: fx.Graph, facts: Facts) -> int:
-        scored = {region(node) for node in graph.nodes if (node.meta.get("simba_fx") or {}).get("role") == "score"}
+        scored = {region(node) for node in graph.nodes if role(node) is Role.SCORE}
         cuts = [cut for cut in self.cuts if cut.block not in scored]
         if not cuts:
             return 0
@@ -52,8 +54,8 @@ class ScoreTokens:
         reads_scans = self.criterion not in ops.POSITION_CRITERIA
         directions = scan_directions(graph, facts, [c.block for c in cuts], found) if reads_scans else {}
         check_cuts(graph, facts, cuts, found)
-        positions: Any = tracked(graph, "positions")
-        protected = tracked(graph, "protected")
+        positions: Any = tracked(graph, Role.POSITIONS)
+        protected = tracked(graph, Role.PROTECTED)
         val = value(positions).new_empty(value(positions).shape, dtype=torch.float32)
         blocks, scans_in = by_region(graph), scans_by_block(graph, facts.n_blocks)
         for cut in cuts:
@@ -66,12 +68,12 @@ class ScoreTokens:
             if protected is not None:
                 score.name = f"unprotected_{cut.block}"
                 score = insert(torch.ops.simba_fx.protect_tokens.default, score, positions, protected, val=val)
-            score.meta["simba_fx"]["role"] = "score"
+            give_role(score, Role.SCORE)
             score.name = f"score_{cut.block}"
         return len(cuts)
 
     def _by_position(self, insert: Insert, cut: Cut, like: fx.Node, val: Any) -> fx.Node:
-        bookkeeping = [tracked(insert.graph, role) for role in ("positions", "real", "lengths", "length", "tail")]
+        bookkeeping = [tracked(insert.graph, wanted) for wanted in _BOOKKEEPING]
         rule = [cut.share.numerator, cut.share.denominator, self.floor]
         target = torch.ops.simba_fx.position_score.default
         return insert(target, *bookkeeping, *rule, self.criterion, self.seed, val=val, like=like)
@@ -79,7 +81,7 @@ class ScoreTokens:
     def _by_scans(self, insert: Insert, scans: dict[fx.Node, bool], val: Any) -> fx.Node:
         """The largest score over the scans; with a query, over those that carry a token there."""
         graph, sides = insert.graph, {}
-        query, positions = tracked(graph, "query"), tracked(graph, "positions")
+        query, positions = tracked(graph, Role.QUERY), tracked(graph, Role.POSITIONS)
         before: fx.Node | None = None
         if query is not None:
             wanted: Any = query.args[2]
@@ -101,12 +103,14 @@ class ScoreTokens:
     def _aim(self, insert: Insert, before: fx.Node | None, backward: bool, val: Any) -> tuple[Any, Any]:
         """`real` and `tail` of a score, in the scan's own direction: they say at which token it is taken."""
         graph, grid = insert.graph, val.bool()
-        real: Any = tracked(graph, "real")
-        tail: Any = tracked(graph, "tail")
-        if (query := tracked(graph, "query")) is not None:  # it is the last of the tokens that the scan has met by then
+        real: Any = tracked(graph, Role.REAL)
+        tail: Any = tracked(graph, Role.TAIL)
+        if (
+            query := tracked(graph, Role.QUERY)
+        ) is not None:  # it is the last of the tokens that the scan has met by then
             tail, met = 1, before
             if backward:
-                met = insert(torch.ops.aten.ge.Tensor, tracked(graph, "positions"), query, val=grid)
+                met = insert(torch.ops.aten.ge.Tensor, tracked(graph, Role.POSITIONS), query, val=grid)
             real = met if real is None else insert(torch.ops.aten.bitwise_and.Tensor, met, real, val=grid)
         if backward:  # without a query a reversed scan ends at the row's first token: no tail
             tail = 1

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from simba_fx.graph.facts import Facts, Insert, by_region, output_of, returned, selects, tracked, value
+from simba_fx.graph.facts import Facts, by_region, output_of, returned, selects, value
+from simba_fx.graph.marks import Insert, Role, role, tracked
 from simba_fx.graph.plan import Cut
 
-OUTPUTS = ("kept", "dropped", "positions", "left", "real")
+OUTPUTS = (Role.KEPT, Role.DROPPED, Role.POSITIONS, Role.LEFT, Role.REAL)
 """Names of a selection's results: region indices that stay and go, then their positions in the input, then realness."""
 
 
@@ -36,13 +37,13 @@ class SelectTokens:
         done, blocks = {node.args[0] for node in selects(graph)}, by_region(graph)
         for cut in self.cuts:
             inside = blocks[cut.block]
-            score = next(n for n in reversed(inside) if n.meta.get("simba_fx", {}).get("role") == "score")
+            score = next(n for n in reversed(inside) if role(n) is Role.SCORE)
             if score in done:
                 continue
             insert = Insert(graph, inside[-1].next, cut.block, self.name)
-            positions: Any = tracked(graph, "positions")
-            real, lengths = tracked(graph, "real"), tracked(graph, "lengths")
-            rule = (tracked(graph, "length"), tracked(graph, "tail"))
+            positions: Any = tracked(graph, Role.POSITIONS)
+            real, lengths = tracked(graph, Role.REAL), tracked(graph, Role.LENGTHS)
+            rule = (tracked(graph, Role.LENGTH), tracked(graph, Role.TAIL))
             share = (cut.share.numerator, cut.share.denominator, self.floor)
             grid = value(positions)
             vals: tuple[Any, ...] = (grid, grid, grid, grid)
@@ -52,10 +53,10 @@ class SelectTokens:
                 target, arguments = torch.ops.simba_fx.select_real_tokens.default, (score, positions, real, lengths)
                 vals = (*vals, value(real))
             arguments = (*arguments, *rule, *share)
-            chosen = insert(target, *arguments, val=vals, role="select", like=score, name=f"chosen_{cut.block}")
-            for index, (name, val) in enumerate(zip(OUTPUTS, vals)):
-                result = insert(operator.getitem, chosen, index, val=val, role=name, name=f"{name}_{cut.block}")
-                if name in ("positions", "real"):
+            chosen = insert(target, *arguments, val=vals, role=Role.SELECT, like=score, name=f"chosen_{cut.block}")
+            for index, (what, val) in enumerate(zip(OUTPUTS, vals)):
+                result = insert(operator.getitem, chosen, index, val=val, role=what, name=f"{what}_{cut.block}")
+                if what in (Role.POSITIONS, Role.REAL):
                     output = output_of(graph)
                     output.args = ((*returned(graph), result),)
             changed += 1

@@ -26,7 +26,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from simba_fx import ops, passes
 from simba_fx.capture.normalise import Captured
 from simba_fx.compiling import FakeTensorMode
-from simba_fx.graph.facts import MARK, Facts, region, value
+from simba_fx.graph.facts import Facts, value
+from simba_fx.graph.marks import made_by, region
 from simba_fx.graph.plan import Cut, cuts_of, entering
 from simba_fx.graph.token_order import reaches_all
 from simba_fx.options import Options
@@ -96,8 +97,7 @@ class _Counting(fx.Interpreter):
                 before = self.counter.get_total_flops()
                 self.known[key] = super().run_node(n), self.counter.get_total_flops() - before
             result, flops = self.known[key]
-        scores = (n.meta.get(MARK) or {}).get("pass") == passes.ScoreTokens.name
-        books = self.scores if scores else self.regions
+        books = self.scores if made_by(n) == passes.ScoreTokens.name else self.regions
         books[region(n)] = books.get(region(n), 0) + flops
         return result
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from simba_fx import ops, schedule
 from simba_fx.errors import CriterionError, SimbaError
-from simba_fx.operands import SelectiveScan, SSDScan
+from simba_fx.ops.operands import SelectiveScan, SSDScan
 
 __all__ = ["CRITERIA", "Criterion", "Options", "named_positions"]
 

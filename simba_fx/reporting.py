@@ -18,7 +18,8 @@ from simba_fx import ops
 from simba_fx.api import _runtime, kept
 from simba_fx.errors import SimbaError
 from simba_fx.flops import model_flops, surroundings_of
-from simba_fx.graph.facts import MARK, operator_of, scans_by_block
+from simba_fx.graph.facts import operator_of, scans_by_block
+from simba_fx.graph.marks import Role, role
 from simba_fx.graph.plan import reasons
 from simba_fx.options import Options
 from simba_fx.runtime.build import Built, CustomCriterion
@@ -351,7 +352,7 @@ def _why(built: Built, tokens: Sequence[int], dense: bool) -> dict[int, str]:
 
 def _kernels(built: Built, device: torch.device) -> str:
     """What ran the scans."""
-    if any((node.meta.get(MARK) or {}).get("role") == "kernel" for node in built.graph.nodes):
+    if any(role(node) is Role.KERNEL for node in built.graph.nodes):
         return "the model's own: " + ", ".join(sorted({site.name for site in built.captured.sites}))
     return ops.kernel_path(device.type)
 

@@ -24,6 +24,7 @@ import simba_fx
 from simba_fx import ops
 from simba_fx.ops import backends, reference
 from simba_fx.ops.cuda import packages as cuda
+from simba_fx.ops.operands import SelectiveScan
 
 DEVICE = "cuda"
 OPS = torch.ops.simba_fx
@@ -138,8 +139,8 @@ def test_the_scans_and_their_gradients(channel_last: bool) -> None:
 def test_the_triton_scan_beside_whatever_the_operator_calls(dtype: torch.dtype) -> None:
     """Where mamba_ssm is installed the operator calls that."""
     operands = there(selective_operands(length=130, channels=40, states=16, dtype=dtype))
-    grouped = {name: t.unsqueeze(1) if name in "BC" else t for name, t in operands.items()}
-    y, last = backends.triton_kernels().scan.selective_scan(*grouped.values(), True)
+    scan = SelectiveScan(*operands.values(), True).checked("selective_scan")
+    y, last = backends.triton_kernels().scan.selective_scan(scan)
     right, right_last = reference.selective_scan_ref(*operands.values(), True)
     assert_close("y", y, right, dtype)
     assert_close("last state", last, right_last)

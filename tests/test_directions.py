@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import simba_fx
 from simba_fx.errors import GraphError
-from simba_fx.graph.facts import region
+from simba_fx.graph.marks import region
 from simba_fx.graph.token_order import reaches_all, scan_directions, ways
 
 

@@ -24,6 +24,7 @@ from simba_fx.errors import CriterionError
 from simba_fx.ops import backends, chunked_ssd, reference
 from simba_fx.ops.cpu import native
 from simba_fx.ops.cuda import packages as cuda
+from simba_fx.ops.operands import SSDScan
 from simba_fx.schedule import kept_count
 
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 6e-3, torch.float16: 8e-4}
@@ -819,9 +820,7 @@ def test_nan_in_nan_out(operand: str, softplus: bool, backend: str) -> None:
 def test_the_ssd_scan_with_all_chunks_at_once(dtype: torch.dtype, chunk_size: int) -> None:
     """What a GPU without mamba_ssm runs."""
     operands = ssd_operands(length=300, heads=4, width=16, states=16, dtype=dtype)
-    step = chunked_ssd.ssd_step_size(operands["dt"], operands["dt_bias"], True, 0.01, 1.5)
-    rest = [operands[name] for name in ("A", "B", "C", "D", "z")]
-    y, last = chunked_ssd.ssd_scan_at_once(operands["x"], step, *rest, chunk_size)
+    y, last = chunked_ssd.ssd_scan_at_once(SSDScan(*operands.values(), True, 0.01, 1.5, chunk_size))
     right, right_last = reference.ssd_scan_ref(*operands.values(), True, 0.01, 1.5)
     assert (y.dtype, last.dtype) == (dtype, torch.float32)
     assert_close("y", y, right, dtype)

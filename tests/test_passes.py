@@ -29,20 +29,8 @@ from torch.utils import _pytree as pytree
 import simba_fx
 from simba_fx import SelectiveScan, passes
 from simba_fx.graph import runner as pipeline
-from simba_fx.graph.facts import (
-    MARK,
-    REGION,
-    SELECTS,
-    Facts,
-    Insert,
-    end_of,
-    expression,
-    output_of,
-    region,
-    scans_by_block,
-    selects,
-    value,
-)
+from simba_fx.graph.facts import SELECTS, Facts, end_of, expression, output_of, scans_by_block, selects, value
+from simba_fx.graph.marks import MARK, REGION, Insert, Role, made_by, region, role
 from simba_fx.graph.plan import cuts_of
 from simba_fx.ops.select import SPARE
 from simba_fx.passes.select_tokens import OUTPUTS
@@ -205,9 +193,8 @@ def check_well_formed(run: Run) -> None:
             if here < highest:
                 raise Broken(f"{run.step!r} left {node.name} of region {here} behind region {highest}")
             highest = here
-        mark = node.meta.get(MARK)
-        if node not in run.old and (not mark or mark.get("pass") != run.step.name or mark.get("block") != here):
-            raise Broken(f"{run.step!r} inserted {node.name} with the mark {mark}")
+        if node not in run.old and (made_by(node) != run.step.name or REGION not in node.meta):
+            raise Broken(f"{run.step!r} inserted {node.name} of {node.meta.get(REGION)} as {made_by(node)}")
 
 
 def check_provenance(run: Run) -> None:
@@ -251,7 +238,7 @@ class Lengths:
     """
 
     def __init__(self, graph: fx.Graph, facts: Facts) -> None:
-        by = {mark["pass"] for node in graph.nodes if (mark := node.meta.get(MARK))}
+        by = set(map(made_by, graph.nodes))
         outlined = "outline-blocks" in by
         self.entering, self.chosen = {-1: LENGTH}, {}
         cuts = {region(cut): cut for cut in selects(graph)}
@@ -268,14 +255,14 @@ class Lengths:
 
     def of(self, node: fx.Node) -> list[int]:
         """What L stands for in each leaf of a node's value."""
-        here, mark = region(node), node.meta.get(MARK) or {}
-        roles = OUTPUTS if node.target in SELECTS else (mark.get("role"),)
+        here = region(node)
+        chosen = node.target in SELECTS
         leaves = pytree.tree_leaves(value(node))
         found = []
-        for role in roles if node.target in SELECTS else roles * len(leaves):
-            if here in self.chosen and mark.get("pass") == "select-tokens":
-                found.append(self.chosen[here][role in ("dropped", "left")])
-            elif here in self.chosen and role == "exit":
+        for what in OUTPUTS if chosen else [role(node)] * len(leaves):
+            if here in self.chosen and made_by(node) == "select-tokens":
+                found.append(self.chosen[here][what in (Role.DROPPED, Role.LEFT)])
+            elif here in self.chosen and what is Role.EXIT:
                 found.append(self.chosen[here][1])
             else:
                 found.append(self.entering[here])
@@ -353,8 +340,7 @@ def check_order(run: Run, case: Case) -> None:
 
     class Watched(fx.Interpreter):
         def run_node(self, node: fx.Node) -> Any:
-            mark = node.meta.get(MARK) or {}
-            if mark.get("pass") == "gather-survivors" and node.target in _GATHERS:
+            if made_by(node) == "gather-survivors" and node.target in _GATHERS:
                 index = node.args[1][-1] if node.target is torch.ops.aten.index.Tensor else node.args[2]
                 chosen = self.env[index]
                 if not bool((chosen.diff(dim=1) > 0).all()):
@@ -487,7 +473,7 @@ def _behind(graph: fx.Graph, node: fx.Node, by: str, val: Any = None) -> fx.Node
 
 
 def correct(self: Rewrite, graph: fx.Graph, facts: Facts) -> int:
-    if any((node.meta.get(MARK) or {}).get("pass") == self.name for node in graph.nodes):
+    if any(made_by(node) == self.name for node in graph.nodes):
         return 0
     _behind(graph, _first(graph), self.name)
     return 1
@@ -508,7 +494,7 @@ def edits_the_original(self: Rewrite, graph: fx.Graph, facts: Facts) -> int:
 
 
 def edits_shared_meta(self: Rewrite, graph: fx.Graph, facts: Facts) -> int:
-    next(node.meta[MARK] for node in graph.nodes if node.meta.get(MARK))["role"] = "mine"
+    next(node for node in graph.nodes if node.meta.get("nn_module_stack")).meta["nn_module_stack"].clear()
     return 0
 
 
@@ -552,7 +538,7 @@ def leaves_no_region(self: Rewrite, graph: fx.Graph, facts: Facts) -> int:
 
 def inserts_a_later_region_too_early(self: Rewrite, graph: fx.Graph, facts: Facts) -> int:
     new = _behind(graph, _first(graph), self.name)
-    new.meta[REGION] = new.meta[MARK]["block"] = 1
+    new.meta[REGION] = 1
     return 1
 
 
@@ -588,14 +574,14 @@ def declares_another_size(self: Rewrite, graph: fx.Graph, facts: Facts) -> int:
 
 
 def forgets_to_gather(self: Rewrite, graph: fx.Graph, facts: Facts) -> int:
-    gathered = next(n for n in graph.nodes if (n.meta.get(MARK) or {}).get("role") == "carried")
-    kept = next(n for n in graph.nodes if (n.meta.get(MARK) or {}).get("role") == "positions" and region(n) == -1)
+    gathered = next(n for n in graph.nodes if role(n) is Role.CARRIED)
+    kept = next(n for n in graph.nodes if role(n) is Role.POSITIONS and region(n) == -1)
     gathered.args = (gathered.args[0], [gathered.args[1][0], kept])  # every token, in its place
     return 1
 
 
 def gathers_from_the_end(self: Rewrite, graph: fx.Graph, facts: Facts) -> int:
-    gathered = next(n for n in graph.nodes if (n.meta.get(MARK) or {}).get("role") == "carried")
+    gathered = next(n for n in graph.nodes if role(n) is Role.CARRIED)
     rows, kept = gathered.args[1]
     turned = Insert(graph, gathered, region(gathered), self.name)(
         torch.ops.aten.flip.default, kept, [1], val=value(kept)
@@ -618,8 +604,8 @@ BROKEN: tuple[tuple[Callable[..., int], Callable[[Run], None], str], ...] = (
     (copies_a_weight, check_weights_shared, "replaced "),
     (invents_an_attribute, check_weights_shared, "reads nowhere, which is no attribute"),
     (reads_what_comes_later, check_well_formed, "lint refuses"),
-    (leaves_no_mark, check_well_formed, "with the mark None"),
-    (signs_for_another, check_well_formed, "with the mark {'pass': 'score-tokens'"),
+    (leaves_no_mark, check_well_formed, "as None"),
+    (signs_for_another, check_well_formed, "as score-tokens"),
     (leaves_no_region, check_well_formed, "in region None"),
     (inserts_a_later_region_too_early, check_well_formed, "behind region 1"),
     (forgets_the_module, check_provenance, "changed where "),

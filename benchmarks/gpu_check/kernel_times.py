@@ -16,11 +16,11 @@ from types import ModuleType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from common import DEVICE, DRY, STAGE, add_mamba, attempt, host_us, record, replayed_us, time_us
 from torch import Tensor
 
 from simba_fx.ops import backends, chunked_ssd
+from simba_fx.ops.operands import SSDScan
 
 OPS = torch.ops.simba_fx
 COPY_RATE = float(os.environ.get("COPY_RATE", "4.3"))
@@ -141,9 +141,9 @@ class Ssd:
             score = partial(OPS.ssd_token_score, *operands)
             line(f"ssd score, {name}, {layout}{tag}", length, score, moved, self.exponentials)
         if not tag and length <= 16384:
-            step = F.softplus(self.dt.float() + self.bias)
-            scan = partial(chunked_ssd.ssd_scan_at_once, self.x, step, self.A, self.B, self.C, self.skip, None, 256)
-            line(f"ssd scan, PyTorch, {layout}", length, scan, self.moved * 4)
+            scan = SSDScan(self.x, self.dt, self.A, self.B, self.C, self.skip, None, self.bias, True)
+            run = partial(chunked_ssd.ssd_scan_at_once, scan)
+            line(f"ssd scan, PyTorch, {layout}", length, run, self.moved * 4)
 
     def theirs(self, length: int, layout: str, tag: str, scan: Any) -> None:
         """Alone, and as the operator calls it."""

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from simba_fx.capture import lift
+from simba_fx.capture.rows import Adapter
 from simba_fx.errors import CaptureError, OperandError
-from simba_fx.operands import Adapter
 
 __all__ = ["compare_adapters", "say_not_compared"]
 

@@ -15,7 +15,8 @@ from collections.abc import Mapping
 import sympy
 from torch import Tensor, fx, nn
 
-from simba_fx.graph.facts import REGION, SCANS, expression, value, where
+from simba_fx.graph.facts import SCANS, expression, value, where
+from simba_fx.graph.marks import REGION
 
 __all__ = ["EVERYTHING", "assign_regions", "block_list", "paths"]
 

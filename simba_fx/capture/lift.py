@@ -29,9 +29,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from simba_fx.capture import scan_functions
+from simba_fx.capture.rows import Adapter, Finish, Row, StandIn
 from simba_fx.compiling import capturing
 from simba_fx.errors import CaptureError, OperandError, SimbaError
-from simba_fx.operands import Adapter, CausalConv, Finish, Operands, Row, StandIn
+from simba_fx.ops.operands import CausalConv, Operands
 
 __all__ = [
     "CallSite",

@@ -1,14 +1,7 @@
-"""What the passes ask of a captured graph: sizes, blocks, provenance. Nothing here changes a graph but `insert`.
+"""What the passes ask of a captured graph: sizes, blocks, provenance. Nothing here changes a graph but for dead code.
 
-A graph is a flat list of nodes in execution order. Every node belongs to one *region*, kept in `node.meta["region"]`:
-
-    -1              before the first block (masks, rotary tables)
-    0 … n-1         block i
-    n               after the last block (final norm)
-
-Placeholders, parameters (`get_attr`) and size arithmetic hoisted to the top are region -1. Regions never decrease
-along the list. Before the sequence is cut, every size that depends on the length is written in the one symbol
-`Facts.sequence`; while it is being cut, `meta["val"]` keeps meaning "in the length of my own region".
+Before the sequence is cut, every size that depends on the length is written in the one symbol `Facts.sequence`; while
+it is being cut, `meta["val"]` keeps meaning "in the length of my own region".
 """
 
 from __future__ import annotations
@@ -23,9 +16,8 @@ from torch import Tensor, fx, nn
 
 import simba_fx.ops  # noqa: F401  # registers the operators named below
 from simba_fx.errors import GraphError
+from simba_fx.graph.marks import Role, region, role
 
-REGION = "region"
-MARK = "simba_fx"
 SCANS = (torch.ops.simba_fx.selective_scan.default, torch.ops.simba_fx.ssd_scan.default)
 SELECTS = (torch.ops.simba_fx.select_tokens.default, torch.ops.simba_fx.select_real_tokens.default)
 
@@ -86,10 +78,6 @@ def tensor_paths(root: nn.Module) -> set[str]:
     """The paths of a module's parameters and buffers, each by all the names that it has."""
     tensors = (root.named_parameters(remove_duplicate=False), root.named_buffers(remove_duplicate=False))
     return {path for named in tensors for path, _ in named}
-
-
-def region(node: fx.Node) -> int:
-    return int(node.meta.get(REGION, -1))
 
 
 def value(node: fx.Node) -> Any:
@@ -165,7 +153,7 @@ def from_mask_alone(graph: fx.Graph, facts: Facts) -> set[fx.Node]:
     found = {placeholder(graph, facts.mask)}
     for node in graph.nodes:
         inputs = [n for n in node.all_input_nodes if isinstance(value(n), Tensor)]
-        bookkeeping = node.meta.get(MARK, {}).get("role") == "real"
+        bookkeeping = role(node) is Role.REAL
         if inputs and isinstance(value(node), Tensor) and not bookkeeping and all(n in found for n in inputs):
             found.add(node)
     return found
@@ -235,16 +223,6 @@ def placeholder(graph: fx.Graph, name: str) -> fx.Node:
     return node
 
 
-def tracked(graph: fx.Graph, role: str) -> fx.Node | None:
-    """The bookkeeping node of that role (`track-tokens`), all before the first block: positions, real, lengths, …"""
-    for node in graph.nodes:
-        if node.meta.get(REGION, -1) >= 0:
-            return None
-        if node.meta.get(MARK, {}).get("role") == role:
-            return node  # type: ignore[no-any-return]
-    return None
-
-
 def output_of(graph: fx.Graph) -> fx.Node:
     node: fx.Node = next(iter(graph.find_nodes(op="output")))
     return node
@@ -259,24 +237,3 @@ def drop_dead_code(graph: fx.Graph) -> None:
     """Remove what nothing reads. Calls of submodules stay: blocks, and a user's criterion."""
     keep = ("placeholder", "output", "call_module")
     graph.eliminate_dead_code(is_impure_node=lambda node: node.op in keep or node.is_impure())
-
-
-@dataclass(frozen=True)
-class Insert:
-    """Inserts nodes before `anchor`, in `region`, marked with the pass that made them and why."""
-
-    graph: fx.Graph
-    anchor: fx.Node
-    region: int
-    by: str
-
-    def __call__(self, target: Any, *args: Any, val: Any = None, role: str = "", name: str | None = None,
-                 like: fx.Node | None = None, op: str = "call_function", **kwargs: Any) -> fx.Node:  # fmt: skip
-        with self.graph.inserting_before(self.anchor):
-            node = self.graph.create_node(op, target, args, kwargs, name=name)
-        if like is not None:
-            node.meta.update({k: v for k, v in like.meta.items() if k in ("nn_module_stack", "stack_trace")})
-        node.meta["val"] = val
-        node.meta[REGION] = self.region
-        node.meta[MARK] = {"pass": self.by, "block": self.region, "role": role}
-        return node

@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import fx
 
-from simba_fx.graph.facts import MARK, Facts, region, value, where
+from simba_fx.graph.facts import Facts, value, where
+from simba_fx.graph.marks import Role, region, role
 
 __all__ = ["match_residual"]
 
 _MARKERS = (torch.ops.simba_fx.site_enter.default, torch.ops.simba_fx.site_exit.default)
-_GATHERED = ("carried", "invariant")
+_GATHERED = (Role.CARRIED, Role.INVARIANT)
 
 
 def match_residual(node: fx.Node, cuts: Sequence[Iterable[fx.Node]], beside: Sequence[fx.Node],
@@ -47,10 +48,10 @@ def match_residual(node: fx.Node, cuts: Sequence[Iterable[fx.Node]], beside: Seq
         group, places = [node], {_origin(node, facts): node}
     found = []
     for users in reversed(cuts):
-        alike = [user for user in users if _role(user) in _GATHERED and value(user).shape[2:] == sizes]
-        candidates = alike if in_turn else [gather for gather in alike if _role(gather) == "carried"]
+        alike = [user for user in users if role(user) in _GATHERED and value(user).shape[2:] == sizes]
+        candidates = alike if in_turn else [gather for gather in alike if role(gather) is Role.CARRIED]
         if len(candidates) < len(group):
-            candidates = [gather for gather in alike if _role(gather) == "carried" or _taken_up(gather)]
+            candidates = [gather for gather in alike if role(gather) is Role.CARRIED or _taken_up(gather)]
         matches = {node: candidates[0]} if len(candidates) == len(group) == 1 else _matches(candidates, places, facts)
         if len(group) - len(matches) == 1:
             left = [gather for gather in candidates if gather not in matches.values()]
@@ -72,10 +73,6 @@ def _matches(candidates: list[fx.Node], places: dict[Any, fx.Node], facts: Facts
     return {other: gathers[0] for other, gathers in of.items() if len(gathers) == 1}
 
 
-def _role(gather: fx.Node) -> str:
-    return str((gather.meta.get(MARK) or {}).get("role", ""))
-
-
 def _taken_up(gather: fx.Node) -> bool:
     """Whether one block reads it and no later one does: it lives on in what that block computes from it."""
     return len({region(user) for user in gather.users}) == 1
@@ -83,7 +80,7 @@ def _taken_up(gather: fx.Node) -> bool:
 
 def _source(node: fx.Node) -> fx.Node:
     """The value that a gather (of a gather, …) gathers."""
-    while _role(node) in _GATHERED:
+    while role(node) in _GATHERED:
         source: Any = node.args[0]
         node = source
     return node
@@ -91,7 +88,7 @@ def _source(node: fx.Node) -> fx.Node:
 
 def _origin(node: fx.Node, facts: Facts) -> tuple[str, Any]:
     """Where inside its block a value is computed, and by which operator; gathers and markers are looked through."""
-    while node.target in _MARKERS or _role(node) in _GATHERED:
+    while node.target in _MARKERS or role(node) in _GATHERED:
         source: Any = node.args[0]
         node = source
     path, block = where(node), region(node)

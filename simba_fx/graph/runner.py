@@ -14,7 +14,8 @@ from typing import Any, Protocol
 
 from torch import fx
 
-from simba_fx.graph.facts import MARK, Facts, drop_dead_code
+from simba_fx.graph.facts import Facts, drop_dead_code
+from simba_fx.graph.marks import made_by, region
 
 __all__ = ["Pass", "Stage", "run_passes"]
 
@@ -73,8 +74,7 @@ def text(graph: fx.Graph) -> str:
             continue
         args = ", ".join([*map(_short, node.args), *(f"{k}={_short(v)}" for k, v in node.kwargs.items())])
         target = getattr(node.target, "_opname", getattr(node.target, "__name__", str(node.target)))
-        mark = node.meta.get(MARK)
-        origin = f"    # {mark['pass']}, block {mark['block']}" if mark else ""
+        origin = f"    # {by}, block {region(node)}" if (by := made_by(node)) else ""
         lines.append(f"{node.name} = {target}({args}){origin}" if node.op != "output" else f"return {args}")
     return "\n".join(lines)
 

@@ -26,19 +26,18 @@ from torch.utils import _pytree as pytree
 
 from simba_fx.errors import GraphError
 from simba_fx.graph.facts import (
-    REGION,
     Facts,
     end_of,
     expression,
     is_size,
     operator_of,
     output_of,
-    region,
     returned,
     scans_by_block,
     value,
     where,
 )
+from simba_fx.graph.marks import REGION, region
 from simba_fx.graph.plan import Cut
 
 __all__ = ["TokenOrder", "check_cuts", "directions_to", "reaches_all", "scan_directions", "settle_flips", "ways"]

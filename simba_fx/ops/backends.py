@@ -19,6 +19,7 @@ from torch import Tensor
 from simba_fx.ops import chunked, chunked_ssd
 from simba_fx.ops.cpu import native
 from simba_fx.ops.cuda import packages as cuda
+from simba_fx.ops.operands import CausalConv, SelectiveScan, SSDScan
 
 
 def kernel_path(device_type: str) -> str:
@@ -73,9 +74,9 @@ MOST_STATES = 32
 """States of a channel that a thread's registers hold (`simba_fx.ops.cuda.triton.scan`)."""
 
 
-def triton_scan(operand: Tensor, states: int) -> Any:
+def triton_scan(scan: SelectiveScan) -> Any:
     """The Triton kernels for a selective scan or its score, or None."""
-    return triton_for(operand) if states <= MOST_STATES else None
+    return triton_for(scan.u) if scan.A.shape[1] <= MOST_STATES else None
 
 
 def traced() -> AbstractContextManager[Any]:
@@ -86,100 +87,50 @@ def traced() -> AbstractContextManager[Any]:
     return context
 
 
-def _native_scan(operand: Tensor, states: int) -> bool:
+def _native_scan(scan: SelectiveScan | SSDScan) -> bool:
+    operand, states = scan.arguments[0], scan.sizes[-1]
     return operand.device.type == "cpu" and not on_gpu(operand) and native.supports(states)
 
 
-def selective_scan(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-) -> tuple[Tensor, Tensor]:
+def selective_scan(scan: SelectiveScan) -> tuple[Tensor, Tensor]:
     """y `(B, D, L)` in the operator's layout, last state `(B, D, N)`."""
-    if (kernels := triton_scan(u, A.shape[1])) is not None:
-        y, last = kernels.scan.selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+    if (kernels := triton_scan(scan)) is not None:
+        y, last = kernels.scan.selective_scan(scan)
         return y, last
-    run = native.selective_scan if _native_scan(u, A.shape[1]) else chunked.selective_scan
-    y, last = run(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+    run = native.selective_scan if _native_scan(scan) else chunked.selective_scan
+    y, last = run(scan)
     return y.transpose(1, 2), last
 
 
-def selective_scan_backward(
-    dy: Tensor,
-    dlast: Tensor,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-) -> tuple[Tensor, ...]:
+def selective_scan_backward(dy: Tensor, dlast: Tensor, scan: SelectiveScan) -> tuple[Tensor, ...]:
     """Float32 gradients of u, delta, A, B, C, D, z, delta_bias."""
-    if (kernels := triton_scan(u, A.shape[1])) is not None:
-        gradients: tuple[Tensor, ...] = kernels.scan.selective_scan_backward(
-            dy, dlast, u, delta, A, B, C, D, z, delta_bias, delta_softplus
-        )
+    if (kernels := triton_scan(scan)) is not None:
+        gradients: tuple[Tensor, ...] = kernels.scan.selective_scan_backward(dy, dlast, scan)
         return gradients
-    run = native.selective_scan_backward if _native_scan(u, A.shape[1]) else chunked.selective_scan_backward
-    return run(dy, dlast, u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+    run = native.selective_scan_backward if _native_scan(scan) else chunked.selective_scan_backward
+    return run(dy, dlast, scan)
 
 
-def selective_score(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C_query: Tensor,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    query: Tensor,
-    absolute: bool,
-) -> Tensor:
+def selective_score(scan: SelectiveScan, C_query: Tensor, query: Tensor, absolute: bool) -> Tensor:
     """Largest contribution over the channels `(B, L)`, anything after the query; `C_query` `(B, G, N)`."""
-    run = native.selective_score if _native_scan(u, A.shape[1]) else chunked.selective_score
-    return run(u, delta, A, B, C_query, delta_bias, delta_softplus, query, absolute)
+    run = native.selective_score if _native_scan(scan) else chunked.selective_score
+    return run(scan, C_query, query, absolute)
 
 
-def ssd_scan(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    dt_softplus: bool,
-    dt_min: float,
-    dt_max: float,
-    chunk_size: int,
-) -> tuple[Tensor, Tensor]:
+def ssd_scan(scan: SSDScan) -> tuple[Tensor, Tensor]:
     """y `(B, L, H, P)`, last state `(B, H, P, N)`."""
-    if on_gpu(x) and cuda.ssd_scan_fn() is not None:
-        return cuda.ssd_scan(x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_min, dt_max, chunk_size)
-    step = chunked_ssd.ssd_step_size(dt, dt_bias, dt_softplus, dt_min, dt_max)
-    if on_gpu(x):
-        return chunked_ssd.ssd_scan_at_once(x, step, A, B, C, D, z, chunk_size)
-    if _native_scan(x, B.shape[3]):
-        return native.ssd_scan(x, step, A, B, C, D, z)
-    return chunked_ssd.ssd_scan(x, step, A, B, C, D, z, chunk_size)
+    if on_gpu(scan.x):
+        return cuda.ssd_scan(scan) if cuda.ssd_scan_fn() is not None else chunked_ssd.ssd_scan_at_once(scan)
+    return native.ssd_scan(scan) if _native_scan(scan) else chunked_ssd.ssd_scan(scan)
 
 
-def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
+def causal_conv1d(conv: CausalConv) -> Tensor:
     """`(B, D, L)` channel-last, in x's dtype."""
+    x = conv.x
     if (kernels := triton_for(x)) is not None:
-        fused: Tensor = kernels.conv.causal_conv1d(x, weight, bias, silu)
+        fused: Tensor = kernels.conv.causal_conv1d(conv)
         return fused
-    if x.device.type == "cpu" and not on_gpu(x) and native.supports_taps(weight.shape[1]):
-        return native.causal_conv1d(x, weight, bias, silu).transpose(1, 2)
-    y = chunked.causal_conv1d(x, weight, bias)
-    return (F.silu(y) if silu else y).to(x.dtype).transpose(1, 2)
+    if x.device.type == "cpu" and not on_gpu(x) and native.supports_taps(conv.weight.shape[1]):
+        return native.causal_conv1d(conv).transpose(1, 2)
+    y = chunked.causal_conv1d(conv)
+    return (F.silu(y) if conv.activation == "silu" else y).to(x.dtype).transpose(1, 2)

@@ -143,7 +143,7 @@ def _text(shape: Sequence[Any]) -> str:
     return f"({', '.join(map(str, shape))}{',' if len(shape) == 1 else ''})"
 
 
-def least(operator: str, bounds: Mapping[str, tuple[Any, int]]) -> None:
+def at_least(operator: str, bounds: Mapping[str, tuple[Any, int]]) -> None:
     """Raises: OperandError if a number, given with its least value, is below that. Symbolic ones are not compared."""
     for name, (found, bound) in bounds.items():
         if type(found) is int and found < bound:
@@ -154,7 +154,7 @@ def least(operator: str, bounds: Mapping[str, tuple[Any, int]]) -> None:
 
 def rule(operator: str, length: Any, tail: Any, share_p: int, share_q: int, floor: Any) -> None:
     """Raises: OperandError unless these are arguments that `kept_count` counts by."""
-    least(operator, {"length": (length, 0), "tail": (tail, 0), "floor": (floor, 0), "share_p": (share_p, 1),
+    at_least(operator, {"length": (length, 0), "tail": (tail, 0), "floor": (floor, 0), "share_p": (share_p, 1),
                      "share_q": (share_q, share_p)})  # fmt: skip
 
 

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from simba_fx.ops.operands import CausalConv, SelectiveScan, step_size
+
 _WINDOW_ELEMENTS = 1 << 20
 """Elements of a `(B, W, D, N)` window tensor: big enough to amortise a kernel launch, small enough for a cache."""
 
@@ -28,12 +30,6 @@ def linear_recurrence_(decay: Tensor, h: Tensor) -> None:
     odd.addcmul_(decay[:, 1::2], before_odd)
     linear_recurrence_(decay[:, 1::2] * decay[:, : 2 * pairs : 2], odd)
     h[:, 2::2].addcmul_(decay[:, 2::2], h[:, 1 : width - 1 : 2])
-
-
-def step_size(raw: Tensor, bias: Tensor | None, softplus: bool) -> Tensor:
-    """float32 `softplus(raw + bias)` (or the plain sum), `bias` broadcast along the last dim of `raw`."""
-    step = raw.float() if bias is None else raw.float() + bias.float()
-    return F.softplus(step) if softplus else step
 
 
 def windows(length: int, width: int) -> list[slice]:
@@ -61,26 +57,15 @@ def silu_gradient(x: Tensor) -> Tensor:
 class _SelectiveWindow:
     """One window of the selective scan in float32, time before channels, channels in groups: `(B, W, G, D/G, N)`."""
 
-    def __init__(
-        self,
-        at: slice,
-        u: Tensor,
-        delta: Tensor,
-        A: Tensor,
-        B: Tensor,
-        C: Tensor,
-        delta_bias: Tensor | None,
-        delta_softplus: bool,
-    ) -> None:
-        groups = B.shape[1]
-        raw = delta[:, :, at].transpose(1, 2).float()
-        self.raw = raw if delta_bias is None else raw + delta_bias.float()
-        self.dt = F.softplus(self.raw) if delta_softplus else self.raw
-        self.dt = split_groups(self.dt, 2, groups)
-        self.u = split_groups(u[:, :, at].transpose(1, 2).float(), 2, groups)
-        self.A = split_groups(A.float(), 0, groups)
-        self.B = B[..., at].permute(0, 3, 1, 2).float().contiguous()
-        self.C = C[..., at].permute(0, 3, 1, 2).float().contiguous()
+    def __init__(self, at: slice, scan: SelectiveScan) -> None:
+        _, _, _, groups, _ = scan.sizes
+        raw = scan.delta[:, :, at].transpose(1, 2)
+        self.raw = step_size(raw, scan.delta_bias, False)
+        self.dt = split_groups(step_size(raw, scan.delta_bias, scan.delta_softplus), 2, groups)
+        self.u = split_groups(scan.u[:, :, at].transpose(1, 2).float(), 2, groups)
+        self.A = split_groups(scan.A.float(), 0, groups)
+        self.B = scan.B[..., at].permute(0, 3, 1, 2).float().contiguous()
+        self.C = scan.C[..., at].permute(0, 3, 1, 2).float().contiguous()
         self.decay = torch.exp_(self.dt.unsqueeze(-1) * self.A)
 
     def states(self, before: Tensor) -> Tensor:
@@ -95,24 +80,14 @@ class _SelectiveWindow:
         return torch.matmul(h, self.C.unsqueeze(-1)).squeeze(-1)
 
 
-def selective_scan(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-) -> tuple[Tensor, Tensor]:
+def selective_scan(scan: SelectiveScan) -> tuple[Tensor, Tensor]:
     """`simba_fx::selective_scan` with `B`, `C` `(B, G, N, L)`; returns y as `(B, L, D)` contiguous and `(B, D, N)`."""
-    rows, channels, length = u.shape
-    states = A.shape[1]
+    u, D, z = scan.u, scan.D, scan.z
+    rows, channels, length, groups, states = scan.sizes
     y = u.new_empty(rows, length, channels)
-    h = A.new_zeros(rows, B.shape[1], channels // B.shape[1], states, dtype=torch.float32)
+    h = scan.A.new_zeros(rows, groups, channels // groups, states, dtype=torch.float32)
     for at in windows(length, window_width(rows * channels * states)):
-        w = _SelectiveWindow(at, u, delta, A, B, C, delta_bias, delta_softplus)
+        w = _SelectiveWindow(at, scan)
         hs = w.states(h)
         h = hs[:, -1]
         out = w.read(hs).flatten(2)
@@ -125,30 +100,19 @@ def selective_scan(
 
 
 def selective_scan_backward(
-    dy: Tensor,
-    dlast: Tensor,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
+    dy: Tensor, dlast: Tensor, scan: SelectiveScan
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Float32 gradients of u, delta, A, B, C, D, z, delta_bias in their shapes; zeros for an absent D or z.
 
     Window starts are recomputed first (`L / W` states), then windows are walked backwards: with
     `g_t = C_t dy_t + decay_{t+1} g_{t+1}` the gradient reaching state t, everything else is a contraction.
     """
-    rows, channels, length = u.shape
-    groups, states = B.shape[1], A.shape[1]
+    u, D, z = scan.u, scan.D, scan.z
+    rows, channels, length, groups, states = scan.sizes
     spans = windows(length, window_width(rows * channels * states))
-    operands = (u, delta, A, B, C, delta_bias, delta_softplus)
-    starts = [A.new_zeros(rows, groups, channels // groups, states, dtype=torch.float32)]
+    starts = [scan.A.new_zeros(rows, groups, channels // groups, states, dtype=torch.float32)]
     for at in spans[:-1]:
-        starts.append(_SelectiveWindow(at, *operands).states(starts[-1])[:, -1].clone())
+        starts.append(_SelectiveWindow(at, scan).states(starts[-1])[:, -1].clone())
 
     du, ddelta, dz = (torch.zeros(rows, length, channels, dtype=torch.float32, device=u.device) for _ in range(3))
     dB, dC = (torch.zeros(rows, length, groups, states, dtype=torch.float32, device=u.device) for _ in range(2))
@@ -156,7 +120,7 @@ def selective_scan_backward(
     dD = torch.zeros(channels, dtype=torch.float32, device=u.device)
     carry = dlast.float().reshape(starts[0].shape)
     for at, start in zip(reversed(spans), reversed(starts)):
-        w = _SelectiveWindow(at, *operands)
+        w = _SelectiveWindow(at, scan)
         hs = w.states(start)
         dout = dy[:, :, at].transpose(1, 2).float()
         if z is not None:
@@ -181,7 +145,7 @@ def selective_scan_backward(
         dstate[:, 1:] *= hs[:, :-1]
         dA += torch.einsum("bwgdn,bwgd->gdn", dstate, w.dt)
         ddt = (response * w.u + (dstate * w.A).sum(-1)).flatten(2)
-        ddelta[:, at] = ddt * torch.sigmoid(w.raw) if delta_softplus else ddt
+        ddelta[:, at] = ddt * torch.sigmoid(w.raw) if scan.delta_softplus else ddt
         du_at = (w.dt * response).flatten(2)
         if D is not None:
             du_at = du_at + D.float() * dout.flatten(2)
@@ -200,12 +164,12 @@ def selective_scan_backward(
     )
 
 
-def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Depthwise causal convolution before its activation: x `(B, D, L)`, weight `(D, W)` -> float32 `(B, L, D)`."""
-    width, length = weight.shape[1], x.shape[2]
-    padded = F.pad(x.transpose(1, 2).float(), (0, 0, width - 1, 0))
-    out = padded.new_zeros(1) if bias is None else bias.float()
-    for k, tap in enumerate(weight.float().unbind(1)):
+def causal_conv1d(conv: CausalConv) -> Tensor:
+    """The convolution before its activation: float32 `(B, L, D)`."""
+    width, length = conv.weight.shape[1], conv.x.shape[2]
+    padded = F.pad(conv.x.transpose(1, 2).float(), (0, 0, width - 1, 0))
+    out = padded.new_zeros(1) if conv.bias is None else conv.bias.float()
+    for k, tap in enumerate(conv.weight.float().unbind(1)):
         out = out + padded[:, k : k + length] * tap
     return out
 
@@ -229,35 +193,25 @@ def _vanishing_exp_(x: Tensor) -> Tensor:
     return x.clamp_(min=-87).exp_().masked_fill_(gone, 0.0)
 
 
-def selective_score(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C_query: Tensor,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    query: Tensor,
-    absolute: bool,
-) -> Tensor:
+def selective_score(scan: SelectiveScan, C_query: Tensor, query: Tensor, absolute: bool) -> Tensor:
     """Largest contribution over the channels `(B, L)`, anything after the query.
 
     B is `(B, G, N, L)`, `C_query` `(B, G, N)`, `query` `(B,)` int64.
     Windows are walked backwards from the last token, so `R_t` is carried as a suffix sum.
     """
-    rows, channels, length = u.shape
-    groups, states = B.shape[1], A.shape[1]
+    u, delta = scan.u, scan.delta
+    rows, channels, length, groups, states = scan.sizes
     score = torch.empty(rows, length, dtype=torch.float32, device=u.device)
     remaining = torch.zeros(rows, channels, dtype=torch.float32, device=u.device)
-    decay = split_groups(A.float(), 0, groups)
+    decay = split_groups(scan.A.float(), 0, groups)
     for at in reversed(windows(length, window_width(rows * channels * states))):
-        dt = step_size(delta[:, :, at].transpose(1, 2), delta_bias, delta_softplus)
+        dt = step_size(delta[:, :, at].transpose(1, 2), scan.delta_bias, scan.delta_softplus)
         counted = torch.arange(at.start, at.stop, device=u.device) <= query.unsqueeze(1)
         backwards = torch.where(counted.unsqueeze(2), dt, 0.0).flip(1)
         sums = backwards.cumsum(1) + remaining.unsqueeze(1)
         after = split_groups(torch.cat((remaining.unsqueeze(1), sums[:, :-1]), 1).flip(1), 2, groups)
         remaining = sums[:, -1]
-        weight = (B[..., at].float() * C_query.unsqueeze(3)).permute(0, 3, 1, 2).contiguous()
+        weight = (scan.B[..., at].float() * C_query.unsqueeze(3)).permute(0, 3, 1, 2).contiguous()
         response = (_vanishing_exp_(after.unsqueeze(-1) * decay) @ weight.unsqueeze(-1)).squeeze(-1).flatten(2)
         share = dt * u[:, :, at].transpose(1, 2).float() * response
         score[:, at] = (share.abs_() if absolute else share).amax(2)

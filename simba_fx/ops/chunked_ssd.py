@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from simba_fx.ops.chunked import silu_gradient, split_groups, step_size, windows
+from simba_fx.ops.chunked import silu_gradient, split_groups, windows
+from simba_fx.ops.operands import SSDScan
 
 
 def _chunks(length: int, chunk_size: int, device: torch.device) -> list[slice]:
@@ -23,15 +24,15 @@ def _chunks(length: int, chunk_size: int, device: torch.device) -> list[slice]:
 class _Chunk:
     """One chunk in float32: `x (B, T, G, R, P)`, `dt (B, T, G, R)`, `B`, `C (B, T, G, N)` and its decays."""
 
-    def __init__(self, at: slice, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> None:
-        groups = B.shape[2]
-        self.value = split_groups(x[:, at].float(), 2, groups)
-        self.dt = split_groups(dt[:, at], 2, groups)
+    def __init__(self, at: slice, scan: SSDScan, steps: Tensor) -> None:
+        groups, A = scan.B.shape[2], scan.A
+        self.value = split_groups(scan.x[:, at].float(), 2, groups)
+        self.dt = split_groups(steps[:, at], 2, groups)
         self.x = self.value * self.dt.unsqueeze(-1)
-        self.B, self.C = B[:, at].float(), C[:, at].float()
+        self.B, self.C = scan.B[:, at].float(), scan.C[:, at].float()
         prefix = (self.dt.double() * split_groups(A.double(), 0, groups)).cumsum(1).permute(0, 2, 3, 1)
         between = (prefix.unsqueeze(-1) - prefix.unsqueeze(-2)).float()
-        later = torch.ones(between.shape[-2:], dtype=torch.bool, device=x.device).triu(1)
+        later = torch.ones(between.shape[-2:], dtype=torch.bool, device=A.device).triu(1)
         self.between = between.masked_fill_(later, -torch.inf).exp_()
         self.from_start = prefix.float().exp_()
         self.to_end = (prefix[..., -1:] - prefix).float().exp_()
@@ -62,16 +63,14 @@ def _skip(D: Tensor) -> Tensor:
     return D.float() if D.dim() == 2 else D.float().unsqueeze(-1)
 
 
-def ssd_scan(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None, chunk_size: int
-) -> tuple[Tensor, Tensor]:
-    """`simba_fx::ssd_scan` with final step sizes `dt` `(B, L, H)` float32; returns `(B, L, H, P)`, `(B, H, P, N)`."""
-    rows, length, heads, width = x.shape
-    groups = B.shape[2]
+def ssd_scan(scan: SSDScan) -> tuple[Tensor, Tensor]:
+    """As `simba_fx::ssd_scan`: `(B, L, H, P)` in x's dtype and `(B, H, P, N)`."""
+    x, D, z, steps = scan.x, scan.D, scan.z, scan.steps()
+    rows, length, heads, width, groups, states = scan.sizes
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    h = torch.zeros(rows, groups, heads // groups, width, B.shape[3], dtype=torch.float32, device=x.device)
-    for at in _chunks(length, chunk_size, x.device):
-        chunk = _Chunk(at, x, dt, A, B, C)
+    h = torch.zeros(rows, groups, heads // groups, width, states, dtype=torch.float32, device=x.device)
+    for at in _chunks(length, scan.chunk_size, x.device):
+        chunk = _Chunk(at, scan, steps)
         out = chunk.read(h).flatten(2, 3)
         if D is not None:
             out = out + _skip(D) * chunk.value.flatten(2, 3)
@@ -82,20 +81,18 @@ def ssd_scan(
     return y, h.flatten(1, 2)
 
 
-def ssd_scan_at_once(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None, chunk_size: int
-) -> tuple[Tensor, Tensor]:
+def ssd_scan_at_once(scan: SSDScan) -> tuple[Tensor, Tensor]:
     """`ssd_scan` with every chunk at the same time, for a GPU, where a loop over chunks would be launched one by one.
 
     Chunks hand their states on by one more product, over pairs of chunks. Memory: `(B, L, H, T)` with T tokens a chunk.
     Products of bfloat16 operands are bfloat16's, summed in float32 by the hardware, as mamba_ssm has them; float16 is
     too short for states.
     """
-    rows, length, heads, width = x.shape
-    groups, states = B.shape[2], B.shape[3]
-    size = min(chunk_size, 128)
+    x, A, B, C, D, z = scan.x, scan.A, scan.B, scan.C, scan.D, scan.z
+    rows, length, heads, width, groups, states = scan.sizes
+    size = min(scan.chunk_size, 128)
     missing = -length % size
-    padded = [F.pad(t, (0, 0) * (t.dim() - 2) + (0, missing)) for t in (x, dt, B, C)]
+    padded = [F.pad(t, (0, 0) * (t.dim() - 2) + (0, missing)) for t in (x, scan.steps(), B, C)]
     whole = [t.view(rows, -1, size, *t.shape[2:]) for t in padded]
     value, step = (split_groups(t.float(), 3, groups) for t in whole[:2])  # (B, c, T, G, R, P), (B, c, T, G, R)
     dtype = torch.bfloat16 if x.dtype == B.dtype == C.dtype == torch.bfloat16 else torch.float32
@@ -126,28 +123,19 @@ def ssd_scan_at_once(
 
 
 def ssd_scan_backward(
-    dy: Tensor,
-    dlast: Tensor,
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    chunk_size: int,
+    dy: Tensor, dlast: Tensor, scan: SSDScan
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Float32 gradients of x, dt (the final step sizes), A, B, C, D `(H, P)` and z.
 
     The gradient of the log-decay of step i collects every path that crosses i. It is summed from those paths alone
     (masked sums of `dM * M`), not as a difference of two sums, so strong decay leaves no rounding residue.
     """
-    rows, length, heads, width = x.shape
-    groups = B.shape[2]
-    spans = _chunks(length, chunk_size, x.device)
-    starts = [torch.zeros(rows, groups, heads // groups, width, B.shape[3], dtype=torch.float32, device=x.device)]
+    x, A, B, C, D, z, steps = scan.x, scan.A, scan.B, scan.C, scan.D, scan.z, scan.steps()
+    rows, length, heads, width, groups, states = scan.sizes
+    spans = _chunks(length, scan.chunk_size, x.device)
+    starts = [torch.zeros(rows, groups, heads // groups, width, states, dtype=torch.float32, device=x.device)]
     for at in spans[:-1]:
-        starts.append(_Chunk(at, x, dt, A, B, C).advance(starts[-1]))
+        starts.append(_Chunk(at, scan, steps).advance(starts[-1]))
 
     dx, dz = (torch.zeros(x.shape, dtype=torch.float32, device=x.device) for _ in range(2))
     ddt = torch.zeros(rows, length, heads, dtype=torch.float32, device=x.device)
@@ -155,7 +143,7 @@ def ssd_scan_backward(
     dA, dD = (torch.zeros(shape, dtype=torch.float32, device=x.device) for shape in ((heads,), (heads, width)))
     dh = split_groups(dlast.float(), 1, groups)
     for at, before in zip(reversed(spans), reversed(starts)):
-        c = _Chunk(at, x, dt, A, B, C)
+        c = _Chunk(at, scan, steps)
         value = c.value.flatten(2, 3)
         dout = dy[:, at].float()
         if z is not None:
@@ -193,8 +181,3 @@ def ssd_scan_backward(
         weighted = dout * c.from_start.permute(0, 3, 1, 2).unsqueeze(-1)
         dh = c.whole * dh + torch.einsum("btgrp,btgn->bgrpn", weighted, c.C)
     return dx, ddt, dA, dB, dC, dD, dz
-
-
-def ssd_step_size(dt: Tensor, dt_bias: Tensor | None, dt_softplus: bool, dt_min: float, dt_max: float) -> Tensor:
-    """The step a token takes: `clamp(softplus(dt + dt_bias), dt_min, dt_max)`, float32 `(B, L, H)`."""
-    return step_size(dt, dt_bias, dt_softplus).clamp(dt_min, dt_max)

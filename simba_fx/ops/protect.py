@@ -26,7 +26,7 @@ def row_positions(positions: Tensor, real: Tensor | None, wanted: list[int]) -> 
     checks.fit("row_positions", checks.SLOTS, positions=positions, real=real)
     length = positions.shape[1]
     for count in wanted:
-        checks.least(
+        checks.at_least(
             "row_positions", {f"the number of tokens, for position {count},": (length, max(count + 1, -count))}
         )
     if real is None:

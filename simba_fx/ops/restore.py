@@ -115,7 +115,7 @@ def _check_pieces(operator: str, pieces: list[Tensor], places: list[Tensor]) -> 
 def _check_places(places: list[Tensor], rows: int, length: int) -> None:
     """Raises: OperandError unless the places name each token of each row once. Only in memory of the CPU: what they
     leave out would be whatever the memory held."""
-    checks.least("restore_tokens", {"length": (length, 0)})
+    checks.at_least("restore_tokens", {"length": (length, 0)})
     if backends.on_gpu(places[0]) or places[0].device.type != "cpu":
         return
     named = torch.cat(places, 1)

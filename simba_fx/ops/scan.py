@@ -2,7 +2,8 @@
 
 This is the only place where they are defined (`torch.library.custom_op` accepts a second definition silently and
 makes another overload of it). Letters and shapes: see `simba_fx.ops`. Arithmetic is float32 inside, whatever the
-dtypes outside; an operand may have any strides.
+dtypes outside; an operand may have any strides. An operator's arguments are the fields of its record
+(`simba_fx.ops.operands`), in order: a schema names them once more, for torch; everything behind it takes the record.
 """
 
 from __future__ import annotations
@@ -10,19 +11,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from simba_fx.ops import backends, checks, chunked, chunked_ssd
 from simba_fx.ops.inline import inline_on_gpu
-
-NO_LIMIT = torch.finfo(torch.float32).max
-"""The default of `dt_max`: no step is that long. (An operator's schema has no literal for infinity.)"""
-
-
-def _grouped(operand: Tensor) -> Tensor:
-    """`(B, N, L)` -> `(B, 1, N, L)`; a grouped operand `(B, G, N, L)` is returned as it is."""
-    return operand.unsqueeze(1) if operand.dim() == 3 else operand
+from simba_fx.ops.operands import NO_LIMIT, CausalConv, SelectiveScan, SSDScan, step_size
 
 
 def _token_output(like: Tensor) -> Tensor:
@@ -86,24 +79,15 @@ def selective_scan(
     Returns:
         y `(B, D, L)` in u's dtype, channel-last; the last state `(B, D, N)`, float32.
     """
-    checks.fit("selective_scan", checks.SELECTIVE, u=u, delta=delta, A=A, B=B, C=C, D=D, z=z, delta_bias=delta_bias)
-    return backends.selective_scan(u, delta, A, _grouped(B), _grouped(C), D, z, delta_bias, delta_softplus)
+    scan = SelectiveScan(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+    return backends.selective_scan(scan.checked("selective_scan"))
 
 
 @selective_scan.register_fake
-def _(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None = None,
-    z: Tensor | None = None,
-    delta_bias: Tensor | None = None,
-    delta_softplus: bool = False,
-) -> tuple[Tensor, Tensor]:
-    checks.fit("selective_scan", checks.SELECTIVE, u=u, delta=delta, A=A, B=B, C=C, D=D, z=z, delta_bias=delta_bias)
-    return _token_output(u), u.new_empty(u.shape[0], u.shape[1], A.shape[1], dtype=torch.float32)
+def _(*arguments: Any) -> tuple[Tensor, Tensor]:
+    scan = SelectiveScan(*arguments).checked("selective_scan")
+    rows, channels, _, _, states = scan.sizes
+    return _token_output(scan.u), scan.u.new_empty(rows, channels, states, dtype=torch.float32)
 
 
 @torch.library.custom_op("simba_fx::selective_scan_backward", mutates_args=())
@@ -121,39 +105,18 @@ def selective_scan_backward(
     delta_softplus: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of u, delta, A, B, C, D, z and delta_bias from those of y and last_state; empty for absent operands."""
-    operands = {"u": u, "delta": delta, "A": A, "B": B, "C": C, "D": D, "z": z, "delta_bias": delta_bias}
-    checks.fit("selective_scan_backward", checks.SELECTIVE, **operands, dy=dy, dlast=dlast)
-    du, ddelta, dA, dB, dC, dD, dz, dbias = backends.selective_scan_backward(
-        dy, dlast, u, delta, A, _grouped(B), _grouped(C), D, z, delta_bias, delta_softplus
-    )
-    return (
-        _fit_tokens(du, u),
-        _fit_tokens(ddelta, delta),
-        _fit(dA, A),
-        _fit(dB, B),
-        _fit(dC, C),
-        _fit(dD, D),
-        _fit_tokens(dz, z),
-        _fit(dbias, delta_bias),
-    )
+    scan = SelectiveScan(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+    gradients = backends.selective_scan_backward(dy, dlast, scan.checked("selective_scan_backward", dy=dy, dlast=dlast))
+    fits = (_fit_tokens, _fit_tokens, _fit, _fit, _fit, _fit, _fit_tokens, _fit)
+    out = [fit(gradient, operand) for fit, gradient, operand in zip(fits, gradients, scan.arguments)]
+    return tuple(out)  # type: ignore[return-value]
 
 
 @selective_scan_backward.register_fake
-def _(
-    dy: Tensor,
-    dlast: Tensor,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-) -> tuple[Tensor, ...]:
-    small = (_room(u, operand) for operand in (A, B, C, D))
-    return _token_room(u, u), _token_room(u, delta), *small, _token_room(u, z), _room(u, delta_bias)
+def _(dy: Tensor, dlast: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    scan = SelectiveScan(*arguments)
+    rooms = (_token_room, _token_room, _room, _room, _room, _room, _token_room, _room)
+    return tuple(room(scan.u, operand) for room, operand in zip(rooms, scan.arguments))
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -215,30 +178,16 @@ def ssd_scan(
     Returns:
         y `(B, L, H, P)` contiguous in x's dtype; the last state `(B, H, P, N)`, float32.
     """
-    checks.fit("ssd_scan", checks.SSD, x=x, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias)
-    checks.least("ssd_scan", {"chunk_size": (chunk_size, 1)})
-    y, last = backends.ssd_scan(x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_min, dt_max, chunk_size)
+    scan = SSDScan(x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_min, dt_max, chunk_size)
+    y, last = backends.ssd_scan(scan.checked("ssd_scan"))
     return y.contiguous(), last.contiguous()  # as the fake kernel has them: a compiled graph dies of other strides
 
 
 @ssd_scan.register_fake
-def _(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None = None,
-    z: Tensor | None = None,
-    dt_bias: Tensor | None = None,
-    dt_softplus: bool = False,
-    dt_min: float = 0.0,
-    dt_max: float = NO_LIMIT,
-    chunk_size: int = 256,
-) -> tuple[Tensor, Tensor]:
-    checks.fit("ssd_scan", checks.SSD, x=x, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias)
-    rows, _, heads, width = x.shape
-    return x.new_empty(x.shape), x.new_empty(rows, heads, width, B.shape[3], dtype=torch.float32)
+def _(*arguments: Any) -> tuple[Tensor, Tensor]:
+    scan = SSDScan(*arguments).checked("ssd_scan")
+    rows, _, heads, width, _, states = scan.sizes
+    return scan.x.new_empty(scan.x.shape), scan.x.new_empty(rows, heads, width, states, dtype=torch.float32)
 
 
 @torch.library.custom_op("simba_fx::ssd_scan_backward", mutates_args=())
@@ -262,42 +211,23 @@ def ssd_scan_backward(
 
     A step held at `dt_min` or `dt_max` passes no gradient on, as `torch.clamp` has it.
     """
-    operands = {"x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D, "z": z, "dt_bias": dt_bias}
-    checks.fit("ssd_scan_backward", checks.SSD, **operands, dy=dy, dlast=dlast)
-    checks.least("ssd_scan_backward", {"chunk_size": (chunk_size, 1)})
-    raw = dt.float() if dt_bias is None else dt.float() + dt_bias.float()
-    step = F.softplus(raw) if dt_softplus else raw
-    free = (step >= dt_min) & (step <= dt_max)
-    dx, dstep, dA, dB, dC, dD, dz = chunked_ssd.ssd_scan_backward(
-        dy, dlast, x, step.clamp(dt_min, dt_max), A, B, C, D, z, chunk_size
-    )
-    draw = torch.where(free, dstep, 0.0)
+    scan = SSDScan(x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_min, dt_max, chunk_size)
+    scan = scan.checked("ssd_scan_backward", dy=dy, dlast=dlast)
+    dx, dstep, dA, dB, dC, dD, dz = chunked_ssd.ssd_scan_backward(dy, dlast, scan)
+    raw = step_size(dt, dt_bias, False)
+    step = step_size(dt, dt_bias, dt_softplus)
+    draw = torch.where((step >= dt_min) & (step <= dt_max), dstep, 0.0)
     draw = draw * torch.sigmoid(raw) if dt_softplus else draw
     if D is not None and D.dim() == 1:
         dD = dD.sum(1)
     gradients = (dx, draw, dA, dB, dC, dD, dz, draw.sum((0, 1)))
-    out = tuple(_fit(g, operand) for g, operand in zip(gradients, (x, dt, A, B, C, D, z, dt_bias)))
-    return out[0], out[1], out[2], out[3], out[4], out[5], out[6], out[7]
+    out = [_fit(gradient, operand) for gradient, operand in zip(gradients, scan.arguments)]
+    return tuple(out)  # type: ignore[return-value]
 
 
 @ssd_scan_backward.register_fake
-def _(
-    dy: Tensor,
-    dlast: Tensor,
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    dt_softplus: bool,
-    dt_min: float,
-    dt_max: float,
-    chunk_size: int,
-) -> tuple[Tensor, ...]:
-    return tuple(_room(x, operand) for operand in (x, dt, A, B, C, D, z, dt_bias))
+def _(dy: Tensor, dlast: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    return tuple(_room(arguments[0], operand) for operand in arguments[:8])
 
 
 def _differentiate_ssd_scan(ctx: Any, dy: Tensor, dlast: Tensor) -> tuple[Tensor | None, ...]:
@@ -326,20 +256,21 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None = None, activat
         `(B, D, L)` in x's dtype, channel-last.
     """
     checks.fit("causal_conv1d", checks.CONV, x=x, weight=weight, bias=bias)
-    return backends.causal_conv1d(x, weight, bias, _is_silu(activation))
+    return backends.causal_conv1d(CausalConv(x, weight, bias, _known(activation)))
 
 
-def _is_silu(activation: str) -> bool:
+def _known(activation: str) -> str:
     if activation not in ("none", "silu"):
         raise ValueError(f"causal_conv1d: activation must be 'none' or 'silu', got {activation!r}")
-    return activation == "silu"
+    return activation
 
 
 @causal_conv1d.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "none") -> Tensor:
-    checks.fit("causal_conv1d", checks.CONV, x=x, weight=weight, bias=bias)
-    _is_silu(activation)
-    return _token_output(x)
+def _(*arguments: Any) -> Tensor:
+    conv = CausalConv(*arguments)
+    checks.fit("causal_conv1d", checks.CONV, x=conv.x, weight=conv.weight, bias=conv.bias)
+    _known(conv.activation)
+    return _token_output(conv.x)
 
 
 @torch.library.custom_op("simba_fx::causal_conv1d_backward", mutates_args=())
@@ -349,8 +280,8 @@ def causal_conv1d_backward(
     """Gradients of x, weight and bias (empty if there is none) from that of y `(B, D, L)`."""
     checks.fit("causal_conv1d_backward", checks.CONV, x=x, weight=weight, bias=bias, dy=dy)
     dpre = dy.transpose(1, 2).float()
-    if _is_silu(activation):
-        dpre = dpre * chunked.silu_gradient(chunked.causal_conv1d(x, weight, bias))
+    if _known(activation) == "silu":
+        dpre = dpre * chunked.silu_gradient(chunked.causal_conv1d(CausalConv(x, weight, bias)))
     dx, dweight, dbias = chunked.causal_conv1d_backward(dpre, x, weight)
     return _fit_tokens(dx.transpose(1, 2), x), _fit(dweight, weight), _fit(dbias, bias)
 
@@ -381,8 +312,8 @@ def _never(*_: Any) -> bool:
 
 
 def _as_triton(*operands: Any) -> bool:
-    """Whether the scan with these operands, the third of which is A, is a Triton kernel."""
-    return backends.triton_scan(operands[0], operands[2].shape[1]) is not None
+    """Whether the scan with these operands is a Triton kernel."""
+    return backends.triton_scan(SelectiveScan(*operands)) is not None
 
 
 def _backward_as_triton(*operands: Any) -> bool:

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from simba_fx.errors import CriterionError
-from simba_fx.ops import backends, checks, chunked_ssd
-from simba_fx.ops.chunked import split_groups, step_size
+from simba_fx.ops import backends, checks
+from simba_fx.ops.chunked import split_groups
 from simba_fx.ops.inline import inline_on_gpu
-from simba_fx.ops.scan import _grouped
+from simba_fx.ops.operands import SelectiveScan, SSDScan
 
 CRITERIA = ("simba", "simba-abs", "no-decay", "delta-norm", "clip")
 """What a scan's operands can be scored by: Song et al. 2025; its absolute value; its response without the decay;
@@ -38,9 +38,10 @@ def query_position(
     return (slots * real).amax(1) - tail
 
 
-def _check(criterion: str) -> None:
+def _checked(operator: str, tail: int, criterion: str) -> None:
     if criterion not in CRITERIA:
         raise CriterionError(f"unknown criterion {criterion!r}; a scan can be scored by {', '.join(CRITERIA)}")
+    checks.at_least(operator, {"tail": (tail, 1)})
 
 
 def _never_differentiable(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -87,38 +88,27 @@ def selective_token_score(
     Raises:
         CriterionError: for an unknown criterion.
     """
-    _check(criterion)
-    checks.fit(
-        "selective_token_score", checks.SELECTIVE, u=u, delta=delta, A=A, B=B, C=C, delta_bias=delta_bias, real=real
-    )
-    checks.least("selective_token_score", {"tail": (tail, 1)})
-    B, C = _grouped(B), _grouped(C)
-    if (kernels := backends.triton_scan(u, A.shape[1])) is not None and criterion in ("simba", "simba-abs"):
-        absolute = criterion == "simba-abs"
-        fused: Tensor = kernels.score.selective_token_score(
-            u, delta, A, B, C, delta_bias, delta_softplus, real, tail, absolute
-        )
+    _checked("selective_token_score", tail, criterion)
+    scan = SelectiveScan(u, delta, A, B, C, None, None, delta_bias, delta_softplus)
+    scan = scan.checked("selective_token_score", real=real)
+    if (kernels := backends.triton_scan(scan)) is not None and criterion in ("simba", "simba-abs"):
+        fused: Tensor = kernels.score.selective_token_score(scan, real, tail, criterion == "simba-abs")
         return fused
-    rows, _, length = u.shape
+    rows, _, length, groups, _ = scan.sizes
     query = query_position(real, tail, rows=rows, length=length, device=u.device)
-    until = _until(query, length)
     if criterion == "clip":
-        y, _ = backends.selective_scan(u, delta, A, B, C, None, None, delta_bias, delta_softplus)
-        score = y.float().clamp_(min=0).mean(1)
+        score = backends.selective_scan(scan)[0].float().clamp_(min=0).mean(1)
     elif criterion == "delta-norm":
-        score = step_size(delta.transpose(1, 2), delta_bias, delta_softplus).norm(dim=2)
+        score = scan.steps().norm(dim=2)
     elif criterion == "no-decay":
-        groups = B.shape[1]
-        at_query = _at_query(C, query, 3).float()
-        response = (at_query * B.float()).sum(2)
-        value = step_size(delta.transpose(1, 2), delta_bias, delta_softplus) * u.transpose(1, 2).float()
+        response = (_at_query(scan.C, query, 3).float() * scan.B.float()).sum(2)
+        value = scan.steps() * u.transpose(1, 2).float()
         low, high = (v.transpose(1, 2) for v in split_groups(value, 2, groups).aminmax(dim=3))
         score = _extreme(response, low, high, False).amax(1)
     else:
-        at_query = _at_query(C, query, 3).squeeze(3).float()
-        absolute = criterion == "simba-abs"
-        score = backends.selective_score(u, delta, A, B, at_query, delta_bias, delta_softplus, query, absolute)
-    return torch.where(until, score, 0.0)
+        at_query = _at_query(scan.C, query, 3).squeeze(3).float()
+        score = backends.selective_score(scan, at_query, query, criterion == "simba-abs")
+    return torch.where(_until(query, length), score, 0.0)
 
 
 def _at_query(tokens: Tensor, query: Tensor, dim: int) -> Tensor:
@@ -132,22 +122,11 @@ def _at_query(tokens: Tensor, query: Tensor, dim: int) -> Tensor:
 
 @selective_token_score.register_fake
 def _(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    real: Tensor | None,
-    tail: int,
-    criterion: str,
-) -> Tensor:
-    _check(criterion)
-    checks.fit(
-        "selective_token_score", checks.SELECTIVE, u=u, delta=delta, A=A, B=B, C=C, delta_bias=delta_bias, real=real
-    )
-    checks.least("selective_token_score", {"tail": (tail, 1)})
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, delta_bias: Tensor | None, delta_softplus: bool,
+    real: Tensor | None, tail: int, criterion: str,
+) -> Tensor:  # fmt: skip
+    _checked("selective_token_score", tail, criterion)
+    SelectiveScan(u, delta, A, B, C, delta_bias=delta_bias).checked("selective_token_score", real=real)
     return u.new_empty(u.shape[0], u.shape[2], dtype=torch.float32)
 
 
@@ -177,28 +156,23 @@ def ssd_token_score(
     Raises:
         CriterionError: for an unknown criterion.
     """
-    _check(criterion)
-    checks.fit("ssd_token_score", checks.SSD, x=x, dt=dt, A=A, B=B, C=C, dt_bias=dt_bias, real=real)
-    checks.least("ssd_token_score", {"tail": (tail, 1)})
-    rows, length, _, _ = x.shape
-    groups = B.shape[2]
+    _checked("ssd_token_score", tail, criterion)
+    scan = SSDScan(x, dt, A, B, C, None, None, dt_bias, dt_softplus, dt_min, dt_max)
+    scan = scan.checked("ssd_token_score", real=real)
+    rows, length, _, _, groups, _ = scan.sizes
     query = query_position(real, tail, rows=rows, length=length, device=x.device)
     if (kernels := backends.triton_for(x)) is not None and criterion in ("simba", "simba-abs", "no-decay"):
         response = (_at_query(C, query, 1).float() * B.float()).sum(3)
-        fused: Tensor = kernels.score.ssd_token_score(
-            x, dt, A, dt_bias, dt_softplus, dt_min, dt_max, response, real, tail, criterion
-        )
+        fused: Tensor = kernels.score.ssd_token_score(scan, response, real, tail, criterion)
         return fused
     until = _until(query, length)
     if criterion == "clip":
-        y, _ = backends.ssd_scan(x, dt, A, B, C, None, None, dt_bias, dt_softplus, dt_min, dt_max, 256)
-        return torch.where(until, y.float().clamp_(min=0).mean((2, 3)), 0.0)
-    step = chunked_ssd.ssd_step_size(dt, dt_bias, dt_softplus, dt_min, dt_max)
-    if criterion == "delta-norm":
-        score = step.norm(dim=2)
+        score = backends.ssd_scan(scan)[0].float().clamp_(min=0).mean((2, 3))
+    elif criterion == "delta-norm":
+        score = scan.steps().norm(dim=2)
     else:
-        at_query = _at_query(C, query, 1).float()
-        weight = split_groups(step, 2, groups) * (at_query * B.float()).sum(3, keepdim=True)
+        step = scan.steps()
+        weight = split_groups(step, 2, groups) * (_at_query(C, query, 1).float() * B.float()).sum(3, keepdim=True)
         if criterion != "no-decay":
             weight = weight * split_groups(torch.exp(remaining_steps(step, until) * A.float()), 2, groups)
         low, high = x.aminmax(dim=3)
@@ -214,22 +188,11 @@ def remaining_steps(step: Tensor, until: Tensor) -> Tensor:
 
 @ssd_token_score.register_fake
 def _(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    dt_bias: Tensor | None,
-    dt_softplus: bool,
-    dt_min: float,
-    dt_max: float,
-    real: Tensor | None,
-    tail: int,
-    criterion: str,
-) -> Tensor:
-    _check(criterion)
-    checks.fit("ssd_token_score", checks.SSD, x=x, dt=dt, A=A, B=B, C=C, dt_bias=dt_bias, real=real)
-    checks.least("ssd_token_score", {"tail": (tail, 1)})
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, dt_bias: Tensor | None, dt_softplus: bool,
+    dt_min: float, dt_max: float, real: Tensor | None, tail: int, criterion: str,
+) -> Tensor:  # fmt: skip
+    _checked("ssd_token_score", tail, criterion)
+    SSDScan(x, dt, A, B, C, dt_bias=dt_bias).checked("ssd_token_score", real=real)
     return x.new_empty(x.shape[0], x.shape[1], dtype=torch.float32)
 
 
@@ -238,7 +201,7 @@ ssd_token_score.register_autograd(_no_gradients, setup_context=_never_differenti
 
 def _selective_as_triton(*args: Any) -> bool:
     """Whether a score with these arguments, of which the criterion is the last, is made of Triton kernels."""
-    return args[-1] in ("simba", "simba-abs") and backends.triton_scan(args[0], args[2].shape[1]) is not None
+    return args[-1] in ("simba", "simba-abs") and backends.triton_scan(SelectiveScan(*args[:5])) is not None
 
 
 def _ssd_as_triton(*args: Any) -> bool:

@@ -17,7 +17,7 @@ from simba_fx.errors import CriterionError, GraphError
 from simba_fx.graph.plan import Cut, cuts_of
 from simba_fx.graph.runner import Stage, run_passes
 from simba_fx.graph.token_order import directions_to, reaches_all
-from simba_fx.operands import SelectiveScan, SSDScan
+from simba_fx.ops.operands import SelectiveScan, SSDScan
 from simba_fx.options import Criterion, Options
 from simba_fx.runtime.program import Program, blocks_of
 

@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import nn
 
+from simba_fx.capture.rows import Row
 from simba_fx.capture.scan_functions import mamba_ssm, transformers
-from simba_fx.operands import Row
 
 __all__ = ["refuse_unsupported", "row_of", "rows_of"]
 

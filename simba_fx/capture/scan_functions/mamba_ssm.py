@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from simba_fx.capture.rows import Finish, Row
 from simba_fx.errors import CaptureError
-from simba_fx.operands import CausalConv, Finish, Operands, Row, SelectiveScan, SSDScan
+from simba_fx.ops.operands import CausalConv, Operands, SelectiveScan, SSDScan
 
 __all__ = ["OWNERS", "ROWS", "refuse_unsupported"]
 

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from simba_fx.capture.rows import Finish, Row, StandIn
 from simba_fx.errors import CaptureError
-from simba_fx.operands import CausalConv, Finish, Operands, Row, SelectiveScan, SSDScan, StandIn
+from simba_fx.ops.operands import CausalConv, Operands, SelectiveScan, SSDScan
 
 __all__ = ["OWNERS", "ROWS"]
 

@@ -18,7 +18,8 @@ from simba_fx.capture.refusals import advice
 from simba_fx.errors import CaptureError, GraphError, InputError, ScanNotFoundError
 from simba_fx.frontends.dynamo.frame import Frame
 from simba_fx.frontends.dynamo.inputs import Input
-from simba_fx.graph.facts import Facts, expression, region, returned, shape_text, tracked, value, where
+from simba_fx.graph.facts import Facts, expression, returned, shape_text, value, where
+from simba_fx.graph.marks import Role, region, tracked
 from simba_fx.options import Options
 
 __all__ = [
@@ -178,7 +179,7 @@ def _needed(options: Options, tail: int) -> int:
 
 def assert_real_tokens(graph: fx.Graph, options: Options, tail: int) -> None:
     """Each row has the real tokens that must be kept of it: checked where the graph runs."""
-    lengths: Any = tracked(graph, "lengths")
+    lengths: Any = tracked(graph, Role.LENGTHS)
     needed = _needed(options, tail)
     message = f"a row of the mask has fewer real tokens than simba_fx must keep of it ({needed})"
     with graph.inserting_before(lengths.next):

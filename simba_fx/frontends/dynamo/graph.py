@@ -14,7 +14,8 @@ from torch import fx
 
 from simba_fx.frontends.dynamo.internals import TracingContext, aot_export_module, as_from_dynamo, is_float, tracing
 from simba_fx.frontends.dynamo.substitutes import is_lifted_call
-from simba_fx.graph.facts import REGION, output_of, returned
+from simba_fx.graph.facts import output_of, returned
+from simba_fx.graph.marks import REGION
 
 __all__ = ["Flat", "constant", "flattened", "float_inputs", "lifted_calls", "module_of"]
 

@@ -19,8 +19,8 @@ from torch import fx
 
 from simba_fx.capture import lift
 from simba_fx.capture.adapters import say_not_compared
+from simba_fx.capture.rows import Row, StandIn
 from simba_fx.frontends.dynamo.internals import before_each_frame, constant_when_traced, output_graph
-from simba_fx.operands import Row, StandIn
 
 __all__ = ["is_lifted_call", "keep_fresh", "tracing_for"]
 

@@ -41,7 +41,8 @@ from simba_fx.frontends.transformers.refusals import (
     refuse_wrappers,
 )
 from simba_fx.frontends.transformers.trace import Observed, capture_stack
-from simba_fx.graph.facts import region, returned
+from simba_fx.graph.facts import returned
+from simba_fx.graph.marks import region
 from simba_fx.options import Options
 from simba_fx.runtime.build import build_program
 from simba_fx.runtime.captures import captured, stored_with

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from simba_fx.ops.cpu import cache
+from simba_fx.ops.operands import CausalConv, SelectiveScan, SSDScan
 
 _SOURCE = Path(__file__).with_name("kernels.cpp")
 _BASE_FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-shared", "-fPIC")
@@ -237,34 +238,24 @@ class _Call:
         return operand.data_ptr()
 
 
-def _selective(
-    call: _Call,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor | None,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-) -> _Selective:
-    rows, channels, length = u.shape
+def _selective(call: _Call, scan: SelectiveScan, reads: bool = True) -> _Selective:
+    """`reads`: whether C, skip and gate are read; a score does not."""
+    rows, channels, length, groups, states = scan.sizes
     return _Selective(
-        call.tokens(u),
-        call.tokens(delta),
-        call.tokens(z),
-        call.dense(A),
-        call.dense(B.transpose(2, 3)),
-        None if C is None else call.dense(C.transpose(2, 3)),
-        call.dense(D),
-        call.dense(delta_bias),
+        call.tokens(scan.u),
+        call.tokens(scan.delta),
+        call.tokens(scan.z if reads else None),
+        call.dense(scan.A),
+        call.dense(scan.B.transpose(2, 3)),
+        call.dense(scan.C.transpose(2, 3) if reads else None),
+        call.dense(scan.D if reads else None),
+        call.dense(scan.delta_bias),
         rows,
         channels,
         length,
-        A.shape[1],
-        B.shape[1],
-        int(delta_softplus),
+        states,
+        groups,
+        int(scan.delta_softplus),
     )
 
 
@@ -292,59 +283,39 @@ def _library() -> ctypes.CDLL:
     return found.library
 
 
-def selective_scan(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-) -> tuple[Tensor, Tensor]:
+def selective_scan(scan: SelectiveScan) -> tuple[Tensor, Tensor]:
     """As `chunked.selective_scan`."""
-    rows, channels, length = u.shape
+    rows, channels, length, groups, states = scan.sizes
     call = _Call()
-    scan = _selective(call, u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+    operands = _selective(call, scan)
     y = torch.empty(rows, length, channels, **_FLOAT)
-    last = torch.empty(rows, channels, A.shape[1], **_FLOAT)
+    last = torch.empty(rows, channels, states, **_FLOAT)
     _library().simba_selective_scan(
-        ctypes.byref(scan),
+        ctypes.byref(operands),
         _pointer(y),
         _pointer(last),
-        ctypes.c_int64(-(-channels // B.shape[1] // 16)),
+        ctypes.c_int64(-(-channels // groups // 16)),
         torch.get_num_threads(),
     )
-    return y.to(u.dtype), last
+    return y.to(scan.u.dtype), last
 
 
 def selective_scan_backward(
-    dy: Tensor,
-    dlast: Tensor,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
+    dy: Tensor, dlast: Tensor, scan: SelectiveScan
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As `chunked.selective_scan_backward`."""
-    rows, channels, length = u.shape
-    states, groups = A.shape[1], B.shape[1]
+    z = scan.z
+    rows, channels, length, groups, states = scan.sizes
     blocks = _blocks(channels, groups)
     call = _Call()
-    scan = _selective(call, u, delta, A, B, C, D, z, delta_bias, delta_softplus)
+    operands = _selective(call, scan)
     du, ddelta = torch.empty(rows, length, channels, **_FLOAT), torch.empty(rows, length, channels, **_FLOAT)
     dz = torch.empty(0, **_FLOAT) if z is None else torch.empty(rows, length, channels, **_FLOAT)
     dA, dD = torch.empty(rows, channels, states, **_FLOAT), torch.empty(rows, channels, **_FLOAT)
     dB, dC = (torch.zeros(rows, groups, blocks, length, states, **_FLOAT) for _ in range(2))
     out = (ctypes.c_void_p * 7)(*(t.data_ptr() for t in (du, ddelta, dz, dA, dD, dB, dC)))
     _library().simba_selective_scan_backward(
-        ctypes.byref(scan),
+        ctypes.byref(operands),
         ctypes.byref(call.tokens(dy)),
         ctypes.c_void_p(call.dense(dlast)),
         out,
@@ -363,27 +334,16 @@ def selective_scan_backward(
     )
 
 
-def selective_score(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C_query: Tensor,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    query: Tensor,
-    absolute: bool,
-) -> Tensor:
+def selective_score(scan: SelectiveScan, C_query: Tensor, query: Tensor, absolute: bool) -> Tensor:
     """As `chunked.selective_score`."""
-    rows, channels, length = u.shape
-    groups = B.shape[1]
+    rows, channels, length, groups, _ = scan.sizes
     blocks = _blocks(channels, groups)
     call = _Call()
-    scan = _selective(call, u, delta, A, B, None, None, None, delta_bias, delta_softplus)
+    operands = _selective(call, scan, reads=False)
     score = torch.full((rows, groups * blocks, length), -torch.inf, **_FLOAT)
     query = query.clamp(max=length - 1).contiguous()
     _library().simba_selective_score(
-        ctypes.byref(scan),
+        ctypes.byref(operands),
         ctypes.c_void_p(call.dense(C_query)),
         _pointer(query),
         ctypes.c_int64(int(absolute)),
@@ -394,32 +354,30 @@ def selective_score(
     return score.amax(1)
 
 
-def ssd_scan(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def ssd_scan(scan: SSDScan) -> tuple[Tensor, Tensor]:
     """As `chunked_ssd.ssd_scan`, token by token: no chunks."""
-    rows, length, heads, width = x.shape
-    call = _Call()
-    x_, z_ = (t if t is None or t.float().stride(3) == 1 else t.contiguous() for t in (x, z))
+    rows, length, heads, width, groups, states = scan.sizes
+    call, D, dt = _Call(), scan.D, scan.steps()
+    x, z = (t if t is None or t.float().stride(3) == 1 else t.contiguous() for t in (scan.x, scan.z))
     skip = D if D is None or D.dim() == 2 else D.unsqueeze(1).expand(heads, width)
-    scan = _Ssd(
-        call.tokens(x_, 2, 1),
-        call.tokens(z_, 2, 1),
+    operands = _Ssd(
+        call.tokens(x, 2, 1),
+        call.tokens(z, 2, 1),
         call.dense(dt),
-        call.dense(torch.exp(dt * A.float())),
-        call.dense(B.transpose(1, 2)),
-        call.dense(C.transpose(1, 2)),
+        call.dense(torch.exp(dt * scan.A.float())),
+        call.dense(scan.B.transpose(1, 2)),
+        call.dense(scan.C.transpose(1, 2)),
         call.dense(skip),
         rows,
         length,
         heads,
         width,
-        B.shape[3],
-        B.shape[2],
+        states,
+        groups,
     )
-    y, last = torch.empty(rows, length, heads, width, **_FLOAT), torch.empty(rows, heads, width, B.shape[3], **_FLOAT)
-    _library().simba_ssd_scan(ctypes.byref(scan), _pointer(y), _pointer(last), torch.get_num_threads())
-    return y.to(x.dtype), last
+    y, last = torch.empty(rows, length, heads, width, **_FLOAT), torch.empty(rows, heads, width, states, **_FLOAT)
+    _library().simba_ssd_scan(ctypes.byref(operands), _pointer(y), _pointer(last), torch.get_num_threads())
+    return y.to(scan.x.dtype), last
 
 
 def supports_taps(taps: int) -> bool:
@@ -428,17 +386,17 @@ def supports_taps(taps: int) -> bool:
     return found is not None and taps <= int(found.library.simba_max_taps())
 
 
-def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
+def causal_conv1d(conv: CausalConv) -> Tensor:
     """Convolution and activation, `(B, L, D)` in x's dtype."""
-    rows, channels, length = x.shape
-    call = _Call()
+    rows, channels, length = conv.x.shape
+    call, silu = _Call(), conv.activation == "silu"
     y = torch.empty(rows, length, channels, **_FLOAT)
     _library().simba_causal_conv1d(
-        ctypes.byref(call.tokens(x)),
-        ctypes.c_void_p(call.dense(weight.t())),
-        ctypes.c_void_p(call.dense(bias)),
-        *(ctypes.c_int64(size) for size in (rows, channels, length, weight.shape[1], int(silu))),
+        ctypes.byref(call.tokens(conv.x)),
+        ctypes.c_void_p(call.dense(conv.weight.t())),
+        ctypes.c_void_p(call.dense(conv.bias)),
+        *(ctypes.c_int64(size) for size in (rows, channels, length, conv.weight.shape[1], int(silu))),
         _pointer(y),
         torch.get_num_threads(),
     )
-    return y.to(x.dtype)
+    return y.to(conv.x.dtype)

@@ -15,6 +15,8 @@ from typing import Any
 
 from torch import Tensor
 
+from simba_fx.ops.operands import SSDScan
+
 
 @functools.cache
 def _function(module: str, name: str) -> Any:
@@ -30,23 +32,10 @@ def ssd_scan_fn() -> Any:
     return _function("mamba_ssm.ops.triton.ssd_combined", "mamba_chunk_scan_combined")
 
 
-def ssd_scan(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    dt_bias: Tensor | None,
-    dt_softplus: bool,
-    dt_min: float,
-    dt_max: float,
-    chunk_size: int,
-) -> tuple[Tensor, Tensor]:
+def ssd_scan(scan: SSDScan) -> tuple[Tensor, Tensor]:
     """As `backends.ssd_scan`; the step size is found by the kernels as well."""
     y, last = ssd_scan_fn()(
-        x, dt, A.float(), B, C, chunk_size, D=D, z=z, dt_bias=dt_bias, dt_softplus=dt_softplus,
-        dt_limit=(dt_min, dt_max), return_final_states=True,
+        scan.x, scan.dt, scan.A.float(), scan.B, scan.C, scan.chunk_size, D=scan.D, z=scan.z, dt_bias=scan.dt_bias,
+        dt_softplus=scan.dt_softplus, dt_limit=(scan.dt_min, scan.dt_max), return_final_states=True,
     )  # fmt: skip
-    return y.to(x.dtype), last.float()
+    return y.to(scan.x.dtype), last.float()

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from simba_fx.ops.cuda.triton.common import launch, sigmoid
+from simba_fx.ops.operands import CausalConv
 
 
 @triton.jit(do_not_specialize=["length"])
@@ -37,12 +38,13 @@ def causal_conv1d_kernel(
     tl.store(y + at, out, mask=(t < length)[:, None] & exists[None, :])
 
 
-def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None, silu: bool) -> Tensor:
+def causal_conv1d(conv: CausalConv) -> Tensor:
     """`ops.causal_conv1d`: `(B, D, L)` channel-last, in x's dtype."""
+    x, weight, bias = conv.x, conv.weight, conv.bias
     rows, channels, length = x.shape
     y = x.new_empty(rows, length, channels)
     launch(causal_conv1d_kernel, x)[triton.cdiv(channels, 128), triton.cdiv(length, 32), rows](
         x, weight, x if bias is None else bias, y, length, channels, *x.stride(), *weight.stride(),
-        TAPS=weight.shape[1], BIAS=bias is not None, SILU=silu, BLOCK_T=32, BLOCK_D=128,
+        TAPS=weight.shape[1], BIAS=bias is not None, SILU=conv.activation == "silu", BLOCK_T=32, BLOCK_D=128,
     )  # fmt: skip
     return y.transpose(1, 2)

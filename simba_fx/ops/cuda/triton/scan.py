@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from simba_fx.ops.cuda.triton.common import LOG2E, launch, sigmoid, step_size, vanishing_exp2
+from simba_fx.ops.operands import SelectiveScan
 
 CHUNK = 64
 """Tokens of a chunk of the forward pass."""
@@ -268,28 +269,28 @@ def selective_scan_backward_kernel(
     tl.store(dD + row * channels + d, dskip, mask=exists)
 
 
-def _options(D: Any, z: Any, bias: Any, softplus: bool) -> dict[str, Any]:
-    return {"SOFTPLUS": softplus, "SKIP": D is not None, "GATE": z is not None, "BIAS": bias is not None}
+def _options(scan: SelectiveScan) -> dict[str, Any]:
+    return {"SOFTPLUS": scan.delta_softplus, "SKIP": scan.D is not None, "GATE": scan.z is not None,
+            "BIAS": scan.delta_bias is not None}  # fmt: skip
 
 
-def _boundaries(
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, delta_bias: Tensor | None, delta_softplus: bool, chunk: int
-) -> tuple[Tensor, Tensor]:
+def _boundaries(scan: SelectiveScan, chunk: int) -> tuple[Tensor, Tensor]:
     """The state that each chunk of so many tokens starts from, `(B, chunks * N * D)`, and the last state `(B, D, N)`.
 
     Chunks are no dimension of their own: a size that some lengths make 1 would be guarded on, and compiled twice.
     """
-    rows, channels, length = u.shape
-    groups, states = B.shape[1], A.shape[1]
+    scan = scan.ungated()
+    u, delta, A, B = scan.u, scan.delta, scan.A, scan.B
+    rows, channels, length, groups, states = scan.sizes
     chunks = triton.cdiv(length, chunk)
     boundaries = u.new_empty(rows, chunks * states * channels, dtype=torch.float32)
     steps = u.new_empty(rows, chunks * channels, dtype=torch.float32)
     last = u.new_empty(rows, channels, states, dtype=torch.float32)
-    bias = u if delta_bias is None else delta_bias
+    bias = u if scan.delta_bias is None else scan.delta_bias
     launch(selective_scan_kernel, u)[groups * triton.cdiv(channels // groups, TILE), chunks, rows](
         u, delta, A, B, B, u, u, bias, u, boundaries, steps, length, chunk, channels, groups,
         *u.stride(), *delta.stride(), *u.stride(), *A.stride(), *B.stride(), *B.stride(),
-        states=states, OUTPUT=False, **_options(None, None, delta_bias, delta_softplus), BLOCK_D=TILE, num_warps=1,
+        states=states, OUTPUT=False, **_options(scan), BLOCK_D=TILE, num_warps=1,
     )  # fmt: skip
     launch(chain_kernel, u)[triton.cdiv(channels, 128), states, rows](
         boundaries, steps, A, last, chunks, channels, *A.stride(), states=states, AHEAD=8, BLOCK_D=128
@@ -297,60 +298,40 @@ def _boundaries(
     return boundaries, last
 
 
-def selective_scan(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-) -> tuple[Tensor, Tensor]:
+def selective_scan(scan: SelectiveScan) -> tuple[Tensor, Tensor]:
     """`simba_fx::selective_scan` with `B`, `C` `(B, G, N, L)`: y `(B, D, L)` channel-last, last state `(B, D, N)`."""
-    rows, channels, length = u.shape
-    groups = B.shape[1]
+    u, delta, A, B, C = scan.u, scan.delta, scan.A, scan.B, scan.C
+    rows, channels, length, groups, states = scan.sizes
     y = u.new_empty(rows, length, channels)
-    boundaries, last = _boundaries(u, delta, A, B, delta_bias, delta_softplus, CHUNK)
-    D_, z_, bias = (u if t is None else t for t in (D, z, delta_bias))
+    boundaries, last = _boundaries(scan, CHUNK)
+    D, z, bias = (u if t is None else t for t in (scan.D, scan.z, scan.delta_bias))
     tiles = groups * triton.cdiv(channels // groups, TILE)
     launch(selective_scan_kernel, u)[tiles, triton.cdiv(length, CHUNK), rows](
-        u, delta, A, B, C, D_, z_, bias, y, boundaries, boundaries, length, CHUNK, channels, groups,
-        *u.stride(), *delta.stride(), *z_.stride(), *A.stride(), *B.stride(), *C.stride(),
-        states=A.shape[1], OUTPUT=True, **_options(D, z, delta_bias, delta_softplus), BLOCK_D=TILE, num_warps=1,
+        u, delta, A, B, C, D, z, bias, y, boundaries, boundaries, length, CHUNK, channels, groups,
+        *u.stride(), *delta.stride(), *z.stride(), *A.stride(), *B.stride(), *C.stride(),
+        states=states, OUTPUT=True, **_options(scan), BLOCK_D=TILE, num_warps=1,
     )  # fmt: skip
     return y.transpose(1, 2), last
 
 
 def selective_scan_backward(
-    dy: Tensor,
-    dlast: Tensor,
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    D: Tensor | None,
-    z: Tensor | None,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
+    dy: Tensor, dlast: Tensor, scan: SelectiveScan
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Float32 gradients of u, delta, A, B, C, D, z and delta_bias (zeros for an absent D, none for an absent z)."""
-    rows, channels, length = u.shape
-    groups, states = B.shape[1], A.shape[1]
-    starts, _ = _boundaries(u, delta, A, B, delta_bias, delta_softplus, BLOCK_T)
+    u, delta, A, B, C = scan.u, scan.delta, scan.A, scan.B, scan.C
+    rows, channels, length, groups, states = scan.sizes
+    starts, _ = _boundaries(scan, BLOCK_T)
     tiles = triton.cdiv(channels // groups, BLOCK_D)
     du, ddelta = (u.new_empty(u.shape, dtype=torch.float32) for _ in range(2))
-    dz = u.new_zeros(u.shape if z is not None else (0,), dtype=torch.float32)
+    dz = u.new_zeros(u.shape if scan.z is not None else (0,), dtype=torch.float32)
     dA, dD = u.new_empty(rows, channels, states, dtype=torch.float32), u.new_empty(rows, channels, dtype=torch.float32)
     dB, dC = (u.new_empty(rows, groups * tiles, length, states, dtype=torch.float32) for _ in range(2))
-    D_, z_, bias = (u if t is None else t for t in (D, z, delta_bias))
+    D, z, bias = (u if t is None else t for t in (scan.D, scan.z, scan.delta_bias))
     launch(selective_scan_backward_kernel, u)[(groups * tiles, rows)](
-        u, delta, A, B, C, D_, z_, bias, dy, dlast.contiguous(), starts, du, ddelta, dz, dA, dB, dC, dD,
-        length, channels, states, groups, *u.stride(), *delta.stride(), *z_.stride(), *dy.stride(), *A.stride(),
+        u, delta, A, B, C, D, z, bias, dy, dlast.contiguous(), starts, du, ddelta, dz, dA, dB, dC, dD,
+        length, channels, states, groups, *u.stride(), *delta.stride(), *z.stride(), *dy.stride(), *A.stride(),
         *B.stride(), *C.stride(), BLOCK_N=triton.next_power_of_2(states), BLOCK_T=BLOCK_T, BLOCK_D=BLOCK_D,
-        **_options(D, z, delta_bias, delta_softplus),
+        **_options(scan),
     )  # fmt: skip
     dB, dC = (part.view(rows, groups, tiles, length, states).sum(2).transpose(2, 3) for part in (dB, dC))
     return du, ddelta, dA.sum(0), dB, dC, dD.sum(0), dz, ddelta.sum((0, 2))

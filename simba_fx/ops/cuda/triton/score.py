@@ -16,6 +16,7 @@ from torch import Tensor
 
 from simba_fx.ops.cuda.triton.common import GONE, LOG2E, last_real, launch, step_size, vanishing_exp2
 from simba_fx.ops.cuda.triton.scan import TILE, tile
+from simba_fx.ops.operands import SelectiveScan, SSDScan
 
 CHUNK = 64
 """Tokens of a chunk of the selective score."""
@@ -183,28 +184,17 @@ def selective_score_kernel(
             tl.atomic_max(score + slot, tl.zeros((64,), tl.float32), mask=slot <= last, sem="relaxed")
 
 
-def selective_token_score(
-    u: Tensor,
-    delta: Tensor,
-    A: Tensor,
-    B: Tensor,
-    C: Tensor,
-    delta_bias: Tensor | None,
-    delta_softplus: bool,
-    real: Tensor | None,
-    tail: int,
-    absolute: bool,
-) -> Tensor:
+def selective_token_score(scan: SelectiveScan, real: Tensor | None, tail: int, absolute: bool) -> Tensor:
     """`ops.selective_token_score` by "simba" or "simba-abs", with B and C `(B, G, N, L)`: `(B, L)` float32."""
-    rows, channels, length = u.shape
-    groups = B.shape[1]
+    u, delta, A, B, C, bias = scan.u, scan.delta, scan.A, scan.B, scan.C, scan.delta_bias
+    rows, channels, length, groups, states = scan.sizes
     real = None if real is None else real.contiguous()
-    behind, score = _steps_behind(delta.transpose(1, 2), delta_bias, delta_softplus, None, real, tail, CHUNK)
+    behind, score = _steps_behind(delta.transpose(1, 2), bias, scan.delta_softplus, None, real, tail, CHUNK)
     tiles = groups * triton.cdiv(channels // groups, TILE)
     launch(selective_score_kernel, u)[tiles, triton.cdiv(length, CHUNK), rows](
-        u, delta, A, B, C, A if delta_bias is None else delta_bias, A if real is None else real, behind, score,
+        u, delta, A, B, C, A if bias is None else bias, A if real is None else real, behind, score,
         tail, length, CHUNK, channels, groups, *u.stride(), *delta.stride(), *A.stride(), *B.stride(), *C.stride(),
-        states=A.shape[1], SOFTPLUS=delta_softplus, BIAS=delta_bias is not None, REAL=real is not None,
+        states=states, SOFTPLUS=scan.delta_softplus, BIAS=bias is not None, REAL=real is not None,
         ABSOLUTE=absolute, FEW=FEW, BLOCK_D=TILE, num_warps=1,
     )  # fmt: skip
     return score
@@ -264,35 +254,23 @@ def ssd_score_kernel(
     tl.store(score + row * length + t, tl.where(counts, best, 0.0), mask=t < length)
 
 
-def ssd_token_score(
-    x: Tensor,
-    dt: Tensor,
-    A: Tensor,
-    dt_bias: Tensor | None,
-    dt_softplus: bool,
-    dt_min: float,
-    dt_max: float,
-    weights: Tensor,
-    real: Tensor | None,
-    tail: int,
-    criterion: str,
-) -> Tensor:
+def ssd_token_score(scan: SSDScan, weights: Tensor, real: Tensor | None, tail: int, criterion: str) -> Tensor:
     """`ops.ssd_token_score` by "simba", "simba-abs" or "no-decay": `(B, L)` float32.
 
     `weights` `(B, L, G)` float32: the dot product of each token's `B_t` with C at the row's query.
     """
-    rows, length, heads, width = x.shape
+    x, dt, A, bias = scan.x, scan.dt, scan.A, scan.dt_bias
+    rows, length, heads, width, groups, _ = scan.sizes
     real = None if real is None else real.contiguous()
-    decay = criterion != "no-decay"
+    decay, limits = criterion != "no-decay", (scan.dt_min, scan.dt_max)
     if decay:
-        limits = (dt_min, dt_max)
-        behind, score = _steps_behind(dt, dt_bias, dt_softplus, limits, real, tail, SSD_CHUNK)
+        behind, score = _steps_behind(dt, bias, scan.dt_softplus, limits, real, tail, SSD_CHUNK)
     else:
         behind = score = x.new_empty(rows, length, dtype=torch.float32)
     launch(ssd_score_kernel, x)[triton.cdiv(length, SSD_CHUNK), rows](
-        x, dt, A, A if dt_bias is None else dt_bias, weights.contiguous(), A if real is None else real, behind, score,
-        dt_min, dt_max, tail, length, heads, width, weights.shape[2], *x.stride(), *dt.stride(), *A.stride(),
-        BLOCK_T=SSD_CHUNK, BLOCK_P=triton.next_power_of_2(width), SOFTPLUS=dt_softplus, BIAS=dt_bias is not None,
+        x, dt, A, A if bias is None else bias, weights.contiguous(), A if real is None else real, behind, score,
+        *limits, tail, length, heads, width, groups, *x.stride(), *dt.stride(), *A.stride(),
+        BLOCK_T=SSD_CHUNK, BLOCK_P=triton.next_power_of_2(width), SOFTPLUS=scan.dt_softplus, BIAS=bias is not None,
         REAL=real is not None, ABSOLUTE=criterion == "simba-abs", DECAY=decay, BLOCK_H=SSD_HEADS,
     )  # fmt: skip
     return score
