@@ -24,8 +24,8 @@ test: $(VENV)/.dev $(VENV)/.triton $(VENV)/.mamba-ssm $(VENV)/.torchao $(VENV)/.
 
 # In about three minutes, while something is written: style, types, units, passes on stored graphs, three families end to end.
 quick: lint
-	$(BIN)/pytest -q -n $(WORKERS) --dist worksteal $(ARGS) tests/test_schedule.py tests/test_passes.py \
-		tests/test_streams.py tests/test_directions.py tests/test_ops_operands.py tests/test_reference.py tests/test_canary.py
+	$(BIN)/pytest -q -n $(WORKERS) --dist worksteal $(ARGS) tests/passes \
+		$(addprefix tests/unit/test_,schedule.py ops_operands.py reference.py canary.py)
 
 # On both ends: all tests, or in a minute whether what the library takes from torch and transformers is there and works.
 test-oldest canary-oldest:
@@ -35,7 +35,7 @@ test-newest canary-newest:
 	$(MAKE) $(@:-newest=) $(NEWEST)
 
 canary: $(VENV)/.dev
-	$(BIN)/pytest -q $(ARGS) tests/test_canary.py
+	$(BIN)/pytest -q $(ARGS) tests/unit/test_canary.py
 
 # mypy reads the package as it is installed: passes/ at its place, simba_fx/passes.
 lint: $(VENV)/.dev
@@ -63,7 +63,7 @@ table: $(VENV)/.dev $(VENV)/.triton $(VENV)/.mamba-ssm
 # Drawn models, options and calls against references, for hours if need be: make fuzz SIMBA_FX_FUZZ=100000
 fuzz: export SIMBA_FX_FUZZ ?= 10000
 fuzz: $(VENV)/.dev $(VENV)/.triton $(VENV)/.mamba-ssm
-	$(BIN)/pytest -n $(WORKERS) -q $(ARGS) tests/test_fuzz_*.py
+	$(BIN)/pytest -n $(WORKERS) -q $(ARGS) tests/models/test_fuzz_*.py
 
 clean:
 	rm -rf .venv .venv-oldest .venv-newest build

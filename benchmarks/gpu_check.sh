@@ -15,7 +15,7 @@
 #
 # Stages (files in benchmarks/gpu_check/):
 #   a  machine.py       what is there; rates of copying and of a block's matrix products
-#   b  tests/test_cuda.py without (b1) and with (b2) mamba_ssm, and beside it, in as many processes,
+#   b  tests/unit/test_cuda.py without (b1) and with (b2) mamba_ssm, and beside it, in as many processes,
 #      end_to_end.py    (cd-*) tiny models on the GPU against themselves on the CPU, and no wait for the GPU in a forward
 #   e  kernel_times.py  kernels of Mamba-1 (e1) and Mamba-2 (e2) against their floors
 #   f  run_bench.py     `simba-fx bench`, compiled (f1, f2), in the same turns the model itself, compiled, as
@@ -121,11 +121,11 @@ if wants b; then
     cp -r "$REPO/tests" "$REPO/pyproject.toml" "$root"
     ln -s "$REPO/examples" "$root/examples"
     sed -i -e 's/^DEVICE = "cuda"/DEVICE = "cpu"/' -e 's/^pytestmark = .*/pytestmark = []/' \
-      -e 's/torch.cuda.set_sync_debug_mode(.*)/pass/' "$root/tests/test_cuda.py"
+      -e 's/torch.cuda.set_sync_debug_mode(.*)/pass/' "$root/tests/unit/test_cuda.py"
     select=(-k "${DRY_K:-selective_score and float32 or cpu[65536] or scans_and or sparse_model and False-mamba}")
     select_mamba=("${select[@]}")
   fi
-  tests=("$PY" -m pytest "$root/tests/test_cuda.py" -v --tb=short -W default -p no:cacheprovider -p report_failures
+  tests=("$PY" -m pytest "$root/tests/unit/test_cuda.py" -v --tb=short -W default -p no:cacheprovider -p report_failures
     --rootdir "$root" -o addopts=)
   "$PY" -c 'import xdist' 2>/dev/null && tests+=(-n "${N_TESTS:-4}" --dist load)
   "$PY" -c 'import pytest_timeout' 2>/dev/null && tests+=(--timeout 120)
@@ -139,11 +139,11 @@ if wants b; then
     processes+=($!)
   fi
   for family in ${FAMILIES:-mamba mamba2-one-group bamba}; do
-    (export PYTHONPATH=$PYTHONPATH:$REPO/tests FAMILY=$family MAMBA=0
+    (export PYTHONPATH=$PYTHONPATH:$REPO/tests/support FAMILY=$family MAMBA=0
       part "cd-$family" TERM "$seconds" "$PY" "$PARTS/end_to_end.py") &
     processes+=($!)
     if [ "$DRY" != 1 ] && [ -n "$GPU_DIR" ]; then
-      (export PYTHONPATH=$PYTHONPATH:$REPO/tests FAMILY=$family MAMBA=1 TORCHINDUCTOR_CACHE_DIR=$CACHE_MAMBA
+      (export PYTHONPATH=$PYTHONPATH:$REPO/tests/support FAMILY=$family MAMBA=1 TORCHINDUCTOR_CACHE_DIR=$CACHE_MAMBA
         part "cd-$family-mamba_ssm" TERM "$seconds" "$PY" "$PARTS/end_to_end.py") &
       processes+=($!)
     fi

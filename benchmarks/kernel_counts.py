@@ -50,11 +50,12 @@ class Row:
 
 
 def targets(checkout: Path) -> ModuleType:
-    """tests/triton_targets.py of a checkout, with that checkout's operators, whatever is installed."""
+    """triton_targets.py of a checkout's tests, with that checkout's operators, whatever is installed."""
     package = ModuleType("simba_fx")
     package.__path__ = [str(checkout / "simba_fx")]
     sys.modules["simba_fx"] = package
-    sys.path += [str(checkout / "tests"), str(Path(sys.prefix) / "triton")]
+    folder = next(checkout.glob("tests/**/triton_targets.py")).parent
+    sys.path += [str(folder), str(Path(sys.prefix) / "triton")]
     return importlib.import_module("triton_targets")
 
 
@@ -99,7 +100,7 @@ def cells(known: ModuleType, row: Row, capability: int) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--capability", type=int, nargs="+", default=[90], help="80: A100, 90: H100, H200")
-    parser.add_argument("--checkout", type=Path, default=ROOT, help="whose kernels; it has a tests/triton_targets.py")
+    parser.add_argument("--checkout", type=Path, default=ROOT, help="whose kernels; its tests have a triton_targets.py")
     options = parser.parse_args()
     known = targets(options.checkout.resolve())
     for capability in options.capability:

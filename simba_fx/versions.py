@@ -1,7 +1,7 @@
 """The versions of torch and transformers that this package was tested with; another one is named, once.
 
 The package reads more of both than they promise to keep. The names that it takes are tested on both ends of these
-ranges (tests/test_canary.py); what changes its meaning under an old name in a later release is seen by no such test.
+ranges (tests/unit/test_canary.py); what changes its meaning under an old name in a later release, no such test sees.
 """
 
 from __future__ import annotations

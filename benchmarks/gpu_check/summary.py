@@ -68,7 +68,7 @@ def machine(found: list[Row]) -> Iterator[str]:
 
 
 def test_results(found: dict[str, Row]) -> Iterator[str]:
-    yield from ("## Tests (tests/test_cuda.py; b1 without mamba_ssm, b2 with)", "")
+    yield from ("## Tests (tests/unit/test_cuda.py; b1 without mamba_ssm, b2 with)", "")
     for stage, about in found.items():
         yield from (f"**{stage}** {about['counts']} {' '.join(about['end'])}", "")
         yield from (f"* {name}" for name in about["failed"])

@@ -1,6 +1,6 @@
 """Every private name of torch that the backend needs; nothing else in this folder knows one.
 
-Dynamo promises none of them, so the backend is experimental: `tests/test_canary.py` says by name which is gone.
+Dynamo promises none of them, so the backend is experimental: `tests/unit/test_canary.py` says by name which is gone.
 """
 
 from __future__ import annotations

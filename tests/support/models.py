@@ -56,7 +56,7 @@ from transformers.models.zamba2 import modeling_zamba2
 VOCABULARY = 53  # a prime, so that no other size of a model equals it by accident
 CACHE = next(name for name in ("cache", "cache_params") if name in inspect.signature(MambaModel.forward).parameters)
 """What a pure Mamba's cache argument is called: `cache` from transformers 5.24 on."""
-CHECKPOINT = Path(__file__).resolve().parents[1] / "examples" / "mamba-py-3m"
+CHECKPOINT = Path(__file__).resolve().parents[2] / "examples" / "mamba-py-3m"
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ Each stands for a kind that people met (a wrapper, images, experts, parametrised
 from __future__ import annotations
 
 import importlib
-import os
 import re
 import subprocess
 import sys
@@ -20,13 +19,13 @@ from typing import Any
 import pytest
 import torch
 from models import BY_NAME, logits, tokens
+from subprocesses import environment
 from torch import Tensor, nn
 
 import simba_fx
 from simba_fx import versions
 from simba_fx.errors import CaptureError, GraphError, ScanNotFoundError
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
 own_model: Any = importlib.import_module("own_model")
 
 IDS = torch.randint(50, (2, 40), generator=torch.Generator().manual_seed(0))
@@ -133,8 +132,8 @@ assert "out of the values of its tensors" in t.refusal(t.Net(t.route, **t.expert
 
 
 def test_torchs_graph_is_printed_under_its_switch() -> None:
-    done = subprocess.run([sys.executable, "-c", REFUSED], cwd=Path(__file__).parent, capture_output=True, text=True,
-                          env=os.environ | {"TORCH_LOGS": "+simba_fx", "OMP_NUM_THREADS": "1"})  # fmt: skip
+    variables = environment(Path(__file__).parent, TORCH_LOGS="+simba_fx")
+    done = subprocess.run([sys.executable, "-c", REFUSED], env=variables, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "def forward" in done.stdout + done.stderr
 
@@ -165,7 +164,7 @@ def test_untested_versions_are_named_once(monkeypatch: pytest.MonkeyPatch, packa
 def test_this_version_is_tested() -> None:
     """Or `versions.TESTED`, what README and pyproject.toml say, and the canaries have to follow."""
     assert versions.untested() == []
-    told = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    told = (Path(__file__).parents[2] / "pyproject.toml").read_text()
     for package, (oldest, _) in versions.TESTED.items():
         assert f'"{package}>={oldest[0]}.{oldest[1]}"' in told
 

@@ -28,7 +28,6 @@ import simba_fx
 from simba_fx.frontends.dynamo import simba_fx as backend
 from simba_fx.graph.facts import SCANS, SELECTS
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
 own_model: Any = importlib.import_module("own_model")
 
 FAMILIES = ("mamba", "mamba2-two-groups")

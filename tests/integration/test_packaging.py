@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 OPTIONAL = ("transformers", "mamba_ssm", "causal_conv1d", "triton", "matplotlib")
 
 # Compares every function, class and class attribute of every loaded module before and after a statement.

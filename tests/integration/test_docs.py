@@ -19,7 +19,7 @@ import torch
 import simba_fx
 from simba_fx.graph import runner as pipeline
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 RUN = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
 PAGES = [*RUN, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 REASON = re.compile(r"<!-- not run: \S.*-->")

@@ -6,10 +6,8 @@ Hooks of whole blocks and of what surrounds them run at every call; those inside
 from __future__ import annotations
 
 import importlib
-import sys
 import warnings
 from fractions import Fraction
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,7 +20,6 @@ from torch import Tensor, nn
 import simba_fx
 from simba_fx.errors import CaptureError
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
 own_model: Any = importlib.import_module("own_model")
 
 SHAPES = ((1, 20), (2, 33))

@@ -17,4 +17,4 @@ PACKAGE = Path(sys.prefix) / "torchao"
 
 @pytest.mark.skipif(not PACKAGE.is_dir(), reason=f"no folder {PACKAGE}: make test adds it")
 def test_the_checks_of_quantised_models_pass() -> None:
-    run_checks("quantised_checks.py", [PACKAGE], 13, "-W", "ignore")
+    run_checks(Path(__file__).with_name("quantised_checks.py"), [PACKAGE], 13, "-W", "ignore")

@@ -22,6 +22,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -795,5 +796,5 @@ def test_any_sequence_of_calls_equals_the_reference(number: int) -> None:
 @pytest.mark.usefixtures("counted")
 def test_the_same_of_mamba_ssms_models(number: int) -> None:
     """In a process of its own (test_mamba_ssm.py says why), which takes seconds to start: not in the suite."""
-    run_checks("mamba_ssm_fuzz.py", [PACKAGES, TRITON], 1, SIMBA_FX_FUZZ_SETTING=str(number))
+    run_checks(Path(__file__).with_name("mamba_ssm_fuzz.py"), [PACKAGES, TRITON], 1, SIMBA_FX_FUZZ_SETTING=str(number))
     COUNTS["settings of mamba_ssm"] += 1

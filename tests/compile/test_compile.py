@@ -22,6 +22,7 @@ import reference
 import torch
 from models import BY_NAME, VOCABULARY, padded, randomise, tokens
 from reference import GRADIENT_TOLERANCE, TOLERANCE, assert_close
+from subprocesses import environment
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
@@ -31,7 +32,6 @@ import simba_fx
 from simba_fx.capture.examples import autocast_dtype
 from simba_fx.compiling import exported
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
 own_model: Any = importlib.import_module("own_model")
 
 DRAWS = reference.Draws()
@@ -396,7 +396,9 @@ def test_transform_is_quick(blocks: int, allowed: float) -> None:
         f"sparse, taken = test_compile.transformed({blocks})\n"
         "print(len(simba_fx.program(sparse).cuts), taken)"
     )
-    run = subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parent, capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-c", script], env=environment(Path(__file__).parent), capture_output=True, text=True
+    )
     assert run.returncode == 0, run.stderr
     cuts, taken = run.stdout.split()[-2:]
     assert int(cuts) == blocks - 1

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 TRITON = Path(sys.prefix) / "triton"
 
 pytestmark = pytest.mark.skipif(not all(map(shutil.which, ("bash", "timeout"))), reason="no bash, or no timeout")

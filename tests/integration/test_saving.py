@@ -11,7 +11,6 @@ import json
 import os
 import pickle
 import re
-import sys
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -35,7 +34,6 @@ from simba_fx.frontends.module.files import WEIGHTS
 from simba_fx.options import CRITERIA, Options
 from simba_fx.saving import options_from_json, options_to_json
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
 own_model: Any = importlib.import_module("own_model")
 
 OPTIONS: dict[str, Any] = {"criterion": "simba-abs", "floor": 3, "protect": [0, -2], "seed": 5}

@@ -26,7 +26,7 @@ from simba_fx.errors import SimbaError
 from simba_fx.frontends.files import FILE
 from simba_fx.frontends.module.files import WEIGHTS
 
-HERE = Path(__file__).resolve().parents[1]
+HERE = Path(__file__).resolve().parents[2]
 OWN = (sys.prefix, sys.base_prefix, str(HERE), *map(os.path.realpath, (sys.prefix, sys.base_prefix)), "/proc", "/sys",
        "/dev", "/etc", "/usr")  # fmt: skip
 """Python's, the library's and the system's own places."""

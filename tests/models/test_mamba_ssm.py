@@ -23,4 +23,4 @@ TRITON = Path(sys.prefix) / "triton"
 @pytest.mark.capability("compile", "mamba_ssm `MambaLMHeadModel`, `MixerModel`")
 @pytest.mark.skipif(not (PACKAGES.is_dir() and TRITON.is_dir()), reason=f"no folder {PACKAGES}: make test adds it")
 def test_the_checks_of_mamba_ssms_models_pass() -> None:
-    run_checks("mamba_ssm_checks.py", [PACKAGES, TRITON], 80)
+    run_checks(Path(__file__).with_name("mamba_ssm_checks.py"), [PACKAGES, TRITON], 80)

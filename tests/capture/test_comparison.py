@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Callable
 from fractions import Fraction
-from pathlib import Path
 from typing import Any
 
+import own_model
 import pytest
 import torch
 from models import BY_NAME, keep_all
@@ -19,9 +18,6 @@ import simba_fx
 from simba_fx.capture import adapters as comparison
 from simba_fx.capture import lift
 from simba_fx.errors import CaptureError
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
-import own_model
 
 IDS = torch.randint(1, 97, (2, 40), generator=torch.Generator().manual_seed(0))
 

@@ -5,11 +5,9 @@ from __future__ import annotations
 import copy
 import gc
 import importlib
-import sys
 import time
 import weakref
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,7 +19,6 @@ import simba_fx
 from simba_fx.runtime import captures
 from simba_fx.runtime.fingerprint import snapshot
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
 own_model: Any = importlib.import_module("own_model")
 
 PLAIN = torch.randint(50, (2, 30), generator=torch.Generator().manual_seed(0))

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import copy
 import importlib
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -32,7 +30,6 @@ from simba_fx.errors import (
     SimbaError,
 )
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
 own_model: Any = importlib.import_module("own_model")
 
 LINEAR = schedules(4)["linear"]

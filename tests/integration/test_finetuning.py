@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import copy
 import importlib
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import reference
 import torch
 from models import (
     BY_NAME,
@@ -36,7 +36,6 @@ from torch.utils.data import Dataset
 import simba_fx
 from simba_fx.errors import InputError, SimbaError
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
 own_model: Any = importlib.import_module("own_model")
 
 every_kind = pytest.mark.parametrize("entry", PER_KIND, ids=names(PER_KIND))
@@ -365,7 +364,7 @@ class Windows(Dataset[dict[str, Tensor]]):
     """Windows of Python source, one byte a token."""
 
     def __init__(self, count: int, length: int) -> None:
-        text = Path(__file__).with_name("reference.py").read_bytes()
+        text = Path(reference.__file__).read_bytes()
         self.windows = [torch.tensor(list(text[i * length : (i + 1) * length])) for i in range(count)]
 
     def __len__(self) -> int:

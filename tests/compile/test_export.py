@@ -23,7 +23,6 @@ import simba_fx
 from simba_fx import ops
 from simba_fx.errors import InputError
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
 own_model: Any = importlib.import_module("own_model")
 
 compiles_packages = pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.. is deprecated:FutureWarning")
@@ -338,7 +337,7 @@ def test_programs_are_reloaded_in_a_process_without_the_passes(plain: nn.Module,
         "plain": [{"ids": tokens(rows, rows, length)} for rows, length in SIZES if rows <= 15],
     }
     torch.save(calls, tmp_path / "calls.pt")
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     done = subprocess.run(
         [sys.executable, "-c", RELOAD, str(tmp_path), str(torch.get_num_threads())],
         cwd=root,
