@@ -2,9 +2,10 @@
 
 What each does, and what it needs before it:
 
-    erase-sites       the markers of lifted calls go                       (kernels="auto"; else restore-kernels)
-    channel-last      step sizes lie as the scan reads them              (kernels="auto" as well)
-    drop-casts        no number is widened only to be narrowed again     (kernels="auto" as well)
+    erase-sites       the markers of lifted calls go                       once for each capture, with kernels="auto";
+    channel-last      step sizes lie as the scan reads them                else restore-kernels at the end
+    drop-casts        no number is widened only to be narrowed again
+
     track-tokens      where each token stood in the input, which are real
     protect-tokens    where the tokens stand that a caller named           only with `query` or `protect`
     score-tokens      one score per cut, at the block's end                needs the scans' operands
@@ -54,16 +55,20 @@ __all__ = [
     "SelectTokens",
     "TrackTokens",
     "pipeline",
+    "preparation",
 ]
+
+
+def preparation(kernels: str = "auto") -> tuple[Any, ...]:
+    """The passes that depend on nothing but what was captured, first to last: they run once for all transforms."""
+    return (EraseSites(), ChannelLast(), DropCasts()) if kernels == "auto" else ()
 
 
 def pipeline(cuts: tuple[Cut, ...], *, criterion: str = "simba", floor: int = 4, seed: int = 0, output: str = "full",
              sites: tuple[Any, ...] = (), kernels: str = "auto", query: int | None = None,
              protect: tuple[int, ...] = (), trailing: bool = False) -> tuple[Any, ...]:  # fmt: skip
-    """The passes of one transform up to outlining, first to last."""
-    own_kernels = kernels == "model"
+    """The passes of one transform behind those, up to outlining, first to last."""
     return (
-        *(() if own_kernels else (EraseSites(), ChannelLast(), DropCasts())),
         TrackTokens(trailing),
         *((ProtectTokens(query, protect),) if query is not None or protect else ()),
         ScoreTokens(cuts, criterion, floor, seed),
@@ -71,5 +76,5 @@ def pipeline(cuts: tuple[Cut, ...], *, criterion: str = "simba", floor: int = 4,
         HoistPositions(output),
         GatherSurvivors(output),
         RestoreLength(output),
-        *((RestoreKernels(sites),) if own_kernels else ()),
+        *((RestoreKernels(sites),) if kernels == "model" else ()),
     )

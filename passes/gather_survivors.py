@@ -27,7 +27,7 @@ from simba_fx.graph.facts import (
     value,
     where,
 )
-from simba_fx.graph.marks import Insert, Role, made_by, region, role, tracked
+from simba_fx.graph.marks import Insert, Role, bookkeeping, made_by, region, role, tracked
 
 _BOOKKEEPING = (Role.POSITIONS, Role.REAL)
 _GATHERED = (Role.CARRIED, Role.INVARIANT, Role.PLACE)
@@ -61,18 +61,20 @@ class GatherSurvivors:
         masks = [placeholder(graph, facts.mask)] if facts.mask is not None else []  # as each cut leaves it
         cuts, changed = selects(graph), 0
         live: list[fx.Node] = []
+        rows = bookkeeping(graph).get(Role.ROWS)
         at, end = next(iter(graph.nodes)), output_of(graph)  # the walk of the graph, which each cut takes to its end
         for select, until in zip(cuts, [*map(region, cuts[1:]), facts.n_blocks]):
             while at is not end and region(at) <= region(select):
                 live.append(at)
                 at = at.next
             before = at.prev
-            done, live = self._cut(graph, facts, select, until, last, live, from_mask, masks)
+            insert = Insert(graph, at, region(select) + 1, self.name)
+            done, live = self._cut(insert, facts, select, until, last, live, from_mask, masks, rows)
             at, changed = before.next, changed + done
         return changed
 
-    def _cut(self, graph: fx.Graph, facts: Facts, select: fx.Node, until: int, last: int, alive: list[fx.Node],
-             from_mask: set[fx.Node], masks: list[fx.Node]) -> tuple[int, list[fx.Node]]:  # fmt: skip
+    def _cut(self, insert: Insert, facts: Facts, select: fx.Node, until: int, last: int, alive: list[fx.Node],
+             from_mask: set[fx.Node], masks: list[fx.Node], rows: Any) -> tuple[int, list[fx.Node]]:  # fmt: skip
         """Whether anything was changed, and which nodes are alive behind the cut, of those that were before."""
         results = {node.args[1]: node for node in select.users}
         kept: fx.Node = results[0]
@@ -85,7 +87,6 @@ class GatherSurvivors:
             return block < region(user) <= last and user.op != "output"
 
         live = [node for node in alive if any(map(beyond, node.users))]
-        insert = Insert(graph, end_of(graph, block), block + 1, self.name)
         shorter = self._shorter(facts, insert, kept)
         fresh: dict[fx.Node, fx.Node] = {}
 
@@ -94,7 +95,7 @@ class GatherSurvivors:
             if is_size(node):
                 return shorter(node)
             if node not in fresh and node is masks[-1]:
-                fresh[node] = self._gather(insert, node, (1,), kept, False, facts)
+                fresh[node] = self._gather(insert, node, (1,), (rows, kept), False, facts)
                 fresh[node] = self._blank_fillers(insert, fresh[node], (1,), renamed[Role.REAL], facts)
             elif node not in fresh:
                 given: Any = (node.args, node.kwargs)
@@ -118,7 +119,7 @@ class GatherSurvivors:
                 node.replace_all_uses_with(anew(node), delete_user_cb=lambda u: beyond(u) and not _inserted_now(u))
                 continue
             carried = region(node) == block and what not in _GATHERED and node not in from_mask
-            gathered = self._gather(insert, node, dims, kept, carried, facts)
+            gathered = self._gather(insert, node, dims, (rows, kept), carried, facts)
             if node in from_mask and renamed[Role.REAL] is not None:
                 gathered = self._blank_fillers(insert, gathered, dims, renamed[Role.REAL], facts)
                 from_mask.add(gathered)
@@ -132,9 +133,9 @@ class GatherSurvivors:
         from_mask.update(fresh.values())
         return 1, list(dict.fromkeys((*live, *results.values())))
 
-    def _gather(self, insert: Insert, node: fx.Node, dims: tuple[int, ...], kept: fx.Node, carried: bool,
+    def _gather(self, insert: Insert, node: fx.Node, dims: tuple[int, ...], at: tuple[Any, fx.Node], carried: bool,
                 facts: Facts) -> fx.Node:  # fmt: skip
-        val, place = value(node), _is_place(node, facts)
+        val, place, (rows, kept) = value(node), _is_place(node, facts), at
         shared = dims == (1,) and expression(val.shape[0]) == 1 != expression(value(kept).shape[0])
         if shared:  # a table for all rows: each takes places of its own
             early = Insert(insert.graph, end_of(insert.graph, region(node)), region(node), self.name)
@@ -152,7 +153,6 @@ class GatherSurvivors:
         what = Role.PLACE if place else Role.CARRIED if carried else Role.INVARIANT
         if val.dim() == 2:
             return insert(torch.ops.aten.gather.default, node, 1, kept, val=val, role=what, like=node)
-        rows = tracked(insert.graph, Role.ROWS)
         name = f"{'survivors' if carried else stem(node.name)}_{insert.region}"
         return insert(torch.ops.aten.index.Tensor, node, [rows, kept], val=val, role=what, like=node, name=name)
 

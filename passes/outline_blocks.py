@@ -125,7 +125,7 @@ class OutlineBlocks:
                 inside[0].prepend(node)
         call = self._replace(graph, inside, inputs, outputs, target)
         looks = tuple(_looks(self.attributes[str(node.target)]) for node in owned)
-        key = (sub.python_code("self").src, tuple(n.target for n in sub.nodes), looks)
+        key = (tuple((n.op, n.target, n.name, str(n.args), str(n.kwargs)) for n in sub.nodes), looks)
         kind, code = kinds.setdefault(key, (len(kinds), sub))
         hooked = module is not None and all(path in (paths(n) or [path]) for n in inside if not made_by(n))
         call.meta[BLOCK] = BlockCode(code, kind, module, hooked, bool(sub.find_nodes(op="call_module")))

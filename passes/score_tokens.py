@@ -11,7 +11,7 @@ from torch import fx
 
 from simba_fx import ops
 from simba_fx.graph.facts import Facts, by_region, operator_of, scans_by_block, value
-from simba_fx.graph.marks import Insert, Role, give_role, region, role, tracked
+from simba_fx.graph.marks import Insert, Role, bookkeeping, give_role, region, role
 from simba_fx.graph.plan import Cut
 from simba_fx.graph.token_order import check_cuts, directions_to, scan_directions, ways
 
@@ -19,7 +19,8 @@ _SCORES = {
     torch.ops.simba_fx.selective_scan.default: torch.ops.simba_fx.selective_token_score.default,
     torch.ops.simba_fx.ssd_scan.default: torch.ops.simba_fx.ssd_token_score.default,
 }
-_BOOKKEEPING = (Role.POSITIONS, Role.REAL, Role.LENGTHS, Role.LENGTH, Role.TAIL)
+Books = dict[Role, fx.Node]
+_READ_BY_POSITION = (Role.POSITIONS, Role.REAL, Role.LENGTHS, Role.LENGTH, Role.TAIL)
 _SKIPPED = ("D", "z", "chunk_size")  # operands that the score of a token does not read
 
 
@@ -54,17 +55,18 @@ class ScoreTokens:
         reads_scans = self.criterion not in ops.POSITION_CRITERIA
         directions = scan_directions(graph, facts, [c.block for c in cuts], found) if reads_scans else {}
         check_cuts(graph, facts, cuts, found)
-        positions: Any = tracked(graph, Role.POSITIONS)
-        protected = tracked(graph, Role.PROTECTED)
+        books = bookkeeping(graph)
+        positions, protected = books[Role.POSITIONS], books.get(Role.PROTECTED)
         val = value(positions).new_empty(value(positions).shape, dtype=torch.float32)
+        vals = val, val.bool()
         blocks, scans_in = by_region(graph), scans_by_block(graph, facts.n_blocks)
         for cut in cuts:
             insert = Insert(graph, blocks[cut.block][-1].next, cut.block, self.name)
             scans = scans_in[cut.block]
             if reads_scans:
-                score = self._by_scans(insert, {scan: directions[scan] for scan in scans}, val)
+                score = self._by_scans(insert, books, {scan: directions[scan] for scan in scans}, *vals)
             else:
-                score = self._by_position(insert, cut, scans[0], val)
+                score = self._by_position(insert, books, cut, scans[0], val)
             if protected is not None:
                 score.name = f"unprotected_{cut.block}"
                 score = insert(torch.ops.simba_fx.protect_tokens.default, score, positions, protected, val=val)
@@ -72,24 +74,21 @@ class ScoreTokens:
             score.name = f"score_{cut.block}"
         return len(cuts)
 
-    def _by_position(self, insert: Insert, cut: Cut, like: fx.Node, val: Any) -> fx.Node:
-        bookkeeping = [tracked(insert.graph, wanted) for wanted in _BOOKKEEPING]
+    def _by_position(self, insert: Insert, books: Books, cut: Cut, like: fx.Node, val: Any) -> fx.Node:
         rule = [cut.share.numerator, cut.share.denominator, self.floor]
         target = torch.ops.simba_fx.position_score.default
-        return insert(target, *bookkeeping, *rule, self.criterion, self.seed, val=val, like=like)
+        return insert(target, *map(books.get, _READ_BY_POSITION), *rule, self.criterion, self.seed, val=val, like=like)
 
-    def _by_scans(self, insert: Insert, scans: dict[fx.Node, bool], val: Any) -> fx.Node:
+    def _by_scans(self, insert: Insert, books: Books, scans: dict[fx.Node, bool], val: Any, grid: Any) -> fx.Node:
         """The largest score over the scans; with a query, over those that carry a token there."""
-        graph, sides = insert.graph, {}
-        query, positions = tracked(graph, Role.QUERY), tracked(graph, Role.POSITIONS)
-        before: fx.Node | None = None
-        if query is not None:
+        sides, before = {}, None
+        if (query := books.get(Role.QUERY)) is not None:
             wanted: Any = query.args[2]
             scans = {scan: way for scan, way in scans.items() if way in directions_to(wanted[0])}
             if False in scans.values():
-                before = insert(torch.ops.aten.le.Tensor, positions, query, val=val.bool())
+                before = insert(torch.ops.aten.le.Tensor, books[Role.POSITIONS], query, val=grid)
         for backward in dict.fromkeys(scans.values()):
-            window, tail = self._aim(insert, before, backward, val)
+            window, tail = self._aim(insert, books, before, backward, grid)
             scores = [self._score(insert, scan, window, tail, val) for scan, way in scans.items() if way == backward]
             sides[backward] = functools.reduce(lambda a, b: insert(_MAXIMUM, a, b, val=val), scores)
             if backward:
@@ -100,17 +99,14 @@ class ScoreTokens:
             return insert(_MAXIMUM, *sides.values(), val=val)
         return insert(torch.ops.aten.where.self, before, sides[False], sides[True], val=val)
 
-    def _aim(self, insert: Insert, before: fx.Node | None, backward: bool, val: Any) -> tuple[Any, Any]:
+    def _aim(self, insert: Insert, books: Books, before: fx.Node | None, backward: bool, grid: Any) -> tuple[Any, Any]:
         """`real` and `tail` of a score, in the scan's own direction: they say at which token it is taken."""
-        graph, grid = insert.graph, val.bool()
-        real: Any = tracked(graph, Role.REAL)
-        tail: Any = tracked(graph, Role.TAIL)
-        if (
-            query := tracked(graph, Role.QUERY)
-        ) is not None:  # it is the last of the tokens that the scan has met by then
+        real: Any = books.get(Role.REAL)
+        tail: Any = books[Role.TAIL]
+        if (query := books.get(Role.QUERY)) is not None:  # the last of the tokens that the scan has met by then
             tail, met = 1, before
             if backward:
-                met = insert(torch.ops.aten.ge.Tensor, tracked(graph, Role.POSITIONS), query, val=grid)
+                met = insert(torch.ops.aten.ge.Tensor, books[Role.POSITIONS], query, val=grid)
             real = met if real is None else insert(torch.ops.aten.bitwise_and.Tensor, met, real, val=grid)
         if backward:  # without a query a reversed scan ends at the row's first token: no tail
             tail = 1

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from simba_fx.graph.facts import Facts, by_region, output_of, returned, selects, value
-from simba_fx.graph.marks import Insert, Role, role, tracked
+from simba_fx.graph.marks import Insert, Role, bookkeeping, role
 from simba_fx.graph.plan import Cut
 
 OUTPUTS = (Role.KEPT, Role.DROPPED, Role.POSITIONS, Role.LEFT, Role.REAL)
@@ -34,16 +34,15 @@ class SelectTokens:
 
     def rewrite(self, graph: fx.Graph, facts: Facts) -> int:
         changed = 0
-        done, blocks = {node.args[0] for node in selects(graph)}, by_region(graph)
+        done, blocks, books = {node.args[0] for node in selects(graph)}, by_region(graph), bookkeeping(graph)
         for cut in self.cuts:
             inside = blocks[cut.block]
             score = next(n for n in reversed(inside) if role(n) is Role.SCORE)
             if score in done:
                 continue
             insert = Insert(graph, inside[-1].next, cut.block, self.name)
-            positions: Any = tracked(graph, Role.POSITIONS)
-            real, lengths = tracked(graph, Role.REAL), tracked(graph, Role.LENGTHS)
-            rule = (tracked(graph, Role.LENGTH), tracked(graph, Role.TAIL))
+            positions, real, lengths = books[Role.POSITIONS], books.get(Role.REAL), books.get(Role.LENGTHS)
+            rule = (books[Role.LENGTH], books[Role.TAIL])
             share = (cut.share.numerator, cut.share.denominator, self.floor)
             grid = value(positions)
             vals: tuple[Any, ...] = (grid, grid, grid, grid)

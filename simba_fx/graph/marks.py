@@ -18,7 +18,19 @@ from typing import Any
 
 from torch import fx
 
-__all__ = ["MARK", "REGION", "Insert", "Mark", "Role", "give_role", "made_by", "region", "role", "tracked"]
+__all__ = [
+    "MARK",
+    "REGION",
+    "Insert",
+    "Mark",
+    "Role",
+    "bookkeeping",
+    "give_role",
+    "made_by",
+    "region",
+    "role",
+    "tracked",
+]
 
 REGION = "region"
 MARK = "simba_fx"
@@ -98,14 +110,20 @@ def give_role(node: fx.Node, new: Role) -> None:
     node.meta[MARK] = replace(node.meta[MARK], role=new)
 
 
-def tracked(graph: fx.Graph, wanted: Role) -> fx.Node | None:
-    """The bookkeeping node of that role, before the first block."""
+def bookkeeping(graph: fx.Graph) -> dict[Role, fx.Node]:
+    """The nodes with a role before the first block, by that; of several with one role the first."""
+    found: dict[Role, fx.Node] = {}
     for node in graph.nodes:
         if region(node) >= 0:
-            return None
-        if role(node) is wanted:
-            return node  # type: ignore[no-any-return]
-    return None
+            break
+        if (what := role(node)) is not Role.NONE:
+            found.setdefault(what, node)
+    return found
+
+
+def tracked(graph: fx.Graph, wanted: Role) -> fx.Node | None:
+    """The bookkeeping node of that role."""
+    return bookkeeping(graph).get(wanted)
 
 
 @dataclass(frozen=True)

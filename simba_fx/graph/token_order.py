@@ -16,6 +16,7 @@ product with a permutation matrix looks like attention and is not found. Nothing
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -164,6 +165,7 @@ def _splits_the_length(node: fx.Node, facts: Facts) -> bool:
     return any(facts.sequence in size.free_symbols and not _is_whole(size, facts.sequence) for size in sizes)
 
 
+@functools.lru_cache(maxsize=256)
 def _is_whole(size: sympy.Expr, length: sympy.Symbol) -> bool:
     """Whether a size is a polynomial in the length with whole coefficients: `L`, `L + 3`, `B*L`, but not `L // 4`."""
     if not size.is_polynomial(length):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
@@ -72,7 +73,9 @@ def build_program(captured: Captured, options: Options, cost: Callable[..., sche
     rewrites = passes.pipeline(cuts, criterion=name, floor=options.least, seed=options.seed, output=options.output,
                                sites=tuple(captured.sites), kernels=options.kernels, query=options.query,
                                protect=options.protect, trailing=trailing)  # fmt: skip
-    graph, history = run_passes(captured.graph, facts, rewrites)
+    prepared, history = _prepared(captured, options.kernels)
+    graph, stages = run_passes(prepared, facts, rewrites)
+    history = [*history, *stages[1:]]
     top = graph
     if options.compile == "blocks":
         top, stages = run_passes(graph, facts, [passes.OutlineBlocks(attributes)])
@@ -80,6 +83,16 @@ def build_program(captured: Captured, options: Options, cost: Callable[..., sche
         attributes |= blocks_of(top, attributes.get("criterion"))
     return Built(program_class(attributes, top), captured, graph, shares, cuts, has_scan, history, trailing,
                  options.least, options.output == "full")  # fmt: skip
+
+
+_prepared_graphs: weakref.WeakKeyDictionary[fx.Graph, tuple[fx.Graph, list[Stage]]] = weakref.WeakKeyDictionary()
+
+
+def _prepared(captured: Captured, kernels: str) -> tuple[fx.Graph, list[Stage]]:
+    """A captured graph after the passes that ask for no options. (`kernels` is part of what was captured.)"""
+    if captured.graph not in _prepared_graphs:
+        _prepared_graphs[captured.graph] = run_passes(captured.graph, captured.facts, passes.preparation(kernels))
+    return _prepared_graphs[captured.graph]
 
 
 def scoring_blocks(captured: Captured, options: Options) -> tuple[bool, ...]:

@@ -126,6 +126,7 @@ def runs(case: Case, way: str) -> tuple[Run, ...]:
     has_scan = [*map(bool, scans_by_block(captured.graph, facts.n_blocks))]
     cuts, named = cuts_of(case.shares, has_scan), {"query": case.query, "protect": case.protect}
     steps = passes.pipeline(cuts, sites=tuple(captured.sites), **named, **options)
+    steps = (*passes.preparation(options.get("kernels", "auto")), *steps)
     attributes = dict(captured.attributes)
     if options.get("criterion") == "custom":
         attributes["criterion"] = CustomCriterion(largest_input)
@@ -140,7 +141,9 @@ def runs(case: Case, way: str) -> tuple[Run, ...]:
 
 
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
-CATALOGUE: tuple[Any, ...] = tuple(getattr(passes, name) for name in passes.__all__ if name != "pipeline")
+CATALOGUE: tuple[Any, ...] = tuple(
+    getattr(passes, name) for name in passes.__all__ if isinstance(getattr(passes, name), type)
+)
 
 
 # --- the clauses -------------------------------------------------------------------------------------------------
@@ -664,7 +667,8 @@ def test_a_pass_is_a_frozen_dataclass_with_a_kebab_case_name(cls: Any) -> None:
 
 def test_the_catalogue_lists_the_passes_in_the_order_in_which_they_run() -> None:
     listed = re.findall(r"^    ([a-z]+-[a-z]+) ", passes.__doc__, flags=re.M)
-    ran = {kernels: [step.name for step in passes.pipeline((), kernels=kernels)] for kernels in ("auto", "model")}
+    ran = {kernels: [step.name for step in (*passes.preparation(kernels), *passes.pipeline((), kernels=kernels))]
+           for kernels in ("auto", "model")}  # fmt: skip
     assert [name for name in listed if name in ran["auto"]] == ran["auto"]
     assert [name for name in listed if name in ran["model"]] == ran["model"]
     assert sorted(listed) == sorted(cls.name for cls in CATALOGUE)
