@@ -41,7 +41,7 @@ class GatherSurvivors:
     After, at the start of block 4:
 
         survivors = h[rows, kept_3]             # (B, k, D); one gather for every live tensor with a length
-        mask_4 = where(real_3, mask[kept_3], 0)  # fillers are padding; ~mask and its kind are made anew
+        mask_4 = where(real_3, mask[kept_3], 0)  # pads stay pads; ~mask and its kind are made anew
         square_4 = take_square(mask_of_pairs, positions_3, real_3)  # (B, 1, L, L): only where a block reads it
         length_4 = kept_3.size(1)                # and size arithmetic that starts from it
 
@@ -96,7 +96,7 @@ class GatherSurvivors:
                 return shorter(node)
             if node not in fresh and node is masks[-1]:
                 fresh[node] = self._gather(insert, node, (1,), (rows, kept), False, facts)
-                fresh[node] = self._blank_fillers(insert, fresh[node], (1,), renamed[Role.REAL], facts)
+                fresh[node] = self._blank_pads(insert, fresh[node], (1,), renamed[Role.REAL], facts)
             elif node not in fresh:
                 given: Any = (node.args, node.kwargs)
                 args, kwargs = fx.node.map_arg(given, anew)
@@ -121,7 +121,7 @@ class GatherSurvivors:
             carried = region(node) == block and what not in _GATHERED and node not in from_mask
             gathered = self._gather(insert, node, dims, (rows, kept), carried, facts)
             if node in from_mask and renamed[Role.REAL] is not None:
-                gathered = self._blank_fillers(insert, gathered, dims, renamed[Role.REAL], facts)
+                gathered = self._blank_pads(insert, gathered, dims, renamed[Role.REAL], facts)
                 from_mask.add(gathered)
             node.replace_all_uses_with(gathered, delete_user_cb=lambda user: beyond(user) and not _inserted_now(user))
         for node in live:
@@ -169,14 +169,14 @@ class GatherSurvivors:
         if not readers:
             return
         name = f"square_{insert.region}"
-        hides_pads = facts.mask in _inputs_read(node)  # what is computed from places alone has no filler to hide
+        hides_pads = facts.mask in _inputs_read(node)  # what is computed from places alone has no pad to hide
         real = results.get(4) if hides_pads else None
         taken = insert(torch.ops.simba_fx.take_square.default, node, results[2], real, val=value(node),
                        role=Role.SQUARE, like=node, name=name)  # fmt: skip
         for user in readers:
             user.replace_input_with(node, taken)
 
-    def _blank_fillers(self, insert: Insert, gathered: fx.Node, dims: tuple[int, ...], real: fx.Node,
+    def _blank_pads(self, insert: Insert, gathered: fx.Node, dims: tuple[int, ...], real: fx.Node,
                        facts: Facts) -> fx.Node:  # fmt: skip
         val, name = value(gathered), f"mask_{insert.region}"
         if facts.mask_marks == "padding" and val.dim() == 2:
@@ -191,7 +191,7 @@ class GatherSurvivors:
 
     def _padded(self, graph: fx.Graph, facts: Facts) -> fx.Node:
         """What the mask says of padding, `(B, 1)`: its value at the first pad of each row. A row without one has no
-        fillers either."""
+        pads among its survivors either."""
         if (known := tracked(graph, Role.PADDED)) is not None:
             return known
         mask = placeholder(graph, str(facts.mask))

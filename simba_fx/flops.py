@@ -298,7 +298,7 @@ class BudgetCost:
         def cost(shares: tuple[Fraction, ...]) -> float:
             cuts = cuts_of(shares, has_scan)
             tokens = [
-                kept_count(length, share, options.least_tail, options.least) for share in entering(cuts, n_blocks)
+                kept_count(length, share, options.least_tail, options.least_kept) for share in entering(cuts, n_blocks)
             ]
             head = flops.head(length if options.output == "full" else tokens[-1])
             return (flops.stack(tokens) + flops.scoring([cut.block for cut in cuts], tokens) + head) / dense

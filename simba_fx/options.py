@@ -43,7 +43,7 @@ class Options:
         return tuple(named_positions(self.query, self.protect))
 
     @property
-    def least(self) -> int:
+    def least_kept(self) -> int:
         """The floor that selections have: room for every named position."""
         return max(self.floor, len(self.named))
 

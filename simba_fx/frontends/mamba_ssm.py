@@ -231,7 +231,7 @@ def _prepare(stack: Any, given: dict[str, Any]) -> MixerCall | None:
             "prompt at offset 0, or one new token. Pass the tokens one at a time, or start with new inference_params."
         )
     refuse_ragged(name, runtime.asked)
-    check_mask(None, rows, length, runtime.least, runtime.options.named)
+    check_mask(None, rows, length, runtime.shortest_row, runtime.options.named)
     if length == 1:
         runtime.last = LastCall(rows, length, None, (), None, None)
         return None

@@ -107,15 +107,15 @@ def select_real_tokens(
     share_q: int,
     floor: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`select_tokens` for padded rows: each row keeps what it would keep alone, and fillers make up the rectangle.
+    """`select_tokens` for padded rows: each row keeps what it would keep alone, and pads make up the rectangle.
 
     Row b keeps its last `tail` real tokens and its best-scored earlier real ones, `kept_count(lengths[b], ...)` in all.
-    The other of the k slots are fillers: pads of the row, leftmost first. A row may have one pad too few (counts round
-    up; drops of two lengths differ from proportion by less than one token each). Its worst dropped real token then
-    stays as a **ghost**: marked not real, with position `length`, a place outside the input, and moved to the end of
-    the row that was padded in the input: right, unless the row's last real token stood last there. (No pad may be left,
-    and a model that is given no mask computes with the ghost, which must then stand behind everything real.) The
-    ghost's true position is listed with the dropped ones.
+    The other of the k slots are pads of the row, leftmost first. A row may have one pad too few (counts round up;
+    drops of two lengths differ from proportion by less than one token each). Its worst dropped real token then stays
+    as a **masked token**: marked not real, with position `length`, a place outside the input, and moved to the end
+    of the row that was padded in the input: right, unless the row's last real token stood last there. (No pad may be
+    left, and a model that is given no mask computes with the masked token, which must then stand behind everything
+    real.) Its true position is listed with the dropped ones.
 
     Args:
         score: `(B, m)` float32, higher = keep; whatever a pad's score, it never outranks a real token.
@@ -123,10 +123,10 @@ def select_real_tokens(
         length: padded length of the input.
 
     Returns:
-        kept `(B, k)`, slots ascending but for a ghost; dropped `(B, m - k + 2)`: slots ascending, then the ghost's
-        slot or 0, then 0; kept positions; dropped positions, `length` where there is no ghost and last; kept_real
-        `(B, k)`. Over a chain of cuts, all dropped and the last kept positions name every position exactly once, and
-        `length` any number of times.
+        kept `(B, k)`, slots ascending but for a masked token; dropped `(B, m - k + 2)`: slots ascending, then that of
+        the masked token or 0, then 0; kept positions; dropped positions, `length` where there is no masked token and
+        last; kept_real `(B, k)`. Over a chain of cuts, all dropped and the last kept positions name every position
+        exactly once, and `length` any number of times.
     """
     checks.fit("select_real_tokens", checks.SLOTS, score=score, positions=positions, real=real, lengths=lengths)
     checks.rule("select_real_tokens", length, tail, share_p, share_q, floor)
@@ -150,20 +150,20 @@ def select_real_tokens(
     rank = torch.empty_like(order).scatter_(1, order, slot.contiguous())
 
     stays_real = rank < count
-    filler = (rank >= present) & (rank < present + k - count)
-    ghost = (rank == present - 1) & (present + k - count > slots)
-    stays = stays_real | filler | ghost
+    stays_pad = (rank >= present) & (rank < present + k - count)
+    masked = (rank == present - 1) & (present + k - count > slots)
+    stays = stays_real | stays_pad | masked
     last = torch.where(real, positions, -1).amax(1, keepdim=True)
     outer = torch.where(last == length - 1, -1, slots)
-    outwards = torch.where(stays, torch.where(ghost, outer, slot), slots + 1).argsort(dim=1, stable=True)
+    outwards = torch.where(stays, torch.where(masked, outer, slot), slots + 1).argsort(dim=1, stable=True)
     kept = _plain(outwards[:, :k])
     gone = torch.where(stays, slots, slot).argsort(dim=1, stable=True)[:, : slots - k]
-    has_ghost = ghost.any(1, keepdim=True)
+    has_masked = masked.any(1, keepdim=True)
     spare = gone.new_zeros(score.shape[0], SPARE - 1)
-    dropped = torch.cat((gone, ghost.long().argmax(1, keepdim=True), spare), 1)
-    kept_positions = positions.masked_fill(ghost, length).gather(1, kept)
+    dropped = torch.cat((gone, masked.long().argmax(1, keepdim=True), spare), 1)
+    kept_positions = positions.masked_fill(masked, length).gather(1, kept)
     dropped_positions = positions.gather(1, dropped)
-    dropped_positions[:, slots - k : slots - k + 1].masked_fill_(~has_ghost, length)
+    dropped_positions[:, slots - k : slots - k + 1].masked_fill_(~has_masked, length)
     dropped_positions[:, slots - k + 1 :] = length
     return kept, dropped, kept_positions, dropped_positions, stays_real.gather(1, kept)
 
@@ -280,7 +280,7 @@ def take_square(square: Tensor, positions: Tensor, real: Tensor | None) -> Tenso
 
     Args:
         square: `(B, H, L, L)`, queries then keys: bool (True = attend) or additive floats; B may be 1, for all rows.
-        positions: `(B, k)` int64, where each survivor stood in the input; L for a ghost (`select_real_tokens`).
+        positions: `(B, k)` int64, where each survivor stood in the input; L for a masked token (`select_real_tokens`).
         real: `(B, k)` bool; keys that are not real are masked. None: all are.
 
     Returns:

@@ -70,7 +70,7 @@ def build_program(captured: Captured, options: Options, cost: Callable[..., sche
     name = options.criterion if isinstance(options.criterion, str) else "custom"
     if not isinstance(options.criterion, str):
         attributes["criterion"] = CustomCriterion(options.criterion)
-    rewrites = passes.pipeline(cuts, criterion=name, floor=options.least, seed=options.seed, output=options.output,
+    rewrites = passes.pipeline(cuts, criterion=name, floor=options.least_kept, seed=options.seed, output=options.output,
                                sites=tuple(captured.sites), kernels=options.kernels, query=options.query,
                                protect=options.protect, trailing=trailing)  # fmt: skip
     prepared, history = _prepared(captured, options.kernels)
@@ -82,7 +82,7 @@ def build_program(captured: Captured, options: Options, cost: Callable[..., sche
         history += stages[1:]
         attributes |= blocks_of(top, attributes.get("criterion"))
     return Built(program_class(attributes, top), captured, graph, shares, cuts, has_scan, history, trailing,
-                 options.least, options.output == "full")  # fmt: skip
+                 options.least_kept, options.output == "full")  # fmt: skip
 
 
 _prepared_graphs: weakref.WeakKeyDictionary[fx.Graph, tuple[fx.Graph, list[Stage]]] = weakref.WeakKeyDictionary()

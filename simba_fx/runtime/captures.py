@@ -59,6 +59,8 @@ def captured(store: Store, root: nn.Module, now: Snapshot, rest: Iterable[Hashab
         store[key] = replace(found, attributes=looks), seen
         for oldest in list(store)[:-_MOST]:
             del store[oldest]
+    else:
+        store[key] = store.pop(key)  # the last one used comes last
     return store[key]
 
 
@@ -72,7 +74,8 @@ def _code(root: nn.Module) -> Hashable:
     """The Python that a forward of `root` may run: methods of its modules' classes, functions of the files that these
     stand in, hooks, functions and objects that hang on modules, registered scans.
 
-    By identity, and weakly: what was put in another's place differs from it, and nothing is kept alive.
+    By identity, and weakly: what was put in another's place differs from it, and nothing is kept alive. Objects that
+    hold plain values alone, as configurations do, by those.
     """
     classes: dict[type, None] = {}
     hung: list[Any] = []
@@ -83,8 +86,32 @@ def _code(root: nn.Module) -> Hashable:
                 hung += _objects(held)
     files = {cls.__module__ for cls in classes} - {"builtins"}
     names = [vars(cls) for cls in classes] + [vars(sys.modules[file]) for file in files if file in sys.modules]
-    code = [held for held_by in names for held in held_by.values() if isinstance(held, _CODE)]
-    return tuple(map(_Identity, (*code, *hung, *(held for row in lift.user_rows() for held in row))))
+    code: list[Any] = [held for held_by in names for held in held_by.values() if isinstance(held, _CODE)]
+    code += [held for row in lift.user_rows() for held in row]
+    values = {id(held): _by_value(held) for held in hung}
+    return (*map(_Identity, code), *(values[id(held)] or _Identity(held) for held in hung))
+
+
+def _by_value(held: Any) -> Hashable:
+    """What an object holds, if that is plain values alone; else None."""
+    state = getattr(held, "__dict__", None)
+    if type(held).__module__ == "builtins" or not state:
+        return None
+    plain = _plain(state)
+    return None if plain is _NOT_PLAIN else (_Identity(type(held)), plain)
+
+
+def _plain(held: Any) -> Hashable:
+    if isinstance(held, dict):
+        parts = [*map(_plain, held), *map(_plain, held.values())]
+    elif isinstance(held, list | tuple | set | frozenset):
+        parts = [*map(_plain, held)]
+    else:
+        return (type(held), held) if isinstance(held, _PLAIN) else _NOT_PLAIN
+    return _NOT_PLAIN if _NOT_PLAIN in parts else (type(held), *parts)
+
+
+_NOT_PLAIN = object()
 
 
 _TREE = ("_parameters", "_buffers", "_modules")

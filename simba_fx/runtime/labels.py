@@ -32,7 +32,7 @@ def reached(last: LastCall) -> Tensor:
     if there is None:
         there = torch.ones_like(survivors, dtype=torch.bool)
     found = torch.zeros(rows, length + 1, dtype=torch.bool, device=survivors.device)
-    return found.scatter_add_(1, survivors.clamp(max=length), there)[:, :length]  # fillers add nothing
+    return found.scatter_add_(1, survivors.clamp(max=length), there)[:, :length]  # pads add nothing
 
 
 def real_at(last: LastCall, cut: int) -> Tensor | None:

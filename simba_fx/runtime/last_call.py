@@ -88,7 +88,7 @@ class Memory:
         return self.asked.in_graph()[0]
 
     @property
-    def least(self) -> int:
+    def shortest_row(self) -> int:
         """Real tokens that every row of a call must have."""
         return self.asked.in_graph()[1]
 

@@ -58,26 +58,26 @@ class Asked:
     """Tokens of each row that are no trailing padding, `(B,)` int64."""
 
     sizes: Tensor = field(init=False, repr=False, compare=False)
-    """`tail` and `least` once more, as sizes: of a number Dynamo compiles each value on its own, of a tensor all sizes
-    at once. It also takes equal sizes for one, so these are far from those of any call; there is no memory behind."""
+    """`tail` and `shortest_row` once more, as sizes: of a number Dynamo compiles each value on its own, of a tensor all
+    sizes at once. It also takes equal sizes for one, so these are far from those of any call. No memory is behind."""
 
     def __post_init__(self) -> None:
         if torch.compiler.is_dynamo_compiling():  # it is made inside of a traced call, for that call
             return
-        sizes = torch.empty(1, 1, dtype=torch.bool, device="cpu").expand(_FAR + self.tail, 2 * _FAR + self.least)
+        sizes = torch.empty(1, 1, dtype=torch.bool, device="cpu").expand(_FAR + self.tail, 2 * _FAR + self.shortest_row)
         vary(sizes, 0, 1)
         object.__setattr__(self, "sizes", sizes)
 
     @property
-    def least(self) -> int:
+    def shortest_row(self) -> int:
         """Real tokens that every row must have for the tail that all share; tails of their own are looked at apart."""
         return self.tail - self.answer if self.tails is None and self.first is None else 1
 
     def in_graph(self) -> tuple[int, int]:
-        """`tail` and `least`, which are symbols where Dynamo traces a whole model."""
+        """`tail` and `shortest_row`, which are symbols where Dynamo traces a whole model."""
         if torch.compiler.is_dynamo_compiling() and not exported() and hasattr(self, "sizes"):
             return self.sizes.shape[0] - _FAR, self.sizes.shape[1] - 2 * _FAR
-        return self.tail, self.least
+        return self.tail, self.shortest_row
 
 
 @dataclass(frozen=True)

@@ -177,7 +177,7 @@ def one_capture_per_module() -> Iterator[None]:
 
 
 def kept_rows(sparse: nn.Module) -> list[list[list[int]]]:
-    """Per block and row, without the −1 of fillers."""
+    """Per block and row, without the −1 of pads."""
     return [[[p for p in row if p >= 0] for row in block.tolist()] for block in simba_fx.kept(sparse)]
 
 

@@ -77,10 +77,17 @@ class Entry:
         return f"transformers `{self.modeling.__name__.split('.')[-2]}`"
 
     def build(self) -> nn.Module:
-        """A fresh model: the same weights at every call, shared with nothing."""
+        """A fresh model: the same weights at every call, which it shares with no other; but what was captured of one
+        serves the next, as long as that looks the same (`simba_fx.runtime.captures`)."""
+        from simba_fx.runtime.captures import share
+
         model = self.make()
         randomise(model, self.seed)
+        share(getattr(model, "base_model", model), _stores.setdefault(self.name, {}))
         return model.to(self.dtype).eval()
+
+
+_stores: dict[str, Any] = {}
 
 
 def randomise(model: nn.Module, seed: int) -> None:

@@ -352,7 +352,7 @@ def test_every_operator_is_checked_and_documented() -> None:
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("heads", [1, 3])
 def test_a_mask_over_pairs_is_taken_at_the_survivors_places(dtype: torch.dtype, heads: int) -> None:
-    """Against indexing in a loop; position 9, outside the input, is a ghost's and no key for anyone."""
+    """Against indexing in a loop; position 9, outside the input, is a masked token's and no key for anyone."""
     square = (
         (torch.randn(2, heads, 9, 9) > 0).to(dtype) if dtype == torch.bool else torch.randn(2, heads, 9, 9).to(dtype)
     )
@@ -655,7 +655,7 @@ def chains(draw: st.DrawFn) -> Chain:
 def follow(chain: Chain) -> int:
     """Each row keeps what it keeps alone; order and counts hold; every input position is written exactly once.
 
-    Returns how many ghosts were met.
+    Returns how many masked tokens were met.
     """
     met = 0
     rows, length = len(chain.lengths), max(chain.lengths)
@@ -682,18 +682,18 @@ def follow(chain: Chain) -> int:
             row_count = (own, chain.tail, share.numerator, share.denominator, chain.floor)
             alone[b] = ops.select_tokens(chain.scores[b][at], alone[b], *row_count)[2]
             assert kept_at[b][kept_real[b]].tolist() == (alone[b][0] + int(start[b])).tolist()
-            ghosts = [i for i in range(k) if real[b, kept[b, i]] and not kept_real[b, i]]
+            extra = [i for i in range(k) if real[b, kept[b, i]] and not kept_real[b, i]]
             # at the end that was padded, also where no pad is left
-            assert ghosts in ([], [0] if chain.left[b] or own == length else [k - 1])
-            in_order = [int(i) for j, i in enumerate(kept[b]) if j not in ghosts]
+            assert extra in ([], [0] if chain.left[b] or own == length else [k - 1])
+            in_order = [int(i) for j, i in enumerate(kept[b]) if j not in extra]
             assert in_order == sorted(in_order)
             assert (int(dropped[b, -1]), int(dropped_at[b, -1])) == (0, length)
             assert dropped[b, :-2].tolist() == sorted(set(range(slots)) - set(kept[b].tolist()))
-            met += len(ghosts)
-            if ghosts:
-                ghost = int(kept[b, ghosts[0]])
-                assert (int(kept_at[b, ghosts[0]]), int(dropped[b, -2])) == (length, ghost)
-                assert int(dropped_at[b, -2]) == int(positions[b, ghost])
+            met += len(extra)
+            if extra:
+                masked = int(kept[b, extra[0]])
+                assert (int(kept_at[b, extra[0]]), int(dropped[b, -2])) == (length, masked)
+                assert int(dropped_at[b, -2]) == int(positions[b, masked])
             else:
                 assert (int(dropped[b, -2]), int(dropped_at[b, -2])) == (0, length)
             written[b] += dropped_at[b].tolist()
@@ -732,7 +732,7 @@ def test_position_scores_do_not_depend_on_the_batch(chain: Chain, seed: int) -> 
                 assert mine[: own - chain.tail].sum() == wanted
 
 
-def test_rows_with_a_pad_too_few_keep_a_ghost() -> None:
+def test_rows_with_a_pad_too_few_keep_a_masked_token() -> None:
     """Rounding makes some rows drop one token more than a longer one: every pair of lengths up to 16, both sides."""
     shares = [Fraction(5, 6), Fraction(2, 3), Fraction(1, 2), Fraction(1, 3)]
     scores = torch.zeros(2, 16)

@@ -44,12 +44,12 @@ def test_taking_apart_and_restoring_is_the_identity(rows: int, length: int, part
 def test_what_has_no_place_is_left_out_and_gets_no_gradient() -> None:
     piece = torch.randn(2, 3, 4, requires_grad=True)
     places = torch.tensor([[0, 1, 2], [1, 2, 0]])
-    ghost = torch.full((2, 1, 4), torch.nan, requires_grad=True)
-    out = ops.restore_tokens([piece, ghost], [places, torch.full((2, 1), 3)], 3)
+    masked = torch.full((2, 1, 4), torch.nan, requires_grad=True)
+    out = ops.restore_tokens([piece, masked], [places, torch.full((2, 1), 3)], 3)
     assert torch.equal(out[1, 1], piece[1, 0])
     out.sum().backward()
     assert torch.equal(piece.grad, torch.ones_like(piece))
-    assert torch.equal(ghost.grad, torch.zeros_like(ghost))
+    assert torch.equal(masked.grad, torch.zeros_like(masked))
 
 
 def test_an_index_taken_twice_adds_its_gradients() -> None:
@@ -90,7 +90,7 @@ class Counted(TorchDispatchMode):
 
 
 def _restored(rows: int, parts: int) -> tuple[tuple[int, int], list[Tensor]]:
-    """How many operators the two passes called; the result and the gradients. Every piece has two ghosts per row."""
+    """How many operators the two passes called; the result and the gradients. Pieces have two masked tokens per row."""
     generator = torch.Generator().manual_seed(parts)
     places, pieces = [], []
     for part in _split(rows, 60, parts, parts):

@@ -109,7 +109,7 @@ SCORES: dict[str, Callable[..., Tensor]] = {
 @pytest.mark.parametrize("kind", SCORES)
 @pytest.mark.parametrize("length", [1, 2, 17, 40, 1100])
 def test_the_selection_is_that_of_the_cpu_bit_for_bit(kind: str, length: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also behind an earlier cut, where rows hold ghosts, and where one comes of rows that have no pad left."""
+    """Also behind an earlier cut, where rows hold masked tokens, and where one comes of rows that have no pad left."""
     torch.manual_seed(length)
     positions = torch.arange(length).expand(3, length)
     lengths = torch.tensor([length, max(1, length // 2), max(1, length - 1)])

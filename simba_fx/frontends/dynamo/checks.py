@@ -157,7 +157,7 @@ def check_lengths(lead: Tensor, length: sympy.Expr, options: Options, tail: int)
     """Every text has the tokens that must be kept of it, and every pruned length is one that Dynamo's graph is for."""
     shape_env: Any = lead.fake_mode.shape_env  # type: ignore[attr-defined]  # a fake tensor
     shortest = int(shape_env.bound_sympy(length).lower)
-    least = tail + options.least
+    least = tail + options.least_kept
     if 2 < shortest > least:
         raise CaptureError(
             f"Dynamo traced the model for texts of at least {shortest} tokens, since it branches on the length, and "

@@ -177,7 +177,7 @@ class PlainRuntime(Memory):
             self._check_looks(dict(zip(captured.arguments, inputs)))
         lead, mask = inputs[captured.inputs.index(captured.facts.primary)], self._mask(inputs)
         refuse_ragged(self.name, self.asked)
-        check_mask(mask, lead.shape[0], lead.shape[1], self.least, self.options.named)
+        check_mask(mask, lead.shape[0], lead.shape[1], self.shortest_row, self.options.named)
         self.built.check_sizes(self.name, lead.shape[0], lead.shape[1], self.tail)
         if (around := autocast_dtype(lead.device)) != self.autocast:
             raise InputError(

@@ -122,13 +122,13 @@ def prepare(stack: Any, given: dict[str, Any]) -> ModelCall | None:
     if isinstance(mask, dict):  # `generate` with a static cache has made masks already; among them the padding's own
         mask = mask.get("linear_attention")
     asked, stated = runtime.asked, mask is not None
-    mask = check_mask(mask, rows, length, runtime.least, runtime.options.named)
+    mask = check_mask(mask, rows, length, runtime.shortest_row, runtime.options.named)
     if length == 1:
         runtime.last = LastCall(rows, length, None, (), None, mask)
         return None
     lengths = _lengths(stack, runtime, ids, lead, mask, stated)
     if lengths is not None and not traced():
-        check_rows(lengths, runtime.least, runtime.options.named)
+        check_rows(lengths, runtime.shortest_row, runtime.options.named)
     ends = ends_of(asked, rows, length, mask, lengths)
     use_cache = given.get("use_cache")
     if ends.apart:

@@ -55,9 +55,9 @@ def select_kernel(
 
     count = k  # of real tokens that stay
     protected_from = slots - tail
-    fillers = 0  # pads that make up the rectangle
-    ghost_wanted = False
-    ghost_first = False
+    pads_kept = 0  # pads that make up the rectangle
+    masked_wanted = False
+    masked_first = False
     if REAL:
         real += row * slots
         kept_real += row * k
@@ -82,9 +82,9 @@ def select_kernel(
         wanted = tl.minimum(tokens, tail + tl.maximum(earlier, floor)).to(tl.int32)
         wanted = tl.maximum(tl.minimum(wanted, k), 0)  # whatever `lengths` says, nothing is written beyond the lists
         count = tl.maximum(tl.minimum(wanted, present), present - (slots - k) - 1)
-        fillers = k - count
-        ghost_wanted = present + fillers > slots
-        ghost_first = tl.load(positions + last * position_slot) == length - 1  # the row was padded on the left alone
+        pads_kept = k - count
+        masked_wanted = present + pads_kept > slots
+        masked_first = tl.load(positions + last * position_slot) == length - 1  # the row was padded on the left alone
 
     # Radix select over the real slots: the key of the count-th best, how many of that key stay, and how many there are.
     threshold = tl.zeros((), tl.uint32)
@@ -111,12 +111,12 @@ def select_kernel(
         need -= tl.sum(tl.where(bins > chosen, histogram, 0), axis=0)
         threshold = threshold | (chosen.to(tl.uint32) << shift)
 
-    # Both lists in one walk. Of equal keys the last `need` stay; pads fill up from the left; the ghost moves outside.
-    stayed = tl.where(ghost_wanted & ghost_first, 1, 0)
+    # Both lists in one walk. Of equal keys the last `need` stay; pads fill up from the left; the masked one moves outside.
+    stayed = tl.where(masked_wanted & masked_first, 1, 0)
     gone = 0
     met = 0
     pads = 0
-    ghost = -1
+    masked = -1
     for start in range(0, slots, BLOCK):
         slot = start + tl.arange(0, BLOCK)
         inside = slot < slots
@@ -131,10 +131,10 @@ def select_kernel(
             is_pad = inside & (is_real == 0)
             pad = pads + tl.cumsum(is_pad.to(tl.int32), axis=0) - 1
             pads += tl.sum(is_pad.to(tl.int32), axis=0)
-            stays = stays_real | (is_pad & (pad < fillers))
+            stays = stays_real | (is_pad & (pad < pads_kept))
             worst = tl.min(tl.where(is_real & (key == lowest), slot, slots), axis=0)
-            ghost = tl.where(ghost_wanted & (ghost < 0) & (worst < slots), worst, ghost)
-        leaves = inside & (stays == 0) & (slot != ghost)
+            masked = tl.where(masked_wanted & (masked < 0) & (worst < slots), worst, masked)
+        leaves = inside & (stays == 0) & (slot != masked)
         position = tl.load(positions + slot * position_slot, mask=inside, other=0)
         at = stayed + tl.cumsum(stays.to(tl.int32), axis=0) - 1
         tl.store(kept + at, slot.to(tl.int64), mask=stays)
@@ -148,16 +148,16 @@ def select_kernel(
         gone += tl.sum(leaves.to(tl.int32), axis=0)
 
     spare = left - SPARE
-    if ghost >= 0:
-        at = tl.where(ghost_first, 0, k - 1)
-        tl.store(kept + at, tl.cast(ghost, tl.int64))
+    if masked >= 0:
+        at = tl.where(masked_first, 0, k - 1)
+        tl.store(kept + at, tl.cast(masked, tl.int64))
         tl.store(kept_positions + at, tl.cast(length, tl.int64))
         if REAL:
             tl.store(kept_real + at, False)
-        tl.store(dropped_positions + spare, tl.load(positions + ghost * position_slot))
+        tl.store(dropped_positions + spare, tl.load(positions + masked * position_slot))
     else:
         tl.store(dropped_positions + spare, tl.cast(length, tl.int64))
-    tl.store(dropped + spare, tl.maximum(ghost, 0).to(tl.int64))
+    tl.store(dropped + spare, tl.maximum(masked, 0).to(tl.int64))
     tl.store(dropped + spare + 1, tl.zeros((), tl.int64))
     tl.store(dropped_positions + spare + 1, tl.cast(length, tl.int64))
 
