@@ -6,6 +6,7 @@ import copy
 import gc
 import importlib
 import time
+import types
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -42,8 +43,11 @@ def traces(monkeypatch: pytest.MonkeyPatch) -> Traces:
 
 
 def build(name: str) -> nn.Module:
+    """A model of whose kind nothing was captured."""
     if name != "plain":
-        return BY_NAME[name].build()
+        model = BY_NAME[name].build()
+        captures.share(model.get_submodule(model.base_model_prefix), {})
+        return model
     simba_fx.register_scan(own_model.scan, own_model.adapter)
     torch.manual_seed(0)
     return own_model.MyMamba(50, 16, 4, 4).eval()  # type: ignore[no-any-return]
@@ -93,6 +97,33 @@ def test_a_kind_of_call_that_one_has_met_is_known_to_the_next(traces: Traces) ->
     found = logits(simba_fx.transform(model, 0.5), input_ids=ids, attention_mask=mask)
     assert traces.count == before
     assert torch.equal(found, logits(simba_fx.transform(build("mamba"), 0.5), input_ids=ids, attention_mask=mask))
+
+
+def test_an_object_that_holds_plain_values_is_known_by_them(traces: Traces) -> None:
+    """A block that reads a setting of an object of its own is traced anew when that was changed in place."""
+    simba_fx.register_scan(own_model.scan, own_model.adapter)
+
+    class Scaled(own_model.Block):  # type: ignore[misc, name-defined]
+        def forward(self, hidden: Tensor) -> Tensor:
+            return super().forward(hidden) * self.settings.scale  # type: ignore[no-any-return]
+
+    model: Any = own_model.MyMamba(50, 16, 4, 4).eval()
+    model.blocks = nn.ModuleList(Scaled(16, 4) for _ in range(4))
+    settings = [types.SimpleNamespace(scale=1.0, sizes={"kept": [2, 3]}) for _ in model.blocks]
+    for block, held in zip(model.blocks, settings):
+        block.settings = held
+    before = model(PLAIN)
+    torch.testing.assert_close(simba_fx.transform(model, "dense")(PLAIN), before)
+    simba_fx.transform(model, "linear")
+    assert traces.count == 1
+    settings[2].scale = 2.0
+    torch.testing.assert_close(simba_fx.transform(model, "dense")(PLAIN), model(PLAIN))
+    assert not torch.allclose(model(PLAIN), before, atol=1e-3)
+    assert traces.count == 2
+    settings[2].scale = 1.0
+    settings[0] = model.blocks[0].settings = copy.deepcopy(settings[0])  # another object that says the same
+    simba_fx.transform(model, "linear")
+    assert traces.count == 2
 
 
 def replace_method(model: Any, patch: pytest.MonkeyPatch) -> None:

@@ -111,7 +111,7 @@ def select_kernel(
         need -= tl.sum(tl.where(bins > chosen, histogram, 0), axis=0)
         threshold = threshold | (chosen.to(tl.uint32) << shift)
 
-    # Both lists in one walk. Of equal keys the last `need` stay; pads fill up from the left; the masked one moves outside.
+    # Both lists in one walk. Of equal keys the last `need` stay; pads fill up from the left; the masked one goes out.
     stayed = tl.where(masked_wanted & masked_first, 1, 0)
     gone = 0
     met = 0
