@@ -19,7 +19,7 @@ from torch import nn
 from simba_fx.capture import lift
 from simba_fx.capture.normalise import Captured
 from simba_fx.graph.facts import tensor_paths
-from simba_fx.runtime.fingerprint import Snapshot
+from simba_fx.runtime.fingerprint import Identity, Snapshot, is_plain_object
 from simba_fx.runtime.fsdp import dense_class, without_memory
 
 __all__ = ["captured", "share", "stored_with"]
@@ -74,8 +74,7 @@ def _code(root: nn.Module) -> Hashable:
     """The Python that a forward of `root` may run: methods of its modules' classes, functions of the files that these
     stand in, hooks, functions and objects that hang on modules, registered scans.
 
-    By identity, and weakly: what was put in another's place differs from it, and nothing is kept alive. Objects that
-    hold plain values alone, as configurations do, by those.
+    By identity, and weakly: what was put in another's place differs from it, and nothing is kept alive.
     """
     classes: dict[type, None] = {}
     hung: list[Any] = []
@@ -88,30 +87,7 @@ def _code(root: nn.Module) -> Hashable:
     names = [vars(cls) for cls in classes] + [vars(sys.modules[file]) for file in files if file in sys.modules]
     code: list[Any] = [held for held_by in names for held in held_by.values() if isinstance(held, _CODE)]
     code += [held for row in lift.user_rows() for held in row]
-    values = {id(held): _by_value(held) for held in hung}
-    return (*map(_Identity, code), *(values[id(held)] or _Identity(held) for held in hung))
-
-
-def _by_value(held: Any) -> Hashable:
-    """What an object holds, if that is plain values alone; else None."""
-    state = getattr(held, "__dict__", None)
-    if type(held).__module__ == "builtins" or not state:
-        return None
-    plain = _plain(state)
-    return None if plain is _NOT_PLAIN else (_Identity(type(held)), plain)
-
-
-def _plain(held: Any) -> Hashable:
-    if isinstance(held, dict):
-        parts = [*map(_plain, held), *map(_plain, held.values())]
-    elif isinstance(held, list | tuple | set | frozenset):
-        parts = [*map(_plain, held)]
-    else:
-        return (type(held), held) if isinstance(held, _PLAIN) else _NOT_PLAIN
-    return _NOT_PLAIN if _NOT_PLAIN in parts else (type(held), *parts)
-
-
-_NOT_PLAIN = object()
+    return tuple(map(Identity, (*code, *(held for held in hung if not is_plain_object(held)))))
 
 
 _TREE = ("_parameters", "_buffers", "_modules")
@@ -133,31 +109,3 @@ def _objects(held: Any) -> Iterator[Any]:
         yield from _objects(held.hook)
     elif not isinstance(held, _PLAIN) and not str(getattr(held, "__module__", "")).startswith("simba_fx."):
         yield held
-
-
-class _Identity:
-    """Equal to another of the same object while that lives, or of an equal plain value."""
-
-    __slots__ = ("held", "number", "ref")
-
-    def __init__(self, held: Any) -> None:
-        self.ref: Any = None
-        self.held: Any = None
-        self.number = id(held)
-        if isinstance(held, _PLAIN):
-            self.held, self.number = held, hash(held)
-            return
-        try:
-            self.ref = weakref.ref(held)
-        except TypeError:  # of builtins and properties, which are small
-            self.held = held
-
-    def __hash__(self) -> int:
-        return self.number
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, _Identity) or self.number != other.number or (self.ref is None) != (other.ref is None):
-            return False
-        if self.ref is not None:
-            return self.ref() is not None and self.ref() is other.ref()
-        return self.held is other.held or (isinstance(self.held, _PLAIN) and bool(self.held == other.held))

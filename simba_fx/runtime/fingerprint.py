@@ -8,9 +8,13 @@ mode, a hook inside a block change what the model computes, and ask for another 
 
 from __future__ import annotations
 
+import enum
+import functools
 import itertools
 import operator
+import types
 import warnings
+import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -20,9 +24,9 @@ from torch import Tensor, nn
 
 from simba_fx.runtime.fsdp import dense_class, dtype_in_forward, is_hook, is_sharded, state_of
 
-__all__ = ["Fingerprint", "Snapshot", "hooks_of", "snapshot"]
+__all__ = ["Fingerprint", "Identity", "Snapshot", "hooks_of", "is_plain_object", "snapshot"]
 
-_PLAIN = frozenset({bool, int, float, complex, str, type(None), torch.dtype, torch.device})
+_PLAIN: frozenset[Any] = frozenset({bool, int, float, complex, str, type(None), torch.dtype, torch.device})
 _CONTAINERS = frozenset({list, tuple, set, dict})
 _INTERNAL = frozenset({*nn.Module().__dict__, "gradient_checkpointing"} - {"training"})
 """Attributes that say nothing about what a forward computes."""
@@ -81,6 +85,8 @@ def snapshot(root: nn.Module, live: Collection[nn.Module] = ()) -> Snapshot:
     seen: list[_Seen] = []
     hooks: list[tuple[int, Any]] = []
     forwards: list[tuple[int, Any]] = []
+    config = getattr(root, "config", None)
+    looks: dict[int, Any] = {id(config): None}  # it comes apart
     left: list[tuple[str, int, nn.Module, Any]] = [("", -1, root, None)]
     while left:
         name, parent, module, state = left.pop()
@@ -90,15 +96,14 @@ def snapshot(root: nn.Module, live: Collection[nn.Module] = ()) -> Snapshot:
         if attributes["_buffers"]:
             tensors += [(key, *_described(t, state)) for key, t in attributes["_buffers"].items() if t is not None]
         place = len(seen)
-        seen.append(_Seen(name, parent, dense_class(module), tuple(tensors), _values(attributes)))
+        seen.append(_Seen(name, parent, dense_class(module), tuple(tensors), _values(attributes, looks)))
         if module not in live:
             hooks += [(place, hook) for hook in hooks_of(module)]
         if "forward" in attributes:
             forwards.append((place, attributes["forward"]))
         left += [(key, place, child, state) for key, child in attributes["_modules"].items() if child is not None]
-    config = getattr(root, "config", None)
     settings = {} if config is None else {k: v for k, v in vars(config).items() if k not in _BY_CALL}
-    return Snapshot(tuple(seen), _values(settings), tuple(hooks), tuple(forwards))
+    return Snapshot(tuple(seen), _values(settings, looks), tuple(hooks), tuple(forwards))
 
 
 class Fingerprint:
@@ -148,9 +153,14 @@ class Fingerprint:
             self._modules = list(self.root.modules())
             self._classes = [*map(type, self._modules)]
             config = getattr(self.root, "config", None)
-            self._views = [] if config is None else [*_views(vars(config))]
+            objects = {} if config is None else {id(config): config}
+            self._views = []
             for module in self._modules:
                 self._views += _views(module.__dict__)
+                objects |= {id(held): held for held in module.__dict__.values()
+                            if type(held) not in _USUAL and is_plain_object(held)}  # fmt: skip
+            for held in objects.values():
+                self._views += _views(vars(held))
             self._held = [*itertools.chain.from_iterable(self._views), *_END]
             self._tensors = [tensor for module in self._modules for held in (module._parameters, module._buffers)
                              for tensor in held.values() if tensor is not None]  # fmt: skip
@@ -175,6 +185,7 @@ class Fingerprint:
             )
 
 
+_USUAL = _PLAIN | _CONTAINERS
 _END = (object(),)
 _look = operator.attrgetter("shape", "dtype", "device")
 _WATCHED = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
@@ -217,7 +228,8 @@ def _described(tensor: Tensor, state: Any) -> tuple[Any, ...]:
     return tensor.shape, tensor.dtype, tensor.device, kind
 
 
-def _values(attributes: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
+def _values(attributes: Mapping[str, Any], looks: dict[int, Any]) -> tuple[tuple[str, Any], ...]:
+    """What decides what a forward computes; `looks`: of objects that were looked at before, by their ids."""
     found = []
     for name in attributes:
         if name in _INTERNAL:  # most are
@@ -231,7 +243,42 @@ def _values(attributes: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
             found.append((name, _frozen(value)))
         elif name == "_hf_hook":  # of accelerate: weights may be elsewhere
             found.append((name, kind))
+        elif name not in _NOT_COMPUTED:
+            if id(value) not in looks:
+                looks[id(value)] = _look_of(value)
+            if looks[id(value)] is not None:
+                found.append((name, looks[id(value)]))
     return tuple(found)
+
+
+_NOT_COMPUTED = ("forward", "_gradient_checkpointing_func")
+"""The first is looked at apart; the second does not change what is computed."""
+_CALLABLE = (types.FunctionType, types.BuiltinFunctionType, functools.partial, type)
+
+
+def _look_of(value: Any) -> Any:
+    """Of an attribute that is neither plain nor a container: functions by identity, members of enumerations, objects
+    that hold plain values alone by those; None for anything else."""
+    if isinstance(value, enum.Enum):
+        return value
+    if isinstance(value, types.MethodType):  # of a clone it is bound to the clone
+        return Identity(value.__func__)
+    if isinstance(value, _CALLABLE):
+        return Identity(value)
+    return (type(value), _frozen(vars(value))) if is_plain_object(value) else None
+
+
+def is_plain_object(value: Any) -> bool:
+    """Whether an object holds plain values alone, as configurations do."""
+    state = getattr(value, "__dict__", None)
+    return bool(state) and not isinstance(value, (nn.Module, Tensor, types.MethodType, *_CALLABLE)) and _is_plain(state)
+
+
+def _is_plain(value: Any) -> bool:
+    kind = type(value)
+    if kind is dict:
+        return all(map(_is_plain, value)) and all(map(_is_plain, value.values()))
+    return all(map(_is_plain, value)) if kind in _CONTAINERS else kind in _PLAIN
 
 
 def _frozen(value: Any) -> Any:
@@ -244,3 +291,31 @@ def _frozen(value: Any) -> Any:
     if kind is set:
         return tuple(sorted(map(repr, value)))
     return value if kind in _PLAIN else kind
+
+
+class Identity:
+    """Equal to another of the same object while that lives, or of an equal plain value."""
+
+    __slots__ = ("held", "number", "ref")
+
+    def __init__(self, held: Any) -> None:
+        self.ref: Any = None
+        self.held: Any = None
+        self.number = id(held)
+        if isinstance(held, tuple(_PLAIN)):
+            self.held, self.number = held, hash(held)
+            return
+        try:
+            self.ref = weakref.ref(held)
+        except TypeError:  # of builtins and properties, which are small
+            self.held = held
+
+    def __hash__(self) -> int:
+        return self.number
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Identity) or self.number != other.number or (self.ref is None) != (other.ref is None):
+            return False
+        if self.ref is not None:
+            return self.ref() is not None and self.ref() is other.ref()
+        return self.held is other.held or (isinstance(self.held, tuple(_PLAIN)) and bool(self.held == other.held))

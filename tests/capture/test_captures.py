@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import importlib
 import time
@@ -122,8 +123,37 @@ def test_an_object_that_holds_plain_values_is_known_by_them(traces: Traces) -> N
     assert traces.count == 2
     settings[2].scale = 1.0
     settings[0] = model.blocks[0].settings = copy.deepcopy(settings[0])  # another object that says the same
-    simba_fx.transform(model, "linear")
+    sparse = simba_fx.transform(model, "linear")
     assert traces.count == 2
+    found = sparse(PLAIN)
+    sparse.blocks[1].settings.scale = 2.0  # a sparse model's own modules hold the same objects
+    again = sparse(PLAIN)
+    assert traces.count == 3
+    torch.testing.assert_close(again, simba_fx.transform(copy.deepcopy(model), "linear")(PLAIN))
+    assert not torch.allclose(again, found, atol=1e-3)
+
+
+def test_a_function_that_is_exchanged_on_a_module_is_seen(traces: Traces) -> None:
+    simba_fx.register_scan(own_model.scan, own_model.adapter)
+
+    class Gated(own_model.Block):  # type: ignore[misc, name-defined]
+        act: Any = staticmethod(torch.tanh)
+
+        def forward(self, hidden: Tensor) -> Tensor:
+            return hidden + self.act(super().forward(hidden))  # type: ignore[no-any-return]
+
+    model: Any = own_model.MyMamba(50, 16, 4, 4).eval()
+    model.blocks = nn.ModuleList(Gated(16, 4) for _ in range(4))
+    sparse = simba_fx.transform(model, "dense")
+    torch.testing.assert_close(sparse(PLAIN), before := model(PLAIN))
+    for act in (nn.functional.gelu, lambda x: 2 * x, functools.partial(nn.functional.leaky_relu, negative_slope=0.2)):
+        for one in (model, sparse):
+            one.blocks[2].act = act
+        torch.testing.assert_close(sparse(PLAIN), model(PLAIN))
+        assert not torch.allclose(model(PLAIN), before, atol=1e-3)
+    assert traces.count == 4
+    sparse(PLAIN)
+    assert traces.count == 4
 
 
 def replace_method(model: Any, patch: pytest.MonkeyPatch) -> None:
