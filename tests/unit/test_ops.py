@@ -793,7 +793,7 @@ def test_the_ssd_scans_results_have_the_strides_that_were_promised(
     a GPU died."""
     monkeypatch.setattr(backends, "on_gpu", lambda operand: on_gpu)
     monkeypatch.setattr(backends, "triton_kernels", lambda: None)
-    monkeypatch.setattr(backends, "_native_scan", lambda operand, states: False)
+    monkeypatch.setattr(backends, "_native_scan", lambda scan: False)
     monkeypatch.setattr(cuda, "ssd_scan_fn", lambda: None)
     y, last = ops.ssd_scan(*ssd_operands(length=length, groups=groups).values(), True)
     assert y.is_contiguous()
