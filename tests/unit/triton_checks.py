@@ -53,7 +53,7 @@ def expected_score(contributions: Tensor, query: Tensor, absolute: bool) -> Tens
         {"length": 1, "channels": 1, "states": 1},
         {"length": 67, "dtype": torch.bfloat16},
         {"length": 150, "channels": 33, "states": 5, "rows": 1, "decay": 8.0, "channel_last": False},
-        {"length": 70, "channels": 6, "states": 9, "groups": 3, "decay": 60.0, "dtype": torch.float16},
+        {"length": 70, "channels": 6, "states": 9, "groups": 3, "rows": 1, "decay": 60.0, "dtype": torch.float16},
         {"length": 90, "channels": 16, "decay": 1e4},
     ],
     ids=str,
