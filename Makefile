@@ -7,6 +7,8 @@ PYTHON ?= python3
 # spec could pull gigabytes of CUDA libraries. On a GPU machine: make test TORCH=torch
 TORCH ?= torch==2.13.0
 TRANSFORMERS ?= transformers
+TRITON ?= triton==3.9.0
+NUMPY ?= numpy
 WORKERS ?= 2
 ARGS ?=
 
@@ -14,7 +16,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-OLDEST := VENV=.venv-oldest TORCH=torch==2.11.0 TRANSFORMERS=transformers==5.17.0
+# torch 2.11 reads what Triton 3.6 compiles to, whose interpreter knows no newer NumPy.
+OLDEST := VENV=.venv-oldest TORCH=torch==2.11.0 TRANSFORMERS=transformers==5.17.0 TRITON=triton==3.6.0 NUMPY='numpy<2.4'
 NEWEST := VENV=.venv-newest TORCH=torch TRANSFORMERS=transformers
 
 .PHONY: test quick test-oldest test-newest canary canary-oldest canary-newest lint demo bench speed table fuzz clean
@@ -77,14 +80,14 @@ $(VENV)/.torch:
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.torch pyproject.toml
-	$(PIP) -e '.[dev]' '$(TRANSFORMERS)'
+	$(PIP) -e '.[dev]' '$(TRANSFORMERS)' '$(NUMPY)'
 	@touch $@ $(VENV)/.demo
 
 # Triton in a folder that is not on sys.path: it serves the tests of the kernels (interpreted, and compiled for GPUs that
 # are not there), and where Inductor finds it every process takes longer to start.
 $(VENV)/.triton: $(VENV)/.torch
 	rm -rf $(VENV)/triton
-	$(PIP) --no-deps --target $(VENV)/triton triton==3.9.0
+	$(PIP) --no-deps --target $(VENV)/triton '$(TRITON)'
 	@touch $@
 
 # mamba_ssm as pure Python (its CUDA extensions are stubbed in the one process that imports it), in a folder that is not

@@ -5,6 +5,7 @@ Each stands for a kind that people met (a wrapper, images, experts, parametrised
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import re
 import subprocess
@@ -12,6 +13,7 @@ import sys
 import time
 import types
 import warnings
+from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -452,24 +454,35 @@ def test_transforms_leave_nothing_behind() -> None:
     assert FakeTensorMode.cache_info().size <= 4096
 
 
+@contextlib.contextmanager
+def _whatever_dynamo_warns_of() -> Iterator[None]:
+    with warnings.catch_warnings(action="ignore"):
+        yield
+
+
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("name", ["mamba", "zamba2"])
 def test_a_model_that_was_called_goes_when_its_user_lets_it_go(name: str, compiled: bool) -> None:
-    """What it remembers of the thread's last call, and was asked for, leads to it and must not keep it."""
+    """What it remembers of the thread's last call, and was asked for, leads to it and must not keep it.
+
+    (torch 2.11 itself keeps the class of a model that was compiled, a dense one's too.)
+    """
     import gc
     import weakref
 
-    def user() -> tuple[Any, ...]:
+    def user(sparse: bool) -> tuple[Any, ...]:
         model: Any = BY_NAME[name].build()
         model.__class__ = type("Own", (type(model),), {})  # other tests' models keep the classes of theirs
-        sparse: Any = simba_fx.transform(model, "linear")
-        run = torch.compile(sparse, backend="eager") if compiled else sparse
-        with torch.no_grad(), simba_fx.tail(sparse, 3):
+        model = simba_fx.transform(model, "linear") if sparse else model
+        run = torch.compile(model, backend="eager") if compiled else model
+        with torch.no_grad(), simba_fx.tail(model, 3) if sparse else _whatever_dynamo_warns_of():
             run(tokens(0, 2, 40))
-        assert simba_fx.kept(sparse)
-        return weakref.ref(type(sparse)), *map(weakref.ref, sparse.parameters())
+        assert not sparse or simba_fx.kept(model)
+        return weakref.ref(type(model)), *map(weakref.ref, model.parameters())
 
-    left = user()
-    torch.compiler.reset()
-    gc.collect()
-    assert not [held for ref in left if (held := ref()) is not None]
+    def left(*refs: Any) -> list[Any]:
+        torch.compiler.reset()
+        gc.collect()
+        return [type(held) for ref in refs if (held := ref()) is not None]
+
+    assert left(*user(True)) in ([], left(*user(False)))

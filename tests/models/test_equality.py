@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import functools
 import itertools
 import math
 from collections.abc import Iterator
@@ -180,16 +181,28 @@ def test_our_kernels_equal_the_models_to_rounding(entry: Entry) -> None:
 def test_in_low_precision_our_kernels_are_as_near_to_float32_as_the_models_own(name: str) -> None:
     """Two roundings of one truth may differ by more than either is off, so both are measured against float32.
 
-    One tensor's luck proves nothing: what counts is the mean ratio of the two errors over all tensors.
+    One tensor's luck proves nothing: what counts is the mean ratio of the two errors over all tensors. Where ours is
+    much farther off, the model's own scans, rounded in eight other ways, say how far off rounding alone brings it.
     """
     model, truth_model = dense(name), BY_NAME[name].build().float()
     pruned = sparse(name, keep_all(n_blocks(model)), kernels="auto")
     ratios = []
+
+    @functools.cache
+    def others(inputs: tuple[tuple[str, Tensor], ...]) -> list[dict[str, Tensor]]:
+        found = []
+        for seed in range(8):
+            with reference.rounded_otherwise(BY_NAME[name].modeling, seed):
+                found.append(results_of(model, **dict(inputs)))
+        return found
+
     for inputs in ({"input_ids": tokens(seed, 3, 37)} for seed in (50, 51, 52)):
         truth, found = results_of(truth_model, **inputs), results_of(pruned, **inputs)
         for what, theirs in results_of(model, **inputs).items():
             ours, own = (reference.relative_rms(x, truth[what]) for x in (found[what], theirs))
-            assert ours <= 6 * own + 1e-3, f"{what}: {ours:.3g} off where the model's own kernels are {own:.3g} off"
+            if ours > 6 * own + 1e-3:
+                spread = [reference.relative_rms(x[what], truth[what]) for x in others(tuple(inputs.items()))]
+                assert ours <= 2 * max(spread), f"{what}: {ours:.3g} off, the model's own kernels {own:.3g} to {spread}"
             ratios.append(math.log(ours / own))
     assert math.exp(sum(ratios) / len(ratios)) < 1.2
 

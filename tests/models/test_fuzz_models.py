@@ -554,25 +554,6 @@ def compare(name: str, ours: Tensor, theirs: Tensor, truth: Tensor | None,
     assert our <= 2 * spread, f"{name}: {our:.3g} off where rounding explains {own:.3g} to {spread:.3g}"
 
 
-@contextlib.contextmanager
-def rounded_otherwise(one: Subject, seed: int) -> Iterator[None]:
-    """The model's own scans, their results moved by less than half of bfloat16's spacing."""
-    modeling, generator = one.setting.entry.modeling, torch.Generator().manual_seed(seed)
-    functions = {name: getattr(modeling, name) for name in ("mamba_selective_scan", "mamba2_chunk_scan")
-                 if hasattr(modeling, name)}  # fmt: skip
-
-    def moved(function: Any, *args: Any, **kwargs: Any) -> Any:
-        found = function(*args, **kwargs)
-        result, *rest = found if isinstance(found, tuple) else (found,)
-        result = result * (1 + (torch.rand(result.shape, generator=generator) - 0.5) * 2**-7)
-        return (result, *rest) if isinstance(found, tuple) else result
-
-    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-        for name, function in functions.items():
-            patch.setattr(modeling, name, functools.partial(moved, function))
-        yield
-
-
 def compare_logits(one: Subject, call: Call, found: Tensor, expected: reference.Batch,
                    truth: reference.Batch | None) -> None:  # fmt: skip
     for b, (slots, positions) in enumerate(logits_of(one, call, found.shape[1])):
@@ -584,7 +565,7 @@ def compare_logits(one: Subject, call: Call, found: Tensor, expected: reference.
         else:
 
             def otherwise(seed: int, b: int = b, positions: Tensor = positions) -> Tensor:
-                with rounded_otherwise(one, seed):
+                with torch.no_grad(), reference.rounded_otherwise(one.setting.entry.modeling, seed):
                     return expected_of(one, call).logits[b, positions]
 
             compare(f"row {b}", ours, theirs, None if truth is None else truth.logits[b, positions], otherwise)
@@ -706,7 +687,7 @@ def check_generation(one: Subject, call: Call) -> None:
             def otherwise(
                 seed: int, b: int = b, step: int = step, place: Tensor = place, options: Any = options
             ) -> Tensor:
-                with rounded_otherwise(one, seed):
+                with torch.no_grad(), reference.rounded_otherwise(one.setting.entry.modeling, seed):
                     row = reference.generate(one.dense, ids[b, place], one.shares, call.new,
                                              follow=found.sequences[b, length:].tolist(), **options)  # fmt: skip
                 return row.steps[step]

@@ -22,6 +22,9 @@ from simba_fx.ops import backends, reference
 from simba_fx.ops.cuda import packages as cuda
 from simba_fx.ops.cuda.triton.common import INTERPRETED, launch
 
+pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0:DeprecationWarning")
+"""The interpreter of Triton 3.6 does that."""
+
 OPS = torch.ops.simba_fx
 SELECTIVE = ("u", "delta", "A", "B", "C", "delta_bias")
 SSD = ("x", "dt", "A", "B", "C", "dt_bias")
