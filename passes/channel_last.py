@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from simba_fx.graph.facts import SCANS, Facts, value
+from simba_fx.graph.facts import Facts, value
 from simba_fx.graph.marks import Insert, Role, region
+from simba_fx.ops.recurrences import SCANS
 
 _ATEN = torch.ops.aten
 

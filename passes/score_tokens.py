@@ -14,14 +14,10 @@ from simba_fx.graph.facts import Facts, by_region, operator_of, scans_by_block, 
 from simba_fx.graph.marks import Insert, Role, bookkeeping, give_role, region, role
 from simba_fx.graph.plan import Cut
 from simba_fx.graph.token_order import check_cuts, directions_to, scan_directions, ways
+from simba_fx.ops.recurrences import recurrence_of
 
-_SCORES = {
-    torch.ops.simba_fx.selective_scan.default: torch.ops.simba_fx.selective_token_score.default,
-    torch.ops.simba_fx.ssd_scan.default: torch.ops.simba_fx.ssd_token_score.default,
-}
 Books = dict[Role, fx.Node]
 _READ_BY_POSITION = (Role.POSITIONS, Role.REAL, Role.LENGTHS, Role.LENGTH, Role.TAIL)
-_SKIPPED = ("D", "z", "chunk_size")  # operands that the score of a token does not read
 
 
 @dataclass(frozen=True)
@@ -117,16 +113,10 @@ class ScoreTokens:
         if self.criterion not in ops.CRITERIA:
             args = (str(operator_of(scan)._opname), list(scan.args), real, tail)
             return insert("criterion", *args, val=val, like=scan, op="call_module")
-        names = [argument.name for argument in operator_of(scan)._schema.arguments]
-        operands = [value for name, value in zip(names, _all_arguments(scan)) if name not in _SKIPPED]
-        return insert(_SCORES[operator_of(scan)], *operands, real, tail, self.criterion, val=val, like=scan)
+        recurrence = recurrence_of(scan.target)
+        named = recurrence.named(scan.args, scan.kwargs)
+        operands = [named[name] for name in recurrence.scored]
+        return insert(recurrence.score, *operands, real, tail, self.criterion, val=val, like=scan)
 
 
 _MAXIMUM = torch.ops.aten.maximum.default
-
-
-def _all_arguments(node: fx.Node) -> list[Any]:
-    """The arguments of an operator call in schema order, defaults filled in."""
-    arguments = operator_of(node)._schema.arguments
-    given = dict(zip((a.name for a in arguments), node.args)) | node.kwargs
-    return [given.get(a.name, a.default_value) for a in arguments]

@@ -30,6 +30,7 @@ from simba_fx.graph.facts import Facts, value
 from simba_fx.graph.marks import made_by, region
 from simba_fx.graph.plan import Cut, cuts_of, entering
 from simba_fx.graph.token_order import reaches_all
+from simba_fx.ops.recurrences import recurrence_of
 from simba_fx.options import Options
 from simba_fx.runtime.build import CustomCriterion, scoring_blocks
 from simba_fx.schedule import Budget, Cost, kept_count
@@ -114,8 +115,7 @@ class _Counting(fx.Interpreter):
             first = (str(error).strip().splitlines() or [type(error).__name__])[0]
             self.not_counted = f"The criterion needs more than shapes and is not counted: {first[:120]}"
             lead = operands[0]
-            length = lead.shape[2 if kind == "selective_scan" else 1]
-            return lead.new_empty((lead.shape[0], length), dtype=torch.float32)
+            return lead.new_empty(recurrence_of(kind).sizes(lead), dtype=torch.float32)
 
 
 def _signature(argument: Any) -> Any:

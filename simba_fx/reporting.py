@@ -18,9 +18,10 @@ from simba_fx import ops
 from simba_fx.api import _runtime, kept
 from simba_fx.errors import SimbaError
 from simba_fx.flops import model_flops, surroundings_of
-from simba_fx.graph.facts import operator_of, scans_by_block
+from simba_fx.graph.facts import scans_by_block
 from simba_fx.graph.marks import Role, role
 from simba_fx.graph.plan import reasons
+from simba_fx.ops.recurrences import recurrence_of
 from simba_fx.options import Options
 from simba_fx.runtime.build import Built, CustomCriterion
 
@@ -29,7 +30,6 @@ __all__ = ["BlockRow", "Report", "Total", "report"]
 KEPT, DROPPED, PADDING = "#0072B2", "#E4E4E4", "#F2CF8D"
 """Colours of the picture: blue, light grey, light orange (after Okabe and Ito): apart to colour-blind eyes as well."""
 
-_SCAN_KINDS = {"selective_scan": "selective scan", "ssd_scan": "ssd scan"}
 _COLUMNS = 1600  # of the picture: longer inputs are averaged into so many
 
 
@@ -40,7 +40,7 @@ class BlockRow:
     index: int
     path: str
     scan: str
-    """"selective scan", "ssd scan", both joined by " + ", or "none"."""
+    """The kinds of recurrence in it ("selective scan", "ssd scan"), joined by " + ", or "none"."""
     tokens: int
     """Tokens that enter the block: the rectangle that it computes on."""
     real_tokens: float | None
@@ -301,11 +301,8 @@ def report(sparse: nn.Module, *args: Any, **kwargs: Any) -> Report:
 
 
 def _scan_kind(built: Built, block: int) -> str:
-    names = [
-        _SCAN_KINDS[str(operator_of(scan)._opname)]
-        for scan in scans_by_block(built.captured.graph, built.captured.facts.n_blocks)[block]
-    ]
-    return " + ".join(dict.fromkeys(names)) or "none"
+    scans = scans_by_block(built.captured.graph, built.captured.facts.n_blocks)[block]
+    return " + ".join(dict.fromkeys(recurrence_of(scan.target).title for scan in scans)) or "none"
 
 
 def _setting(built: Built, name: str) -> str:

@@ -27,7 +27,8 @@ from torch import Tensor, fx, nn
 import simba_fx
 from simba_fx.bench.options import BenchError
 from simba_fx.compiling import dynamic_marker, skip_frame
-from simba_fx.graph.facts import SCANS, operator_of
+from simba_fx.graph.facts import operator_of
+from simba_fx.ops.recurrences import SCANS
 from simba_fx.runtime.program import Block, Kind
 
 __all__ = ["UTRC", "places", "reduce_tokens", "removed"]

@@ -15,8 +15,9 @@ from collections.abc import Mapping
 import sympy
 from torch import Tensor, fx, nn
 
-from simba_fx.graph.facts import SCANS, expression, value, where
+from simba_fx.graph.facts import expression, value, where
 from simba_fx.graph.marks import REGION
+from simba_fx.ops.recurrences import SCANS
 
 __all__ = ["EVERYTHING", "assign_regions", "block_list", "paths"]
 

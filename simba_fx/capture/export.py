@@ -25,7 +25,8 @@ from simba_fx.capture.guards import Question, guards_of, watched
 from simba_fx.capture.normalise import Captured, annotate, check_every_mixer, cut, drop_no_ops, strip_paths
 from simba_fx.capture.refusals import Watch, advice, explained, refuse_quantised, told_in_words
 from simba_fx.errors import CaptureError, ScanNotFoundError
-from simba_fx.graph.facts import SCANS, expression, look_up, tensor_paths, value
+from simba_fx.graph.facts import expression, look_up, tensor_paths, value
+from simba_fx.ops.recurrences import SCANS
 
 __all__ = ["Captured", "capture_graph"]
 

@@ -21,9 +21,10 @@ from simba_fx.capture.blocks import EVERYTHING, assign_regions, paths
 from simba_fx.capture.guards import Guard
 from simba_fx.capture.refusals import advice
 from simba_fx.errors import CaptureError
-from simba_fx.graph.facts import SCANS, Facts, drop_dead_code, expression, is_size, returned, value
+from simba_fx.graph.facts import Facts, drop_dead_code, expression, is_size, returned, value
 from simba_fx.graph.marks import REGION
 from simba_fx.graph.token_order import settle_flips
+from simba_fx.ops.recurrences import SCANS
 
 __all__ = ["Captured", "annotate", "check_every_mixer", "cut", "drop_no_ops", "strip_paths"]
 

@@ -14,11 +14,10 @@ import sympy
 import torch
 from torch import Tensor, fx, nn
 
-import simba_fx.ops  # noqa: F401  # registers the operators named below
 from simba_fx.errors import GraphError
 from simba_fx.graph.marks import Role, region, role
+from simba_fx.ops.recurrences import SCANS
 
-SCANS = (torch.ops.simba_fx.selective_scan.default, torch.ops.simba_fx.ssd_scan.default)
 SELECTS = (torch.ops.simba_fx.select_tokens.default, torch.ops.simba_fx.select_real_tokens.default)
 
 

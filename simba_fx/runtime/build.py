@@ -18,7 +18,7 @@ from simba_fx.errors import CriterionError, GraphError
 from simba_fx.graph.plan import Cut, cuts_of
 from simba_fx.graph.runner import Stage, run_passes
 from simba_fx.graph.token_order import directions_to, reaches_all
-from simba_fx.ops.operands import SelectiveScan, SSDScan
+from simba_fx.ops.recurrences import recurrence_of
 from simba_fx.options import Criterion, Options
 from simba_fx.runtime.program import Program, blocks_of
 
@@ -130,10 +130,10 @@ class CustomCriterion(nn.Module):
 
     @torch.no_grad()
     def forward(self, kind: str, arguments: list[Any], real: Tensor | None, tail: int) -> Tensor:
-        operands = (SelectiveScan if kind == "selective_scan" else SSDScan)(*arguments)
-        first = arguments[0]
-        rows, length = first.shape[0], first.shape[2 if kind == "selective_scan" else 1]
+        recurrence, first = recurrence_of(kind), arguments[0]
+        rows, length = recurrence.sizes(first)
         query = ops.query_position(real, tail, rows=rows, length=length, device=first.device)
+        operands: Any = recurrence.operands(*arguments)
         score = self.function(operands, query)
         if not isinstance(score, Tensor) or score.shape != (rows, length):
             found = tuple(score.shape) if isinstance(score, Tensor) else type(score).__name__

@@ -20,8 +20,8 @@ from simba_fx import SelectiveScan, errors, register_scan
 from simba_fx.capture import lift, scan_functions
 from simba_fx.capture.export import capture_graph
 from simba_fx.graph import runner as pipeline
-from simba_fx.graph.facts import SCANS
 from simba_fx.graph.marks import region
+from simba_fx.ops.recurrences import SCANS
 
 HERE = sys.modules[__name__]
 ADVICE = (

@@ -26,7 +26,8 @@ from torch._dynamo.utils import counters
 
 import simba_fx
 from simba_fx.frontends.dynamo import simba_fx as backend
-from simba_fx.graph.facts import SCANS, SELECTS
+from simba_fx.graph.facts import SELECTS
+from simba_fx.ops.recurrences import SCANS
 
 own_model: Any = importlib.import_module("own_model")
 

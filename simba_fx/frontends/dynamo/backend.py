@@ -37,7 +37,8 @@ from simba_fx.frontends.dynamo.checks import (
 from simba_fx.frontends.dynamo.frame import Attempt, Frame
 from simba_fx.frontends.dynamo.graph import Flat, constant, flattened, float_inputs, lifted_calls, module_of
 from simba_fx.frontends.dynamo.internals import inner_backend, restart, specialize
-from simba_fx.graph.facts import SCANS, expression, placeholder, value
+from simba_fx.graph.facts import expression, placeholder, value
+from simba_fx.ops.recurrences import SCANS, recurrence_of
 from simba_fx.options import Options
 from simba_fx.runtime.build import build_program
 from simba_fx.schedule import as_schedule
@@ -159,10 +160,10 @@ class Settings:
 
 
 def _sizes(scan: fx.Node) -> tuple[sympy.Expr, sympy.Expr]:
-    """B and L of a scan's first operand, `(B, D, L)` or `(B, L, H, P)`."""
+    """B and L of a scan's first operand."""
     lead: Any = scan.args[0]
-    shape = value(lead).shape
-    return expression(shape[0]), expression(shape[2 if scan.target is SCANS[0] else 1])
+    rows, length = recurrence_of(scan.target).sizes(value(lead))
+    return expression(rows), expression(length)
 
 
 def _pruned(gm: fx.GraphModule, flat: Flat, frame: Frame, settings: Settings, length: sympy.Expr,
