@@ -76,7 +76,7 @@ def test_other_options_need_no_other_trace(name: str, traces: Traces) -> None:
     model = build(name)
     run(simba_fx.transform(model, "linear"), name)
     before = traces.count
-    for change in (*CHANGES[:5], {}, *CHANGES[6 if name == "bamba" else 5 :]):
+    for change in (*CHANGES[:5], {}, *CHANGES[5:]) if name == "mamba" else (CHANGES[4], {}, CHANGES[6]):
         again = simba_fx.transform(model, **change)
         found = run(again, name)
         if change.get("compile") != "whole":
@@ -279,4 +279,4 @@ def test_a_sweep_is_cheap() -> None:
         begun = time.process_time()
         simba_fx.transform(model, simba_fx.Linear(share))
         taken.append(time.process_time() - begun)
-    assert min(taken) < 3, taken
+    assert min(taken) < 1.5, taken
