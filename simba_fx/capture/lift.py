@@ -300,7 +300,8 @@ def recorder(function: Callable[..., Any], adapter: Adapter, sites: list[CallSit
             raise wrong_operands(function, error) from error
         flat, result_spec = pytree.tree_flatten(result)
         site.results = len(flat)
-        marked = [torch.ops.simba_fx.site_exit(leaf, index, i) for i, leaf in enumerate(flat)]
+        marked = [torch.ops.simba_fx.site_exit(leaf, index, i) if isinstance(leaf, Tensor) else leaf
+                  for i, leaf in enumerate(flat)]  # fmt: skip
         return pytree.tree_unflatten(marked, result_spec)
 
     return record

@@ -18,6 +18,7 @@ Importing this package compiles nothing and imports neither transformers nor mam
 """
 
 from simba_fx.ops.backends import kernel_path
+from simba_fx.ops.delta import delta_scan, delta_token_score
 from simba_fx.ops.protect import protect_tokens, row_positions
 from simba_fx.ops.restore import restore_tokens, take_tokens
 from simba_fx.ops.scan import causal_conv1d, selective_scan, ssd_scan
@@ -30,6 +31,8 @@ __all__ = [
     "CRITERIA",
     "POSITION_CRITERIA",
     "causal_conv1d",
+    "delta_scan",
+    "delta_token_score",
     "flops",
     "kernel_path",
     "position_score",

@@ -48,6 +48,16 @@ SSD: Layouts = {
     "dlast": "float B H P N",
     "real": "bool B L",
 }
+DELTA: Layouts = {
+    "v": "float B L H V",
+    "q": "float B L G K",
+    "k": "float B L G K",
+    "g": "float B L H",
+    "beta": "float B L H",
+    "dy": "float B L H V",
+    "dlast": "float B H K V",
+    "real": "bool B L",
+}
 CONV: Layouts = {"x": "float B D L", "weight": "float D W", "bias": "float D", "dy": "float B D L"}
 SLOTS: Layouts = {
     "score": "float32 B m",

@@ -50,6 +50,34 @@ def _ssd_scan_backward(
     return 14 * _tokens_times_state(x, B[3])
 
 
+@register_flop_formula(_OPS.delta_scan)
+def _delta_scan(v: Any, q: Any, k: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    """Per token and element of a head's state: a*S, S*k and its sum, k times what is written, their sum, S*q and its
+    sum: 7."""
+    return 7 * _tokens_times_state(v, k[3])
+
+
+@register_flop_formula(_OPS.delta_scan_backward)
+def _delta_scan_backward(
+    dy: Any, dlast: Any, v: Any, q: Any, k: Any, *args: Any, out_shape: Any = None, **kwargs: Any
+) -> int:
+    """The scan again, and twice as much for the gradients."""
+    return 21 * _tokens_times_state(v, k[3])
+
+
+@register_flop_formula(_OPS.delta_token_score)
+def _delta_token_score(v: Any, q: Any, k: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    """Per token: `k . r` and one step of r in each head, a product and a comparison per channel. "delta-norm": a square
+    per head and its sum; "clip": the scan and a mean."""
+    criterion = args[-1]
+    heads = v[:3]
+    if criterion == "clip":
+        return _delta_scan(v, q, k) + 2 * _tokens_times_state(v, 1)
+    if criterion == "delta-norm":
+        return 2 * _tokens_times_state(heads, 1)
+    return 5 * _tokens_times_state(heads, k[3]) + 2 * _tokens_times_state(v, 1)
+
+
 @register_flop_formula(_OPS.causal_conv1d)
 def _causal_conv1d(x: Any, weight: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
     """Per token and channel 2 W."""

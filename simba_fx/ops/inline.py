@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,25 @@ def inline_on_gpu(operator: CustomOpDef, traceable: Callable[..., bool]) -> None
 
     operator.register_torch_dispatch(FunctionalTensorMode, rule)
     _name_kernels(operator._opoverload._opname, operator._opoverload._name)
+
+
+def differentiated(function: Callable[..., tuple[Tensor, ...]], operands: Sequence[Tensor],
+                   arriving: Sequence[Tensor]) -> tuple[Tensor, ...]:  # fmt: skip
+    """Gradients of `operands` from those that arrive at the results of `function(*operands)`, inside of an operator.
+
+    The body of an operator runs with autograd's dispatch keys excluded; here they are not.
+    """
+    keys = torch._C.DispatchKeySet
+    autograd = functools.reduce(lambda a, b: a | keys(b), _AUTOGRAD, keys(_AUTOGRAD[0]))
+    include = torch._C._dispatch_tls_local_include_set() | keys(torch._C.DispatchKey.ADInplaceOrView)
+    exclude = torch._C._dispatch_tls_local_exclude_set() - autograd
+    with torch.inference_mode(False), torch._C._ForceDispatchKeyGuard(include, exclude), torch.enable_grad():
+        leaves = [(x.clone() if x.is_inference() else x.detach()).requires_grad_() for x in operands]
+        arriving = [x.clone() if x.is_inference() else x for x in arriving]
+        return torch.autograd.grad(function(*leaves), leaves, arriving)
+
+
+_AUTOGRAD = [getattr(torch._C.DispatchKey, name) for name in ("AutogradFunctionality", "AutogradCPU", "AutogradCUDA")]
 
 
 def _on_gpu(args: tuple[Any, ...]) -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from simba_fx.ops import checks
 
-__all__ = ["NO_LIMIT", "CausalConv", "Operands", "SSDScan", "SelectiveScan", "step_size"]
+__all__ = ["NO_LIMIT", "CausalConv", "DeltaScan", "Operands", "SSDScan", "SelectiveScan", "step_size"]
 
 NO_LIMIT = torch.finfo(torch.float32).max
 """The default of `dt_max`: no step is that long. (An operator's schema has no literal for infinity.)"""
@@ -150,6 +150,35 @@ class SSDScan(Operands):
     def steps(self) -> Tensor:
         """The step that each token takes: `clamp(softplus(dt + dt_bias), dt_min, dt_max)`, float32 `(B, L, H)`."""
         return step_size(self.dt, self.dt_bias, self.dt_softplus).clamp(self.dt_min, self.dt_max)
+
+
+@dataclass(frozen=True)
+class DeltaScan(Operands):
+    """The operands of one gated delta rule, in the layout of `simba_fx::delta_scan`.
+
+    `v` is `(B, L, H, V)`; `q`, `k` are `(B, L, G, K)`, normalised and scaled; `g` (log decay) and `beta` are
+    `(B, L, H)`.
+    """
+
+    v: Tensor
+    q: Tensor
+    k: Tensor
+    g: Tensor
+    beta: Tensor
+    chunk_size: int = 64
+
+    entry = "v"
+
+    def run(self) -> tuple[Tensor, Tensor]:
+        """`y (B, L, H, V)` in v's dtype and the last state `(B, H, K, V)` in float32."""
+        y, state = torch.ops.simba_fx.delta_scan(*self.arguments)
+        return y, state
+
+    def checked(self, operator: str, **others: Tensor | None) -> Self:
+        """Raises: OperandError: the operands, or `others` of the operator, do not fit together."""
+        checks.fit(operator, checks.DELTA, **self.tensors, **others)
+        checks.at_least(operator, {"chunk_size": (self.chunk_size, 1)})
+        return self
 
 
 @dataclass(frozen=True)

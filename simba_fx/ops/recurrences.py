@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from simba_fx.ops import scan, score  # noqa: F401  # they define the operators
-from simba_fx.ops.operands import Operands, SelectiveScan, SSDScan
+from simba_fx.ops import delta, scan, score  # noqa: F401  # they define the operators
+from simba_fx.ops.operands import DeltaScan, Operands, SelectiveScan, SSDScan
 
 __all__ = ["RECURRENCES", "SCANS", "Recurrence", "recurrence_of"]
 
@@ -58,6 +58,7 @@ _OPS = torch.ops.simba_fx
 RECURRENCES: tuple[Recurrence, ...] = (
     Recurrence("selective scan", SelectiveScan, _OPS.selective_scan.default, _OPS.selective_token_score.default, 2),
     Recurrence("ssd scan", SSDScan, _OPS.ssd_scan.default, _OPS.ssd_token_score.default, 1),
+    Recurrence("delta rule", DeltaScan, _OPS.delta_scan.default, _OPS.delta_token_score.default, 1),
 )
 SCANS: tuple[Any, ...] = tuple(recurrence.scan for recurrence in RECURRENCES)
 _BY_SCAN = {recurrence.scan: recurrence for recurrence in RECURRENCES}

@@ -96,6 +96,33 @@ def causal_conv1d_ref(x: Tensor, weight: Tensor, bias: Tensor | None = None, act
     return F.silu(y) if activation == "silu" else y
 
 
+def delta_scan_ref(v: Tensor, q: Tensor, k: Tensor, g: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+    """`S = e^g S; S = S + k beta (v - S^T k)^T; y = S^T q`: `(B, L, H, V)`, `(B, H, K, V)`."""
+    rows, length, heads, width = v.shape
+    q, k = (operand.double().repeat_interleave(heads // operand.shape[2], 2) for operand in (q, k))
+    v, g, beta = v.double(), g.double(), beta.double()
+    state = v.new_zeros(rows, heads, k.shape[3], width)
+    outputs = []
+    for t in range(length):
+        state = state * g[:, t, :, None, None].exp()
+        held = torch.einsum("bhkv,bhk->bhv", state, k[:, t])
+        state = state + torch.einsum("bhk,bhv->bhkv", k[:, t], beta[:, t, :, None] * (v[:, t] - held))
+        outputs.append(torch.einsum("bhkv,bhk->bhv", state, q[:, t]))
+    return torch.stack(outputs, 1), state
+
+
+def delta_contributions_ref(v: Tensor, q: Tensor, k: Tensor, g: Tensor, beta: Tensor, query: Tensor) -> Tensor:
+    """What each token adds to the output at its row's query, `(B, L, H, V)`: the scan of that token's value alone."""
+    rows, length = v.shape[:2]
+    found = []
+    for t in range(length):
+        alone = torch.zeros_like(v, dtype=torch.float64)
+        alone[:, t] = v[:, t].double()
+        y, _ = delta_scan_ref(alone, q, k, g, beta)
+        found.append(torch.stack([y[b, int(query[b])] for b in range(rows)]))
+    return torch.stack(found, 1)
+
+
 def selective_contributions_ref(
     u: Tensor,
     delta: Tensor,

@@ -38,27 +38,27 @@ def query_position(
     return (slots * real).amax(1) - tail
 
 
-def _checked(operator: str, tail: int, criterion: str) -> None:
+def checked(operator: str, tail: int, criterion: str) -> None:
     if criterion not in CRITERIA:
         raise CriterionError(f"unknown criterion {criterion!r}; a scan can be scored by {', '.join(CRITERIA)}")
     checks.at_least(operator, {"tail": (tail, 1)})
 
 
-def _never_differentiable(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def never_differentiable(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.mark_non_differentiable(output)
     ctx.operands = len(inputs)
 
 
-def _no_gradients(ctx: Any, _: Tensor) -> tuple[None, ...]:
+def no_gradients(ctx: Any, _: Tensor) -> tuple[None, ...]:
     return (None,) * int(ctx.operands)
 
 
-def _until(query: Tensor, length: int) -> Tensor:
+def until(query: Tensor, length: int) -> Tensor:
     """`(B, L)` bool: the tokens up to and including the query."""
     return torch.arange(length, device=query.device) <= query.unsqueeze(1)
 
 
-def _extreme(weight: Tensor, low: Tensor, high: Tensor, absolute: bool) -> Tensor:
+def extreme(weight: Tensor, low: Tensor, high: Tensor, absolute: bool) -> Tensor:
     """Largest `weight * v` (or its absolute value) for v ranging over `[low, high]`'s ends, elementwise."""
     if absolute:
         return weight.abs() * torch.maximum(low.abs(), high.abs())
@@ -88,7 +88,7 @@ def selective_token_score(
     Raises:
         CriterionError: for an unknown criterion.
     """
-    _checked("selective_token_score", tail, criterion)
+    checked("selective_token_score", tail, criterion)
     scan = SelectiveScan(u, delta, A, B, C, None, None, delta_bias, delta_softplus)
     scan = scan.checked("selective_token_score", real=real)
     if (kernels := backends.triton_scan(scan)) is not None and criterion in ("simba", "simba-abs"):
@@ -101,17 +101,17 @@ def selective_token_score(
     elif criterion == "delta-norm":
         score = scan.steps().norm(dim=2)
     elif criterion == "no-decay":
-        response = (_at_query(scan.C, query, 3).float() * scan.B.float()).sum(2)
+        response = (at_query(scan.C, query, 3).float() * scan.B.float()).sum(2)
         value = scan.steps() * u.transpose(1, 2).float()
         low, high = (v.transpose(1, 2) for v in split_groups(value, 2, groups).aminmax(dim=3))
-        score = _extreme(response, low, high, False).amax(1)
+        score = extreme(response, low, high, False).amax(1)
     else:
-        at_query = _at_query(scan.C, query, 3).squeeze(3).float()
-        score = backends.selective_score(scan, at_query, query, criterion == "simba-abs")
-    return torch.where(_until(query, length), score, 0.0)
+        C_query = at_query(scan.C, query, 3).squeeze(3).float()
+        score = backends.selective_score(scan, C_query, query, criterion == "simba-abs")
+    return torch.where(until(query, length), score, 0.0)
 
 
-def _at_query(tokens: Tensor, query: Tensor, dim: int) -> Tensor:
+def at_query(tokens: Tensor, query: Tensor, dim: int) -> Tensor:
     """The slice of `tokens` at each row's query along `dim`, which stays with size 1."""
     shape = [1] * tokens.dim()
     shape[0] = -1
@@ -125,12 +125,12 @@ def _(
     u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, delta_bias: Tensor | None, delta_softplus: bool,
     real: Tensor | None, tail: int, criterion: str,
 ) -> Tensor:  # fmt: skip
-    _checked("selective_token_score", tail, criterion)
+    checked("selective_token_score", tail, criterion)
     SelectiveScan(u, delta, A, B, C, delta_bias=delta_bias).checked("selective_token_score", real=real)
     return u.new_empty(u.shape[0], u.shape[2], dtype=torch.float32)
 
 
-selective_token_score.register_autograd(_no_gradients, setup_context=_never_differentiable)
+selective_token_score.register_autograd(no_gradients, setup_context=never_differentiable)
 
 
 @torch.library.custom_op("simba_fx::ssd_token_score", mutates_args=())
@@ -156,34 +156,34 @@ def ssd_token_score(
     Raises:
         CriterionError: for an unknown criterion.
     """
-    _checked("ssd_token_score", tail, criterion)
+    checked("ssd_token_score", tail, criterion)
     scan = SSDScan(x, dt, A, B, C, None, None, dt_bias, dt_softplus, dt_min, dt_max)
     scan = scan.checked("ssd_token_score", real=real)
     rows, length, _, _, groups, _ = scan.sizes
     query = query_position(real, tail, rows=rows, length=length, device=x.device)
     if (kernels := backends.triton_for(x)) is not None and criterion in ("simba", "simba-abs", "no-decay"):
-        response = (_at_query(C, query, 1).float() * B.float()).sum(3)
+        response = (at_query(C, query, 1).float() * B.float()).sum(3)
         fused: Tensor = kernels.score.ssd_token_score(scan, response, real, tail, criterion)
         return fused
-    until = _until(query, length)
+    counted = until(query, length)
     if criterion == "clip":
         score = backends.ssd_scan(scan)[0].float().clamp_(min=0).mean((2, 3))
     elif criterion == "delta-norm":
         score = scan.steps().norm(dim=2)
     else:
         step = scan.steps()
-        weight = split_groups(step, 2, groups) * (_at_query(C, query, 1).float() * B.float()).sum(3, keepdim=True)
+        weight = split_groups(step, 2, groups) * (at_query(C, query, 1).float() * B.float()).sum(3, keepdim=True)
         if criterion != "no-decay":
-            weight = weight * split_groups(torch.exp(remaining_steps(step, until) * A.float()), 2, groups)
+            weight = weight * split_groups(torch.exp(remaining_steps(step, counted) * A.float()), 2, groups)
         low, high = x.aminmax(dim=3)
-        score = _extreme(weight.flatten(2), low.float(), high.float(), criterion == "simba-abs").amax(2)
-    return torch.where(until, score, 0.0)
+        score = extreme(weight.flatten(2), low.float(), high.float(), criterion == "simba-abs").amax(2)
+    return torch.where(counted, score, 0.0)
 
 
-def remaining_steps(step: Tensor, until: Tensor) -> Tensor:
+def remaining_steps(step: Tensor, counted: Tensor) -> Tensor:
     """`R_t = sum_{t < i <= q} dt_i` `(B, L, ·)`: the suffix sum of `step` `(B, L, ·)`, zero from the query on."""
-    counted = torch.where(until.unsqueeze(2), step, 0.0).flip(1)
-    return torch.cat((torch.zeros_like(counted[:, :1]), counted[:, :-1].cumsum(1)), 1).flip(1)
+    backwards = torch.where(counted.unsqueeze(2), step, 0.0).flip(1)
+    return torch.cat((torch.zeros_like(backwards[:, :1]), backwards[:, :-1].cumsum(1)), 1).flip(1)
 
 
 @ssd_token_score.register_fake
@@ -191,12 +191,12 @@ def _(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, dt_bias: Tensor | None, dt_softplus: bool,
     dt_min: float, dt_max: float, real: Tensor | None, tail: int, criterion: str,
 ) -> Tensor:  # fmt: skip
-    _checked("ssd_token_score", tail, criterion)
+    checked("ssd_token_score", tail, criterion)
     SSDScan(x, dt, A, B, C, dt_bias=dt_bias).checked("ssd_token_score", real=real)
     return x.new_empty(x.shape[0], x.shape[1], dtype=torch.float32)
 
 
-ssd_token_score.register_autograd(_no_gradients, setup_context=_never_differentiable)
+ssd_token_score.register_autograd(no_gradients, setup_context=never_differentiable)
 
 
 def _selective_as_triton(*args: Any) -> bool:

@@ -14,7 +14,7 @@ def test_a_record_names_the_operands_of_its_operators(recurrence: Recurrence) ->
     fields = [field.name for field in dataclasses.fields(recurrence.operands)]
     assert [argument.name for argument in recurrence.scan._schema.arguments] == fields
     assert [argument.name for argument in recurrence.score._schema.arguments][-3:] == ["real", "tail", "criterion"]
-    assert set(recurrence.scored) < set(fields)
+    assert set(recurrence.scored) <= set(fields)
     assert recurrence.scored[0] == fields[0] == recurrence.operands.entry
     assert recurrence_of(recurrence.scan) is recurrence_of(recurrence.scan._opname) is recurrence
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from simba_fx.capture.rows import Finish, Row, StandIn
 from simba_fx.errors import CaptureError
-from simba_fx.ops.operands import CausalConv, Operands, SelectiveScan, SSDScan
+from simba_fx.ops.operands import CausalConv, DeltaScan, Operands, SelectiveScan, SSDScan
 
 __all__ = ["OWNERS", "ROWS"]
 
@@ -54,6 +54,25 @@ def _ssd(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk_size: int
     return SSDScan(x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_min, dt_max, chunk_size), finish
 
 
+def _delta(query: Tensor, key: Tensor, value: Tensor, g: Tensor, beta: Tensor, chunk_size: int = 64,
+           initial_state: Tensor | None = None, output_final_state: bool = False, use_qk_l2norm_in_kernel: bool = False,
+           cu_seqlens: Tensor | None = None, **_: Any) -> tuple[Operands, Finish]:  # fmt: skip
+    if initial_state is not None or cu_seqlens is not None:
+        given = "initial_state" if initial_state is not None else "cu_seqlens"
+        raise CaptureError(
+            f"The gated delta rule was called with {given}; only whole sequences that start from a zero state can be "
+            "pruned. Call the model without packed sequences and without a warm cache."
+        )
+    q, k = query.float(), key.float()
+    if use_qk_l2norm_in_kernel:
+        q, k = (x * torch.rsqrt((x * x).sum(-1, keepdim=True) + 1e-6) for x in (q, k))
+
+    def finish(y: Tensor, state: Tensor) -> Any:
+        return y.to(query.dtype), state if output_final_state else None
+
+    return DeltaScan(value, q * q.shape[-1] ** -0.5, k, g, beta, chunk_size), finish
+
+
 def _conv(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None,
              seq_idx: Tensor | None = None, **_: Any) -> tuple[Operands, Finish] | None:  # fmt: skip
     if seq_idx is not None or activation not in (None, "silu", "swish"):
@@ -88,6 +107,7 @@ _OVERLAYS = ("or_mask_function", "and_mask_function", "block_sequence_ids")
 ROWS: dict[str, Row] = {
     "mamba_selective_scan": _selective,
     "mamba2_chunk_scan": _ssd,
+    "torch_chunk_gated_delta_rule": _delta,
     "causal_conv1d_fn": _conv,
     "create_causal_mask": StandIn(_causal_mask, dynamo=False),  # one function of all models, whoever compiles them
     "mamba_inner_fn": StandIn(_absent),

@@ -1,0 +1,210 @@
+"""The gated delta rule as operators: its scan, and the contribution of each token to the scan's output at a query.
+
+    S_t = e^{g_t} S_{t-1} + k_t beta_t (v_t - (e^{g_t} S_{t-1})^T k_t)^T,    y_t = S_t^T q_t,    S (K, V) for each head
+
+Yang et al. 2024 (Gated DeltaNet), section 3, as transformers' `torch_chunk_gated_delta_rule` and fla's
+`chunk_gated_delta_rule` compute it, on keys and queries that are normalised and scaled already. y is linear in v, so a
+token's contribution to y_q is `c_t v_t` with one number for each head: `c_t = beta_t k_t . r_t`, where r is the query
+carried backwards in time, `r_{t-1} = e^{g_t} (r_t - k_t c_t)`.
+
+Both in chunks of C tokens (Yang et al. 2024, WY form): with b the sum of g inside a chunk and
+`T_ij = beta_i (k_i . k_j) e^{b_i - b_j}` for j < i, everything inside a chunk is one triangular system `I + T`.
+Letters: see `simba_fx.ops`; here K, V are the sizes of a head's keys and values, G heads of keys share H heads of
+values evenly.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from simba_fx.ops.inline import differentiated, inline_on_gpu
+from simba_fx.ops.operands import DeltaScan
+from simba_fx.ops.score import at_query, checked, extreme, never_differentiable, no_gradients, query_position, until
+
+__all__ = ["delta_scan", "delta_token_score"]
+
+
+class _Chunks:
+    """Float32 operands by chunk, `(B, H, c, C, ·)`, and the triangular system of each."""
+
+    def __init__(self, v: Tensor, q: Tensor, k: Tensor, g: Tensor, beta: Tensor, size: int) -> None:
+        self.rows, self.length, self.heads, self.width = v.shape
+        missing = -self.length % size
+
+        def chunked(operand: Tensor) -> Tensor:
+            """`(B, L, heads, ...)`; what is added at the end neither decays nor writes."""
+            operand = operand.float().repeat_interleave(self.heads // operand.shape[2], 2).transpose(1, 2)
+            rest = operand.shape[3:]
+            operand = F.pad(operand, (0, 0) * len(rest) + (0, missing))
+            return operand.reshape(*operand.shape[:2], -1, size, *rest)
+
+        self.v, self.q, self.k, self.beta = map(chunked, (v, q, k, beta))
+        prefix = chunked(g).double().cumsum(3)
+        self.from_start = prefix.float().exp()
+        self.to_end = (prefix[..., -1:] - prefix).float().exp()
+        self.whole = self.from_start[..., -1, None, None]
+        between = (prefix.unsqueeze(4) - prefix.unsqueeze(3)).float()
+        later = torch.ones(size, size, dtype=torch.bool, device=v.device).triu(1)
+        self.between = between.masked_fill(later, -torch.inf).exp()
+        self.system = self.beta.unsqueeze(4) * (self.k @ self.k.mT) * self.between  # its diagonal is not read
+
+    def solve(self, right: Tensor, transposed: bool = False) -> Tensor:
+        """`(I + T)^-1 right`, or the same of its transpose."""
+        system = self.system.mT if transposed else self.system
+        solved: Tensor = torch.linalg.solve_triangular(system, right, upper=transposed, unitriangular=True)
+        return solved
+
+    def corrections(self) -> Tensor:
+        """What each token's write takes from the state that enters its chunk: `(B, H, c, C, K)`."""
+        return self.solve((self.beta * self.from_start).unsqueeze(4) * self.k)
+
+
+def _scan(v: Tensor, q: Tensor, k: Tensor, g: Tensor, beta: Tensor, chunk_size: int) -> tuple[Tensor, Tensor]:
+    """y `(B, L, H, V)`, the last state `(B, H, K, V)`, float32."""
+    chunks = _Chunks(v, q, k, g, beta, chunk_size)
+    written, corrections = chunks.solve(chunks.beta.unsqueeze(4) * chunks.v), chunks.corrections()
+    inside = chunks.q @ chunks.k.mT * chunks.between
+    reads = chunks.q * chunks.from_start.unsqueeze(4)
+    keys = (chunks.k * chunks.to_end.unsqueeze(4)).mT
+    state = chunks.v.new_zeros(chunks.rows, chunks.heads, chunks.k.shape[4], chunks.width)
+    outputs = []
+    for at in range(chunks.v.shape[2]):
+        new = written[:, :, at] - corrections[:, :, at] @ state
+        outputs.append(reads[:, :, at] @ state + inside[:, :, at] @ new)
+        state = state * chunks.whole[:, :, at] + keys[:, :, at] @ new
+    y = torch.cat(outputs, 2) if outputs else chunks.v.new_empty(chunks.rows, chunks.heads, 0, chunks.width)
+    return y[:, :, : chunks.length].transpose(1, 2), state
+
+
+@torch.library.custom_op("simba_fx::delta_scan", mutates_args=())
+def delta_scan(
+    v: Tensor, q: Tensor, k: Tensor, g: Tensor, beta: Tensor, chunk_size: int = 64
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The scan of the gated delta rule.
+
+    Args:
+        v: values `(B, L, H, V)`.
+        q, k: `(B, L, G, K)`, normalised and scaled; head h reads group `h // (H // G)`.
+        g: log decay `(B, L, H)`, not positive.
+        beta: how much of a token's value replaces what the state held at its key `(B, L, H)`.
+        chunk_size: tokens per matrix product; the result does not depend on it.
+
+    Returns:
+        y `(B, L, H, V)` contiguous in v's dtype; the last state `(B, H, K, V)`, float32.
+    """
+    scan = DeltaScan(v, q, k, g, beta, chunk_size).checked("delta_scan")
+    y, last = _scan(*scan.arguments)
+    return y.to(v.dtype).contiguous(), last.contiguous()
+
+
+@delta_scan.register_fake
+def _(*arguments: Any) -> tuple[Tensor, Tensor]:
+    scan = DeltaScan(*arguments).checked("delta_scan")
+    rows, _, heads, width = scan.v.shape
+    return scan.v.new_empty(scan.v.shape), scan.v.new_empty(rows, heads, scan.k.shape[3], width, dtype=torch.float32)
+
+
+@torch.library.custom_op("simba_fx::delta_scan_backward", mutates_args=())
+def delta_scan_backward(
+    dy: Tensor, dlast: Tensor, v: Tensor, q: Tensor, k: Tensor, g: Tensor, beta: Tensor, chunk_size: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of v, q, k, g and beta from those of y and last_state: autograd's own, of the scan run once more."""
+    operands = (v, q, k, g, beta)
+    DeltaScan(*operands, chunk_size).checked("delta_scan_backward", dy=dy, dlast=dlast)
+
+    def scan(v: Tensor, q: Tensor, k: Tensor, g: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
+        return _scan(v, q, k, g, beta, chunk_size)
+
+    gradients = differentiated(scan, operands, (dy.float(), dlast.float()))
+    dv, dq, dk, dg, dbeta = (dx.to(x.dtype).contiguous() for dx, x in zip(gradients, operands))
+    return dv, dq, dk, dg, dbeta
+
+
+@delta_scan_backward.register_fake
+def _(dy: Tensor, dlast: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in arguments[:5])
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    *operands, ctx.chunk_size = inputs
+    ctx.save_for_backward(*operands)
+
+
+def _differentiate(ctx: Any, dy: Tensor, dlast: Tensor) -> tuple[Tensor | None, ...]:
+    return *delta_scan_backward(dy, dlast, *ctx.saved_tensors, ctx.chunk_size), None
+
+
+delta_scan.register_autograd(_differentiate, setup_context=_save)
+
+
+@torch.library.custom_op("simba_fx::delta_token_score", mutates_args=())
+def delta_token_score(
+    v: Tensor, q: Tensor, k: Tensor, g: Tensor, beta: Tensor, chunk_size: int, real: Tensor | None, tail: int,
+    criterion: str,
+) -> Tensor:  # fmt: skip
+    """Scores the tokens of a `delta_scan` with the same operands: `(B, L)` float32, zero after the query.
+
+    A token's contribution is `c_t v_t` with one c for each head: its best channel is where v is largest, or smallest
+    where c is negative. `real`, `tail`, `criterion` as in `selective_token_score`; "delta-norm" is the norm of beta.
+
+    Raises:
+        CriterionError: for an unknown criterion.
+    """
+    checked("delta_token_score", tail, criterion)
+    scan = DeltaScan(v, q, k, g, beta, chunk_size).checked("delta_token_score", real=real)
+    rows, length = v.shape[:2]
+    query = query_position(real, tail, rows=rows, length=length, device=v.device)
+    counted = until(query, length)
+    if criterion == "clip":
+        y, _ = _scan(*scan.arguments)
+        return torch.where(counted, y.clamp(min=0).mean((2, 3)), 0.0)
+    if criterion == "delta-norm":
+        return torch.where(counted, beta.float().norm(dim=2), 0.0)
+    weight = _coefficients(scan, query, counted, decays=criterion != "no-decay")
+    low, high = v.aminmax(dim=3)
+    score = extreme(weight, low.float(), high.float(), criterion == "simba-abs").amax(2)
+    return torch.where(counted, score, 0.0)
+
+
+def _coefficients(scan: DeltaScan, query: Tensor, counted: Tensor, decays: bool) -> Tensor:
+    """`c_t` `(B, L, H)`: the query is carried backwards, a chunk at a time."""
+    heads, counts = scan.v.shape[2], counted.unsqueeze(2)
+    g = torch.where(counts, scan.g.float(), 0.0) if decays else torch.zeros_like(scan.g, dtype=torch.float32)
+    beta = torch.where(counts, scan.beta.float(), 0.0)  # behind the query nothing decays and nothing is written
+    chunks = _Chunks(scan.v, scan.q, scan.k, g, beta, scan.chunk_size)
+    corrections, keys = chunks.corrections(), chunks.k * chunks.to_end.unsqueeze(4)
+    r = at_query(scan.q, query, 1).squeeze(1).float().repeat_interleave(heads // scan.q.shape[2], 1).unsqueeze(3)
+    found = []
+    for at in reversed(range(chunks.v.shape[2])):
+        met = keys[:, :, at] @ r
+        found.append(met)
+        r = chunks.whole[:, :, at] * r - corrections[:, :, at].mT @ met
+    met = torch.stack(found[::-1], 2) if found else chunks.beta.unsqueeze(4)
+    c = chunks.beta * chunks.solve(met, transposed=True).squeeze(4)
+    return c.flatten(2, 3)[:, :, : chunks.length].transpose(1, 2)
+
+
+@delta_token_score.register_fake
+def _(
+    v: Tensor, q: Tensor, k: Tensor, g: Tensor, beta: Tensor, chunk_size: int, real: Tensor | None, tail: int,
+    criterion: str,
+) -> Tensor:  # fmt: skip
+    checked("delta_token_score", tail, criterion)
+    DeltaScan(v, q, k, g, beta, chunk_size).checked("delta_token_score", real=real)
+    return v.new_empty(v.shape[0], v.shape[1], dtype=torch.float32)
+
+
+delta_token_score.register_autograd(no_gradients, setup_context=never_differentiable)
+
+
+def _never(*_: Any) -> bool:
+    """Loops over chunks, whose number torch would guard on."""
+    return False
+
+
+for _operator in (delta_scan, delta_scan_backward, delta_token_score):
+    inline_on_gpu(_operator, _never)
