@@ -76,10 +76,7 @@ class HoistPositions:
         for node in graph.nodes:
             if region(node) <= first or not _is_write(node) or not free.issuperset(_tensors_read(node)):
                 continue
-            written: Any = node.args[0]
-            while opname(written) in (*SAME_PLACES, "slice", "select"):
-                written = written.args[0]
-            if _length_dims(written, facts):
+            if _length_dims(_written(node), facts):
                 raise GraphError(
                     f"Node {node.name} in {where(node)} writes into a tensor made from the length, after tokens have "
                     f"left; expected no {opname(node)} there, since places are those of the whole input. Write it "
@@ -164,6 +161,18 @@ def _is_write(node: fx.Node) -> bool:
     return schema is not None and schema.is_mutable and operator_of(node).namespace == "aten"
 
 
+def _written(write: fx.Node) -> fx.Node:
+    """The tensor that a write changes, behind its views."""
+    written: Any = write.args[0]
+    while _is_view(written):
+        written = written.args[0]
+    return written  # type: ignore[no-any-return]
+
+
+def _is_view(node: fx.Node) -> bool:
+    return opname(node) in (*SAME_PLACES, "slice", "select")
+
+
 def _settled(node: fx.Node, facts: Facts) -> bool:
     """Whether every row has tokens, or pairs of them, where `gather-survivors` looks for them."""
     val, dims = value(node), _length_dims(node, facts)
@@ -177,8 +186,20 @@ def _positional(graph: fx.Graph, facts: Facts) -> tuple[set[fx.Node], list[fx.No
     and, in the graph's order, what of it a block computes that differs from place to place.
 
     What stood ready before the first block, row by row, is a per-token value like any other: what blocks compute from
-    it is computed from survivors. A size that counts the tokens of all rows (`B * L`, of experts) is no place.
+    it is computed from survivors. A size that counts the tokens of all rows (`B * L`, of experts) is no place. Room
+    that is made empty and then written to from tokens holds tokens.
     """
+    writes, room = [node for node in graph.nodes if _is_write(node)], set[fx.Node]()
+    while True:
+        free, placed = _computed_from_places(graph, facts, room)
+        filled = {_written(node) for node in writes if not free.issuperset(_tensors_read(node))}
+        if filled <= room:
+            return free, placed
+        room |= filled
+
+
+def _computed_from_places(graph: fx.Graph, facts: Facts, room: set[fx.Node]) -> tuple[set[fx.Node], list[fx.Node]]:
+    """The same, where tokens are written to `room`."""
     free: set[fx.Node] = set()
     placed: dict[fx.Node, None] = {}
     mask = None if facts.mask is None else placeholder(graph, facts.mask)
@@ -190,7 +211,7 @@ def _positional(graph: fx.Graph, facts: Facts) -> tuple[set[fx.Node], list[fx.No
                 free.add(node)
             continue
         made = node.op == "call_function" and next(_tensors(node), None) is not None and _own(node)
-        if not made or _is_write(node) or not (opname(node) in SIMILAR or free.issuperset(read)):
+        if not made or node in room or _is_write(node) or not (opname(node) in SIMILAR or free.issuperset(read)):
             continue
         free.add(node)
         if region(node) < 0:

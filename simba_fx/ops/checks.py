@@ -52,7 +52,7 @@ DELTA: Layouts = {
     "v": "float B L H V",
     "q": "float B L G K",
     "k": "float B L G K",
-    "g": "float B L H",
+    "g": "float B L H | B L H K",
     "beta": "float B L H",
     "dy": "float B L H V",
     "dlast": "float B H K V",

@@ -1,9 +1,10 @@
-"""The gated delta rule as operators: its scan, and the contribution of each token to the scan's output at a query.
+"""Gated delta rules as operators: their scan, and the contribution of each token to the scan's output at a query.
 
     S_t = e^{g_t} S_{t-1} + k_t beta_t (v_t - (e^{g_t} S_{t-1})^T k_t)^T,    y_t = S_t^T q_t,    S (K, V) for each head
 
 Yang et al. 2024 (Gated DeltaNet), section 3, as transformers' `torch_chunk_gated_delta_rule` and fla's
-`chunk_gated_delta_rule` compute it, on keys and queries that are normalised and scaled already. y is linear in v, so a
+`chunk_gated_delta_rule` compute it; with a decay for each key channel, g `(K,)`, it is Kimi delta attention (Kimi Team
+2025), `chunk_kimi_delta_attention` and `chunk_kda`. Keys and queries come normalised and scaled. y is linear in v, so a
 token's contribution to y_q is `c_t v_t` with one number for each head: `c_t = beta_t k_t . r_t`, where r is the query
 carried backwards in time, `r_{t-1} = e^{g_t} (r_t - k_t c_t)`.
 
@@ -33,6 +34,7 @@ class _Chunks:
 
     def __init__(self, v: Tensor, q: Tensor, k: Tensor, g: Tensor, beta: Tensor, size: int) -> None:
         self.rows, self.length, self.heads, self.width = v.shape
+        size = size if g.dim() == 3 else min(size, 16)  # for each pair of a chunk's tokens there are K numbers
         missing = -self.length % size
 
         def chunked(operand: Tensor) -> Tensor:
@@ -43,14 +45,20 @@ class _Chunks:
             return operand.reshape(*operand.shape[:2], -1, size, *rest)
 
         self.v, self.q, self.k, self.beta = map(chunked, (v, q, k, beta))
-        prefix = chunked(g).double().cumsum(3)
+        prefix = chunked(g if g.dim() == 4 else g.unsqueeze(3)).double().cumsum(3)  # (B, H, c, C, K or 1)
         self.from_start = prefix.float().exp()
-        self.to_end = (prefix[..., -1:] - prefix).float().exp()
-        self.whole = self.from_start[..., -1, None, None]
+        self.to_end = (prefix[..., -1:, :] - prefix).float().exp()
+        self.whole = self.from_start[..., -1, :, None]
         between = (prefix.unsqueeze(4) - prefix.unsqueeze(3)).float()
-        later = torch.ones(size, size, dtype=torch.bool, device=v.device).triu(1)
+        later = torch.ones(size, size, dtype=torch.bool, device=v.device).triu(1).unsqueeze(2)
         self.between = between.masked_fill(later, -torch.inf).exp()
-        self.system = self.beta.unsqueeze(4) * (self.k @ self.k.mT) * self.between  # its diagonal is not read
+        self.system = self.beta.unsqueeze(4) * self.products(self.k)  # its diagonal is not read
+
+    def products(self, left: Tensor) -> Tensor:
+        """What is left of each key when a later token of its chunk reads it with `left`: `(B, H, c, C, C)`."""
+        if self.between.shape[5] == 1:
+            return left @ self.k.mT * self.between.squeeze(5)
+        return (left.unsqueeze(4) * self.k.unsqueeze(3) * self.between).sum(5)
 
     def solve(self, right: Tensor, transposed: bool = False) -> Tensor:
         """`(I + T)^-1 right`, or the same of its transpose."""
@@ -60,16 +68,15 @@ class _Chunks:
 
     def corrections(self) -> Tensor:
         """What each token's write takes from the state that enters its chunk: `(B, H, c, C, K)`."""
-        return self.solve((self.beta * self.from_start).unsqueeze(4) * self.k)
+        return self.solve(self.beta.unsqueeze(4) * self.from_start * self.k)
 
 
 def _scan(v: Tensor, q: Tensor, k: Tensor, g: Tensor, beta: Tensor, chunk_size: int) -> tuple[Tensor, Tensor]:
     """y `(B, L, H, V)`, the last state `(B, H, K, V)`, float32."""
     chunks = _Chunks(v, q, k, g, beta, chunk_size)
     written, corrections = chunks.solve(chunks.beta.unsqueeze(4) * chunks.v), chunks.corrections()
-    inside = chunks.q @ chunks.k.mT * chunks.between
-    reads = chunks.q * chunks.from_start.unsqueeze(4)
-    keys = (chunks.k * chunks.to_end.unsqueeze(4)).mT
+    inside = chunks.products(chunks.q)
+    reads, keys = chunks.q * chunks.from_start, (chunks.k * chunks.to_end).mT
     state = chunks.v.new_zeros(chunks.rows, chunks.heads, chunks.k.shape[4], chunks.width)
     outputs = []
     for at in range(chunks.v.shape[2]):
@@ -84,12 +91,12 @@ def _scan(v: Tensor, q: Tensor, k: Tensor, g: Tensor, beta: Tensor, chunk_size: 
 def delta_scan(
     v: Tensor, q: Tensor, k: Tensor, g: Tensor, beta: Tensor, chunk_size: int = 64
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The scan of the gated delta rule.
+    """The scan of a gated delta rule.
 
     Args:
         v: values `(B, L, H, V)`.
         q, k: `(B, L, G, K)`, normalised and scaled; head h reads group `h // (H // G)`.
-        g: log decay `(B, L, H)`, not positive.
+        g: log decay `(B, L, H)`, or `(B, L, H, K)` for each key channel; not positive.
         beta: how much of a token's value replaces what the state held at its key `(B, L, H)`.
         chunk_size: tokens per matrix product; the result does not depend on it.
 
@@ -173,10 +180,11 @@ def delta_token_score(
 def _coefficients(scan: DeltaScan, query: Tensor, counted: Tensor, decays: bool) -> Tensor:
     """`c_t` `(B, L, H)`: the query is carried backwards, a chunk at a time."""
     heads, counts = scan.v.shape[2], counted.unsqueeze(2)
-    g = torch.where(counts, scan.g.float(), 0.0) if decays else torch.zeros_like(scan.g, dtype=torch.float32)
+    g = scan.g.float() if decays else torch.zeros_like(scan.g, dtype=torch.float32)
+    g = torch.where(counts if g.dim() == 3 else counts.unsqueeze(3), g, 0.0)
     beta = torch.where(counts, scan.beta.float(), 0.0)  # behind the query nothing decays and nothing is written
     chunks = _Chunks(scan.v, scan.q, scan.k, g, beta, scan.chunk_size)
-    corrections, keys = chunks.corrections(), chunks.k * chunks.to_end.unsqueeze(4)
+    corrections, keys = chunks.corrections(), chunks.k * chunks.to_end
     r = at_query(scan.q, query, 1).squeeze(1).float().repeat_interleave(heads // scan.q.shape[2], 1).unsqueeze(3)
     found = []
     for at in reversed(range(chunks.v.shape[2])):

@@ -156,8 +156,8 @@ class SSDScan(Operands):
 class DeltaScan(Operands):
     """The operands of one gated delta rule, in the layout of `simba_fx::delta_scan`.
 
-    `v` is `(B, L, H, V)`; `q`, `k` are `(B, L, G, K)`, normalised and scaled; `g` (log decay) and `beta` are
-    `(B, L, H)`.
+    `v` is `(B, L, H, V)`; `q`, `k` are `(B, L, G, K)`, normalised and scaled; `beta` is `(B, L, H)`; `g` (log decay)
+    likewise, or `(B, L, H, K)` (Kimi delta attention).
     """
 
     v: Tensor

@@ -104,7 +104,7 @@ def delta_scan_ref(v: Tensor, q: Tensor, k: Tensor, g: Tensor, beta: Tensor) -> 
     state = v.new_zeros(rows, heads, k.shape[3], width)
     outputs = []
     for t in range(length):
-        state = state * g[:, t, :, None, None].exp()
+        state = state * (g[:, t, :, None] if g.dim() == 3 else g[:, t]).unsqueeze(3).exp()
         held = torch.einsum("bhkv,bhk->bhv", state, k[:, t])
         state = state + torch.einsum("bhk,bhv->bhkv", k[:, t], beta[:, t, :, None] * (v[:, t] - held))
         outputs.append(torch.einsum("bhkv,bhk->bhv", state, q[:, t]))

@@ -18,12 +18,15 @@ SHAPES = [
     {"length": 9, "heads": 4, "groups": 2},
     {"length": 64, "heads": 2, "groups": 2, "decay": 0.01},
     {"length": 70, "heads": 6, "groups": 2, "width": 5, "decay": 30.0, "rows": 1},
+    {"length": 1, "by_channel": True},
+    {"length": 37, "heads": 2, "groups": 2, "size": 5, "by_channel": True},
+    {"length": 40, "heads": 4, "groups": 1, "decay": 30.0, "by_channel": True, "rows": 1},
 ]
 
 
 def delta_operands(
     rows: int = 2, length: int = 9, heads: int = 4, groups: int = 2, width: int = 3, size: int = 8, decay: float = 1.0,
-    dtype: torch.dtype = torch.float32, seed: int = 0,
+    by_channel: bool = False, dtype: torch.dtype = torch.float32, seed: int = 0,
 ) -> dict[str, Any]:  # fmt: skip
     """Normalised keys and queries; v and beta are parts of one tensor each, as models have them."""
     random = torch.Generator().manual_seed(seed)
@@ -33,7 +36,7 @@ def delta_operands(
 
     q, k = (torch.nn.functional.normalize(normal(rows, length, groups, size), dim=3) for _ in "qk")
     v, _ = normal(rows, length, heads, 2 * width).to(dtype).split(width, dim=3)
-    g = -decay * torch.rand(rows, length, heads, generator=random)
+    g = -decay * torch.rand(rows, length, heads, *(size,) * by_channel, generator=random)
     return {"v": v, "q": q, "k": k, "g": g, "beta": torch.rand(rows, length, heads, generator=random)}
 
 

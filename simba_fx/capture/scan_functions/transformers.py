@@ -108,6 +108,7 @@ ROWS: dict[str, Row] = {
     "mamba_selective_scan": _selective,
     "mamba2_chunk_scan": _ssd,
     "torch_chunk_gated_delta_rule": _delta,
+    "chunk_kimi_delta_attention": _delta,
     "causal_conv1d_fn": _conv,
     "create_causal_mask": StandIn(_causal_mask, dynamo=False),  # one function of all models, whoever compiles them
     "mamba_inner_fn": StandIn(_absent),
