@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from simba_fx import errors
     from simba_fx.api import answer, explain, kept, lengths, program, reached, tail, transform
     from simba_fx.capture.lift import register_scan
-    from simba_fx.ops.operands import SelectiveScan, SSDScan
+    from simba_fx.ops.operands import DeltaScan, SelectiveScan, SSDScan
     from simba_fx.reporting import report
     from simba_fx.saving import load, save
     from simba_fx.schedule import Budget, Constant, Cosine, Dense, Linear, Stages
@@ -27,6 +27,7 @@ __all__ = [
     "Budget",
     "Constant",
     "Cosine",
+    "DeltaScan",
     "Dense",
     "Linear",
     "SSDScan",
@@ -50,7 +51,7 @@ __all__ = [
 _HOMES = {
     "api": ("answer", "explain", "kept", "lengths", "program", "reached", "tail", "transform"),
     "capture.lift": ("register_scan",),
-    "ops.operands": ("SSDScan", "SelectiveScan"),
+    "ops.operands": ("DeltaScan", "SSDScan", "SelectiveScan"),
     "reporting": ("report",),
     "saving": ("load", "save"),
     "schedule": ("Budget", "Constant", "Cosine", "Dense", "Linear", "Stages"),

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from simba_fx import ops, schedule
 from simba_fx.errors import CriterionError, SimbaError
-from simba_fx.ops.operands import SelectiveScan, SSDScan
+from simba_fx.ops.operands import Operands
 
 __all__ = ["CRITERIA", "Criterion", "Options", "named_positions"]
 
-Criterion = Callable[["SelectiveScan | SSDScan", Tensor], Tensor]
+Criterion = Callable[[Operands, Tensor], Tensor]
 CRITERIA = (*ops.CRITERIA, *ops.POSITION_CRITERIA)
 
 

@@ -143,7 +143,8 @@ def _compare(function: Callable[..., Any], adapter: Adapter, args: Any, kwargs: 
 
 _FAULTS = (
     " Correct the adapter; what is often wrong: a transpose is missing (fields and shapes: simba_fx.SelectiveScan, "
-    "simba_fx.SSDScan), B and C are exchanged, softplus is applied twice, a skip or gate is left out."
+    "simba_fx.SSDScan, simba_fx.DeltaScan), B and C are exchanged, softplus is applied twice, a skip or gate is left "
+    "out."
 )
 
 

@@ -116,7 +116,7 @@ def register_scan(function: Callable[..., Any], adapter: Adapter) -> None:
 
     Args:
         function: the function (or method, through its class: `MyBlock.scan`) that the model calls once per scan.
-        adapter: takes the same arguments and returns a `SelectiveScan` or an `SSDScan` that names the operands; or a
+        adapter: takes the same arguments and returns a `SelectiveScan`, an `SSDScan` or a `DeltaScan`; or a
             pair of that and `(y, last_state) -> result` where `function` returns anything but `y` in the same layout.
 
     Raises:
@@ -261,8 +261,9 @@ def named_operands(function: Callable[..., Any], adapter: Adapter, args: Sequenc
     operands, finish = adapted if isinstance(adapted, tuple) else (adapted, lambda y, _: y)
     if not isinstance(operands, Operands):
         raise CaptureError(
-            f"The adapter registered for {function.__qualname__} returned {type(operands).__name__}; expected a "
-            "simba_fx.SelectiveScan or a simba_fx.SSDScan. Correct the call of simba_fx.register_scan."
+            f"The adapter registered for {function.__qualname__} returned {type(operands).__name__}; expected a scan's "
+            "operands: simba_fx.SelectiveScan, simba_fx.SSDScan or simba_fx.DeltaScan. Correct the call of "
+            "simba_fx.register_scan."
         )
     return operands, finish
 

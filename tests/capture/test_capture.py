@@ -319,8 +319,9 @@ def test_a_python_loop_over_tokens() -> None:
 
 def test_an_adapter_that_returns_nonsense() -> None:
     assert message(errors.CaptureError, model(confused_scan)) == (
-        "The adapter registered for confused_scan returned str; expected a simba_fx.SelectiveScan or a "
-        "simba_fx.SSDScan. Correct the call of simba_fx.register_scan."
+        "The adapter registered for confused_scan returned str; expected a scan's "
+        "operands: simba_fx.SelectiveScan, simba_fx.SSDScan or simba_fx.DeltaScan. Correct the call of "
+        "simba_fx.register_scan."
     )
 
 

@@ -77,7 +77,8 @@ def refusal(adapter: Callable[..., Any], module: nn.Module | None = None, **opti
 
 ADVICE = (
     " Correct the adapter; what is often wrong: a transpose is missing (fields and shapes: simba_fx.SelectiveScan, "
-    "simba_fx.SSDScan), B and C are exchanged, softplus is applied twice, a skip or gate is left out."
+    "simba_fx.SSDScan, simba_fx.DeltaScan), B and C are exchanged, softplus is applied twice, a skip or gate is left "
+    "out."
 )
 INEXACT = (
     " If scan is meant to differ from an exact SelectiveScan (it clamps, say), transform(model, kernels='model') runs "

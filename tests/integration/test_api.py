@@ -50,6 +50,7 @@ def test_the_public_surface() -> None:
         "Budget",
         "Constant",
         "Cosine",
+        "DeltaScan",
         "Dense",
         "Linear",
         "SSDScan",

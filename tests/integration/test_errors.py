@@ -457,8 +457,9 @@ def register(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 def test_an_adapter_that_names_no_operands(register: Callable[..., None]) -> None:
     register(first_tokens, lambda x, length: x)
     message = (
-        "The adapter registered for first_tokens returned FakeTensor; expected a simba_fx.SelectiveScan or a"
-        " simba_fx.SSDScan. Correct the call of simba_fx.register_scan."
+        "The adapter registered for first_tokens returned FakeTensor; expected a scan's "
+        "operands: simba_fx.SelectiveScan, simba_fx.SSDScan or simba_fx.DeltaScan. Correct the call of "
+        "simba_fx.register_scan."
     )
     bad = Other()
     with refused(CaptureError, message, bad):

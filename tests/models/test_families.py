@@ -19,6 +19,7 @@ import torch._dynamo.testing
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from models import (
+    DELTA_RULES,
     FAMILIES,
     HYBRIDS,
     VOCABULARY,
@@ -57,7 +58,8 @@ from transformers import (
 import simba_fx
 
 every_family = pytest.mark.parametrize("entry", FAMILIES, ids=names(FAMILIES))
-every_hybrid = pytest.mark.parametrize("entry", HYBRIDS, ids=names(HYBRIDS))
+WITH_ATTENTION = (*HYBRIDS, *DELTA_RULES)
+every_hybrid = pytest.mark.parametrize("entry", WITH_ATTENTION, ids=names(WITH_ATTENTION))
 every_masking = pytest.mark.parametrize("masked", [False, True], ids=["no mask", "mask"])
 
 DRAWS = reference.Draws()

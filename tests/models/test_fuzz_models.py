@@ -62,7 +62,7 @@ SHAPES: dict[str, Sequence[dict[str, Any]]] = {
 }  # fmt: skip
 """Other sizes and orders of layers than the registry's, by family."""
 HABITS = ("train", "embeds", "mask dtype", "gradients", "no cache", "hidden states", "labels", "other weights")
-WITH_EXPERTS = ("jamba", "nemotron-h", "granite-hybrid")
+WITH_EXPERTS = ("jamba", "nemotron-h", "granite-hybrid", "qwen3-next", "kimi-linear")
 """A rounding may send a token to another expert: in bfloat16 that happens, and proves nothing."""
 
 
@@ -71,6 +71,8 @@ WITH_EXPERTS = ("jamba", "nemotron-h", "granite-hybrid")
 
 def by_strength(operands: Any, query: Tensor) -> Tensor:
     """A user's criterion: step times input, of the loudest channel."""
+    if isinstance(operands, simba_fx.DeltaScan):
+        return (operands.beta.float()[..., None] * operands.v.float().abs()).amax((2, 3))
     if isinstance(operands, simba_fx.SelectiveScan):
         raw = operands.delta if operands.delta_bias is None else operands.delta + operands.delta_bias[:, None]
         step = nn.functional.softplus(raw.float()) if operands.delta_softplus else raw.float()

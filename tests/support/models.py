@@ -30,6 +30,8 @@ from transformers import (
     GraniteMoeHybridForCausalLM,
     JambaConfig,
     JambaForCausalLM,
+    KimiLinearConfig,
+    KimiLinearForCausalLM,
     Mamba2Config,
     Mamba2ForCausalLM,
     MambaConfig,
@@ -37,6 +39,12 @@ from transformers import (
     MambaModel,
     NemotronHConfig,
     NemotronHForCausalLM,
+    OlmoHybridConfig,
+    OlmoHybridForCausalLM,
+    Qwen3_5ForCausalLM,
+    Qwen3_5TextConfig,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
     Zamba2Config,
     Zamba2ForCausalLM,
     ZambaConfig,
@@ -47,9 +55,13 @@ from transformers.models.falcon_h1 import modeling_falcon_h1
 from transformers.models.falcon_mamba import modeling_falcon_mamba
 from transformers.models.granitemoehybrid import modeling_granitemoehybrid
 from transformers.models.jamba import modeling_jamba
+from transformers.models.kimi_linear import modeling_kimi_linear
 from transformers.models.mamba import modeling_mamba
 from transformers.models.mamba2 import modeling_mamba2
 from transformers.models.nemotron_h import modeling_nemotron_h
+from transformers.models.olmo_hybrid import modeling_olmo_hybrid
+from transformers.models.qwen3_5 import modeling_qwen3_5
+from transformers.models.qwen3_next import modeling_qwen3_next
 from transformers.models.zamba import modeling_zamba
 from transformers.models.zamba2 import modeling_zamba2
 
@@ -65,7 +77,7 @@ class Entry:
 
     name: str
     make: Callable[[], nn.Module]
-    kind: str  # "selective" (Mamba-1's scan) or "ssd" (Mamba-2's)
+    kind: str  # "selective" (Mamba-1's scan), "ssd" (Mamba-2's) or "delta" (gated delta rules)
     modeling: types.ModuleType  # the module whose functions run the scan
     backbone: str = "backbone"  # path from the model to the module that holds the blocks
     dtype: torch.dtype = torch.float32
@@ -237,6 +249,39 @@ def _granite(**changes: Any) -> nn.Module:
     return _hybrid(GraniteMoeHybridForCausalLM, GraniteMoeHybridConfig, _SSD, sizes, changes, experts=experts)
 
 
+_DELTA: dict[str, Any] = {"num_hidden_layers": 4, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+                          "linear_key_head_dim": 8, "linear_value_head_dim": 6, "linear_conv_kernel_dim": 4,
+                          "layer_types": ["linear_attention", "full_attention", "linear_attention",
+                                          "linear_attention"]}  # fmt: skip
+
+
+def _qwen3_next(**changes: Any) -> nn.Module:
+    """Experts in every block."""
+    sizes = {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+             "shared_expert_intermediate_size": 16}  # fmt: skip
+    experts = changes.pop("experts", "grouped_mm")
+    return _hybrid(Qwen3NextForCausalLM, Qwen3NextConfig, _DELTA, sizes, changes, experts=experts)
+
+
+def _qwen3_5(**changes: Any) -> nn.Module:
+    return _hybrid(Qwen3_5ForCausalLM, Qwen3_5TextConfig, _DELTA, {"head_dim": 8}, changes)
+
+
+def _olmo_hybrid(**changes: Any) -> nn.Module:
+    return _hybrid(OlmoHybridForCausalLM, OlmoHybridConfig, _DELTA, changes)
+
+
+def _kimi_linear(**changes: Any) -> nn.Module:
+    """A decay for each key channel; attention over latent keys; experts but in the first block."""
+    sizes = {"num_key_value_heads": 4, "kv_lora_rank": 10, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8,
+             "v_head_dim": 6,
+             "num_experts": 4, "num_experts_per_token": 2, "moe_intermediate_size": 16, "linear_head_dim": 8,
+             "linear_num_heads": 2, "num_expert_group": 1, "topk_group": 1, "layer_types": _DELTA["layer_types"],
+             "num_hidden_layers": 4}  # fmt: skip
+    experts = changes.pop("experts", "grouped_mm")
+    return _hybrid(KimiLinearForCausalLM, KimiLinearConfig, sizes, changes, experts=experts)
+
+
 REGISTRY: tuple[Entry, ...] = (
     Entry("mamba", _mamba, "selective", modeling_mamba),
     Entry(
@@ -270,10 +315,17 @@ HYBRIDS: tuple[Entry, ...] = (
     Entry("nemotron-h", _nemotron_h, "ssd", modeling_nemotron_h, seed=15),
     Entry("granite-hybrid", _granite, "ssd", modeling_granitemoehybrid, seed=16),
 )
-BY_NAME: dict[str, Entry] = {entry.name: entry for entry in (*REGISTRY, *HYBRIDS)}
+DELTA_RULES: tuple[Entry, ...] = (
+    Entry("qwen3-next", _qwen3_next, "delta", modeling_qwen3_next, seed=17),
+    Entry("qwen3-5", _qwen3_5, "delta", modeling_qwen3_5, seed=18),
+    Entry("olmo-hybrid", _olmo_hybrid, "delta", modeling_olmo_hybrid, seed=19),
+    Entry("kimi-linear", _kimi_linear, "delta", modeling_kimi_linear, seed=20),
+)
+"""Gated delta rules and attention in turns."""
+BY_NAME: dict[str, Entry] = {entry.name: entry for entry in (*REGISTRY, *HYBRIDS, *DELTA_RULES)}
 # For tests that need many captures: one float32 entry per modeling file, and one per kind of scan.
 PER_FAMILY: tuple[Entry, ...] = tuple({entry.modeling: entry for entry in FLOAT32}.values())
-FAMILIES: tuple[Entry, ...] = (*PER_FAMILY, *HYBRIDS)
+FAMILIES: tuple[Entry, ...] = (*PER_FAMILY, *HYBRIDS, *DELTA_RULES)
 PER_KIND: tuple[Entry, ...] = (BY_NAME["mamba"], BY_NAME["mamba2-two-groups"])
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import math
 import sys
 import types
 from collections.abc import Callable, Iterator, Sequence
@@ -113,7 +114,61 @@ def ssd_operands(arguments: dict[str, Any]) -> Scan:
     )
 
 
-SCAN_FUNCTIONS = {"mamba_selective_scan": selective_operands, "mamba2_chunk_scan": ssd_operands}
+@dataclass(frozen=True)
+class DeltaRule:
+    """What one gated delta rule of one row was given, in float64, heads first where they share keys."""
+
+    v: Array  # (L, H, V)
+    q: Array  # (L, H, K), normalised and scaled
+    k: Array  # (L, H, K)
+    g: Array  # (L, H, K), log decay
+    steps: Array  # (L, H), beta
+
+    @property
+    def u(self) -> Array:
+        return self.v.reshape(len(self.v), -1)
+
+    @property
+    def delta(self) -> Array:
+        return np.repeat(self.steps, self.v.shape[2], 1)
+
+    def contributions(self, q: int, decay: bool) -> tuple[Array, Array]:
+        """`c_t v_t`: the query is carried backwards, `c_t = beta_t k_t . r_t`, `r = e^g (r - k_t c_t)`."""
+        out, size = np.zeros((q + 1, *self.v.shape[1:])), np.zeros((q + 1, *self.v.shape[1:]))
+        r = self.q[q]
+        for t in range(q, -1, -1):
+            c = self.steps[t] * (self.k[t] * r).sum(-1)
+            out[t] = c[:, None] * self.v[t]
+            size[t] = (self.steps[t] * np.abs(self.k[t] * r).sum(-1))[:, None] * np.abs(self.v[t])
+            r = (np.exp(self.g[t]) if decay else 1.0) * (r - self.k[t] * c[:, None])
+        return out.reshape(q + 1, -1), size.reshape(q + 1, -1)
+
+    def outputs(self) -> Array:
+        state, y = np.zeros((*self.k.shape[1:], self.v.shape[2])), np.zeros_like(self.v)
+        for t in range(len(y)):
+            state = np.exp(self.g[t])[:, :, None] * state
+            held = np.einsum("hkv,hk->hv", state, self.k[t])
+            state = state + np.einsum("hk,hv->hkv", self.k[t], self.steps[t][:, None] * (self.v[t] - held))
+            y[t] = np.einsum("hkv,hk->hv", state, self.q[t])
+        return y.reshape(len(y), -1)
+
+
+def delta_operands(arguments: dict[str, Any]) -> DeltaRule:
+    """From a call of `torch_chunk_gated_delta_rule` or `chunk_kimi_delta_attention`: `(1, L, heads, ·)`."""
+    q, k, v, g, beta = (_double(arguments[name])[0] for name in ("query", "key", "value", "g", "beta"))
+    if arguments["use_qk_l2norm_in_kernel"]:
+        q, k = (x / np.sqrt((x * x).sum(-1, keepdims=True) + 1e-6) for x in (q, k))
+    q, k = (np.repeat(x, v.shape[1] // x.shape[1], 1) for x in (q / math.sqrt(q.shape[-1]), k))
+    g = np.broadcast_to(g if g.ndim == 3 else g[..., None], k.shape)
+    return DeltaRule(v, q, k, g, beta)
+
+
+SCAN_FUNCTIONS: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "mamba_selective_scan": selective_operands,
+    "mamba2_chunk_scan": ssd_operands,
+    "torch_chunk_gated_delta_rule": delta_operands,
+    "chunk_kimi_delta_attention": delta_operands,
+}
 
 
 @contextlib.contextmanager
@@ -165,18 +220,20 @@ def rounded_otherwise(modeling: types.ModuleType, seed: int) -> Iterator[None]:
             setattr(modeling, name, function)
 
 
-def operands(call: dict[str, Any]) -> Scan:
+def operands(call: dict[str, Any]) -> Any:
     return SCAN_FUNCTIONS[call["function"]](call)
 
 
 # Scores.
 
 
-def contributions(scan: Scan, q: int, *, decay: bool = True) -> tuple[Array, Array]:
+def contributions(scan: Scan | DeltaRule, q: int, *, decay: bool = True) -> tuple[Array, Array]:
     """What each token t ≤ q adds to the scan's output at q, `(q + 1, D)`, and the same sum over |terms|.
 
     Method §2: `Δ_t u_t Σ_n C_q B_t exp(A R_t)`, `R_t = Σ_{t<i≤q} Δ_i`, summed backwards from q.
     """
+    if isinstance(scan, DeltaRule):
+        return scan.contributions(q, decay)
     out, size = np.zeros((q + 1, scan.u.shape[1])), np.zeros((q + 1, scan.u.shape[1]))
     rest = np.zeros(scan.u.shape[1])
     for t in range(q, -1, -1):
@@ -187,8 +244,10 @@ def contributions(scan: Scan, q: int, *, decay: bool = True) -> tuple[Array, Arr
     return out, size
 
 
-def outputs(scan: Scan) -> Array:
+def outputs(scan: Scan | DeltaRule) -> Array:
     """`y_t = C_t · h_t` of the recurrence, `(L, D)`: no skip, no gate."""
+    if isinstance(scan, DeltaRule):
+        return scan.outputs()
     state = np.zeros_like(scan.a)
     y = np.zeros_like(scan.u)
     for t in range(len(y)):
@@ -197,7 +256,7 @@ def outputs(scan: Scan) -> Array:
     return y
 
 
-def score(scan: Scan, q: int, criterion: Criterion) -> tuple[Array, Array]:
+def score(scan: Scan | DeltaRule, q: int, criterion: Criterion) -> tuple[Array, Array]:
     """Scores of the tokens 0…q, higher = keep, and the size of what each was computed from (for margins)."""
     if not isinstance(criterion, str):
         found = criterion(scan, q)
