@@ -42,16 +42,22 @@ def differentiated(function: Callable[..., tuple[Tensor, ...]], operands: Sequen
                    arriving: Sequence[Tensor]) -> tuple[Tensor, ...]:  # fmt: skip
     """Gradients of `operands` from those that arrive at the results of `function(*operands)`, inside of an operator.
 
-    The body of an operator runs with autograd's dispatch keys excluded; here they are not.
+    The body of an operator runs with autograd's dispatch keys excluded; here they are not. What is saved meanwhile is
+    nobody else's business (hooks that move saved tensors elsewhere).
     """
     keys = torch._C.DispatchKeySet
     autograd = functools.reduce(lambda a, b: a | keys(b), _AUTOGRAD, keys(_AUTOGRAD[0]))
     include = torch._C._dispatch_tls_local_include_set() | keys(torch._C.DispatchKey.ADInplaceOrView)
     exclude = torch._C._dispatch_tls_local_exclude_set() - autograd
-    with torch.inference_mode(False), torch._C._ForceDispatchKeyGuard(include, exclude), torch.enable_grad():
+    own = torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is)
+    with torch.inference_mode(False), torch._C._ForceDispatchKeyGuard(include, exclude), torch.enable_grad(), own:
         leaves = [(x.clone() if x.is_inference() else x.detach()).requires_grad_() for x in operands]
         arriving = [x.clone() if x.is_inference() else x for x in arriving]
         return torch.autograd.grad(function(*leaves), leaves, arriving)
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 _AUTOGRAD = [getattr(torch._C.DispatchKey, name) for name in ("AutogradFunctionality", "AutogradCPU", "AutogradCUDA")]
