@@ -34,7 +34,8 @@ class _Chunks:
 
     def __init__(self, v: Tensor, q: Tensor, k: Tensor, g: Tensor, beta: Tensor, size: int) -> None:
         self.rows, self.length, self.heads, self.width = v.shape
-        size = size if g.dim() == 3 else min(size, 16)  # for each pair of a chunk's tokens there are K numbers
+        most = 64 if g.dim() == 3 else 16  # with decays by channel each pair of a chunk's tokens has K numbers
+        size = max(1, min(size, most, self.length))
         missing = -self.length % size
 
         def chunked(operand: Tensor) -> Tensor:
@@ -42,7 +43,7 @@ class _Chunks:
             operand = operand.float().repeat_interleave(self.heads // operand.shape[2], 2).transpose(1, 2)
             rest = operand.shape[3:]
             operand = F.pad(operand, (0, 0) * len(rest) + (0, missing))
-            return operand.reshape(*operand.shape[:2], -1, size, *rest)
+            return operand.reshape(*operand.shape[:2], (self.length + missing) // size, size, *rest)
 
         self.v, self.q, self.k, self.beta = map(chunked, (v, q, k, beta))
         prefix = chunked(g if g.dim() == 4 else g.unsqueeze(3)).double().cumsum(3)  # (B, H, c, C, K or 1)

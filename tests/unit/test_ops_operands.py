@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from strategies import seeds
+from test_delta import delta_operands
 from test_ops import OPS, backend, selective_operands, ssd_operands  # noqa: F401  # a fixture
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -35,6 +36,11 @@ def _ssd(backward: bool) -> dict[str, Any]:
 def _score(operands: dict[str, Any]) -> dict[str, Any]:
     scored = {name: held for name, held in operands.items() if name not in ("D", "z", "chunk_size")}
     return scored | {"real": torch.ones(2, 9, dtype=torch.bool), "tail": 2, "criterion": "simba"}
+
+
+def _delta(backward: bool) -> dict[str, Any]:
+    operands = {**delta_operands(), "chunk_size": 4}
+    return {"dy": torch.randn(2, 9, 4, 3), "dlast": torch.randn(2, 4, 8, 3), **operands} if backward else operands
 
 
 def _conv(backward: bool) -> dict[str, Any]:
@@ -68,6 +74,10 @@ CALLS: dict[str, Callable[[], dict[str, Any]]] = {
     "ssd_scan": lambda: _ssd(False),
     "ssd_scan_backward": lambda: _ssd(True),
     "ssd_token_score": lambda: _score(_ssd(False)),
+    "delta_scan": lambda: _delta(False),
+    "delta_scan_backward": lambda: _delta(True),
+    "delta_token_score": lambda: _delta(False) | {"real": torch.ones(2, 9, dtype=torch.bool), "tail": 2,
+                                                  "criterion": "simba"},
     "causal_conv1d": lambda: _conv(False),
     "causal_conv1d_backward": lambda: _conv(True),
     "select_tokens": lambda: _slots(False),
