@@ -299,7 +299,7 @@ def take_square(square: Tensor, positions: Tensor, real: Tensor | None) -> Tenso
 
 def _of_each_row(square: Tensor, positions: Tensor) -> Tensor:
     """`(B, H, L, L)` of one that all rows share."""
-    rows = square.shape[0] if square.dim() == 4 else None
+    rows = square.shape[0] if square.dim() == 4 and positions.dim() else None
     return square.expand(positions.shape[0], -1, -1, -1) if type(rows) is int and rows == 1 else square
 
 
