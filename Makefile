@@ -25,7 +25,7 @@ NEWEST := VENV=.venv-newest TORCH=torch TRANSFORMERS=transformers
 test: $(VENV)/.dev $(VENV)/.triton $(VENV)/.mamba-ssm $(VENV)/.torchao $(VENV)/.lm-eval
 	$(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
-# In two minutes, while something is written: style, types, units, passes on the graphs of small models, three families end
+# In about two minutes, while something is written: style, types, units, passes on the graphs of small models, three families end
 # to end.
 quick: lint
 	$(BIN)/pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder -k "not (zamba or falcon-h1 or jamba)" $(ARGS) \
