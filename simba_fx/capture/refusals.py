@@ -89,7 +89,8 @@ class Watch(TorchFunctionMode):
         raise ScanNotFoundError(
             f"{self.name} calls {_name(frame)}, which loops over tokens in Python (line {frame.f_lineno}); "
             "expected a registered scan function, found none before it. If it computes the recurrence of Mamba or "
-            "Mamba-2, register it: simba_fx.register_scan(function, adapter). Other recurrences cannot be pruned."
+            "Mamba-2, or a gated delta rule, register it: simba_fx.register_scan(function, adapter). Other recurrences "
+            "cannot be pruned."
         )
 
 
@@ -109,7 +110,7 @@ def advice(called: Collection[str] = ()) -> str:
     if called:
         return (
             f" It called {', '.join(sorted(called))}, not registered. If that computes the recurrence of Mamba or "
-            f"Mamba-2, register it: {register}"
+            f"Mamba-2, or a gated delta rule, register it: {register}"
         )
     return f" If the model runs the scan of Mamba or Mamba-2 in a function of its own, register it: {register}"
 

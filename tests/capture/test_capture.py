@@ -274,8 +274,8 @@ def test_a_module_runs_in_another_thread_while_one_is_captured() -> None:
 
 def named(*names: str) -> str:
     return (
-        f" It called {', '.join(names)}, not registered. If that computes the recurrence of Mamba or Mamba-2, register "
-        "it: simba_fx.register_scan(function, adapter)."
+        f" It called {', '.join(names)}, not registered. If that computes the recurrence of Mamba or Mamba-2, or a "
+        "gated delta rule, register it: simba_fx.register_scan(function, adapter)."
     )
 
 

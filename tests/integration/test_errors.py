@@ -285,7 +285,7 @@ def test_a_function_that_is_not_registered() -> None:
     message = (
         "No scan was found in Unregistered: expected at least one call of a registered scan function while it was"
         f" traced, found none. It called {__name__}.unregistered_scan, not registered. If that computes the recurrence"
-        " of Mamba or Mamba-2, register it: simba_fx.register_scan(function, adapter)."
+        " of Mamba or Mamba-2, or a gated delta rule, register it: simba_fx.register_scan(function, adapter)."
     )
     bad = Unregistered()
     with refused(ScanNotFoundError, message, bad):
@@ -311,7 +311,7 @@ def test_one_mixer_of_several_is_not_registered() -> None:
     message = (
         "blocks.1 (Mixer) holds the weights of a scan (A_log) but called no registered scan function while it was"
         f" traced. It called {__name__}.unregistered_scan, not registered. If that computes the recurrence of Mamba or"
-        " Mamba-2, register it: simba_fx.register_scan(function, adapter)."
+        " Mamba-2, or a gated delta rule, register it: simba_fx.register_scan(function, adapter)."
     )
     bad = HalfRegistered()
     with refused(CaptureError, message, bad):
@@ -688,15 +688,12 @@ def test_a_layout_that_cannot_be_gathered() -> None:
 
 def test_a_recurrence_that_loops_in_python_is_refused_at_once() -> None:
     """By the function that loops, and before all layers are traced: that took minutes."""
-    from transformers import Qwen3NextConfig, Qwen3NextModel
+    from transformers import RwkvConfig, RwkvModel
 
-    config = Qwen3NextConfig(
-        vocab_size=53, hidden_size=32, num_hidden_layers=4, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
-        linear_num_key_heads=2, linear_num_value_heads=2, linear_key_head_dim=8, linear_value_head_dim=8,
-        intermediate_size=32, num_experts=2, num_experts_per_tok=1, moe_intermediate_size=16,
-        shared_expert_intermediate_size=16, experts_implementation="grouped_mm",
-    )  # fmt: skip
+    config = RwkvConfig(
+        vocab_size=53, hidden_size=16, num_hidden_layers=4, attention_hidden_size=16, intermediate_size=24
+    )
     begun = time.perf_counter()
-    with pytest.raises(ScanNotFoundError, match=r"torch_chunk_gated_delta_rule, which loops over tokens in Python"):
-        simba_fx.transform(Qwen3NextModel(config).eval())
+    with pytest.raises(ScanNotFoundError, match="rwkv_linear_attention_cpu, which loops over tokens in Python"):
+        simba_fx.transform(RwkvModel(config).eval())
     assert time.perf_counter() - begun < 60

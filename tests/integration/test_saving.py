@@ -39,8 +39,8 @@ own_model: Any = importlib.import_module("own_model")
 OPTIONS: dict[str, Any] = {"criterion": "simba-abs", "floor": 3, "protect": [0, -2], "seed": 5}
 every_family = pytest.mark.parametrize(
     "entry",
-    [*PER_FAMILY, BY_NAME["mamba-bf16"], BY_NAME["jamba"]],
-    ids=names([*PER_FAMILY, BY_NAME["mamba-bf16"], BY_NAME["jamba"]]),
+    [*PER_FAMILY, *(BY_NAME[name] for name in ("mamba-bf16", "jamba", "kimi-linear"))],
+    ids=names([*PER_FAMILY, *(BY_NAME[name] for name in ("mamba-bf16", "jamba", "kimi-linear"))]),
 )
 
 

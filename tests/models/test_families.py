@@ -26,7 +26,6 @@ from models import (
     Entry,
     _bamba,
     _granite,
-    _hybrid,
     _jamba,
     _nemotron_h,
     dense,
@@ -50,8 +49,8 @@ from transformers import (
     AutoModel,
     DynamicCache,
     PreTrainedTokenizerFast,
-    Qwen3NextConfig,
-    Qwen3NextForCausalLM,
+    RwkvConfig,
+    RwkvForCausalLM,
     pipeline,
 )
 
@@ -526,14 +525,13 @@ def test_a_hybrid_is_one_graph_without_a_cache_and_refused_with_one(name: str) -
 
 
 def test_another_recurrence_is_refused_naming_its_function() -> None:
-    """The gated delta rule has no diagonal decay: neither of our scans is its."""
-    sizes = {"num_hidden_layers": 4, "head_dim": 4, "linear_num_value_heads": 4, "linear_num_key_heads": 2,
-             "linear_key_head_dim": 4, "linear_value_head_dim": 4, "num_experts": 4, "num_experts_per_tok": 2,
-             "moe_intermediate_size": 8, "shared_expert_intermediate_size": 8}  # fmt: skip
-    model = _hybrid(Qwen3NextForCausalLM, Qwen3NextConfig, sizes)
+    """WKV divides by a sum of its own: no scan of ours is its."""
+    config = RwkvConfig(
+        vocab_size=53, hidden_size=16, num_hidden_layers=4, attention_hidden_size=16, intermediate_size=24
+    )
     with pytest.raises(simba_fx.errors.ScanNotFoundError) as caught:
-        simba_fx.transform(model)
-    assert "transformers.models.qwen3_next.modeling_qwen3_next.torch_chunk_gated_delta_rule" in str(caught.value)
+        simba_fx.transform(RwkvForCausalLM(config))
+    assert "transformers.models.rwkv.modeling_rwkv.rwkv_linear_attention_cpu" in str(caught.value)
     assert "simba_fx.register_scan(function, adapter)" in str(caught.value)
 
 

@@ -18,7 +18,7 @@ from simba_fx.capture.rows import Finish, Row, StandIn
 from simba_fx.errors import CaptureError
 from simba_fx.ops.operands import CausalConv, DeltaScan, Operands, SelectiveScan, SSDScan
 
-__all__ = ["OWNERS", "ROWS"]
+__all__ = ["OWNERS", "ROWS", "SCANS"]
 
 OWNERS = "transformers.models."
 
@@ -104,11 +104,15 @@ def _causal_mask(create: Callable[..., Any]) -> Callable[..., Any]:
 _OVERLAYS = ("or_mask_function", "and_mask_function", "block_sequence_ids")
 
 
-ROWS: dict[str, Row] = {
+SCANS: dict[str, Row] = {
     "mamba_selective_scan": _selective,
     "mamba2_chunk_scan": _ssd,
     "torch_chunk_gated_delta_rule": _delta,
     "chunk_kimi_delta_attention": _delta,
+}
+"""A model with one of these in its modeling file can be transformed."""
+ROWS: dict[str, Row] = {
+    **SCANS,
     "causal_conv1d_fn": _conv,
     "create_causal_mask": StandIn(_causal_mask, dynamo=False),  # one function of all models, whoever compiles them
     "mamba_inner_fn": StandIn(_absent),
