@@ -400,11 +400,16 @@ class EveryOperator(nn.Module):
         ssd = (heads, heads[..., 0], -self.heads, heads[:, :, :1, :3], heads[:, :, :1, 3:6])
         z, final = ops.ssd_scan(*ssd, None, None, None, True)
         scores = ops.ssd_token_score(*ssd, None, True, 0.0, 10.0, real, 2, "simba")
+        keys = 0.3 * heads
+        rule = (heads, keys[:, :, :2], keys[:, :, 2:], -heads[..., 0].abs(), heads[..., 1].sigmoid(), 16)
+        w, state = ops.delta_scan(*rule)
+        scores = scores + ops.delta_token_score(*rule, real, 2, "simba")
         counted = real.sum(1)
         draw = ops.position_score(positions, real, counted, length, 2, 1, 2, 4, "random", 7)
         chosen = ops.select_real_tokens(scores + draw, positions, real, counted, length, 2, 1, 2, 4)
         square = torch.ones(length, length, dtype=torch.bool).tril()[None, None].expand(rows, 1, length, length)
-        return full, last, z, final, draw, kept, *chosen, ops.take_square(square, chosen[2], chosen[4])
+        masks = ops.take_square(square, chosen[2], chosen[4])
+        return full, last, z, final, w, state, draw, kept, *chosen, masks
 
 
 @compiles_packages
