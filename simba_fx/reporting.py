@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import platform
 import re
@@ -351,7 +352,10 @@ def _kernels(built: Built, device: torch.device) -> str:
     """What ran the scans."""
     if any(role(node) is Role.KERNEL for node in built.graph.nodes):
         return "the model's own: " + ", ".join(sorted({site.name for site in built.captured.sites}))
-    return ops.kernel_path(device.type)
+    scans = itertools.chain.from_iterable(scans_by_block(built.captured.graph, built.captured.facts.n_blocks))
+    kinds = dict.fromkeys(recurrence_of(scan.target) for scan in scans)
+    paths = [ops.kernel_path(device.type) if kind.kernels else f"torch ({kind.title})" for kind in kinds]
+    return " + ".join(dict.fromkeys(paths)) or ops.kernel_path(device.type)
 
 
 def _machine(device: torch.device) -> str:

@@ -36,6 +36,8 @@ class Recurrence:
     """Takes those of the operands that it reads, by the same names, and `real`, `tail`, `criterion`; gives `(B, L)`."""
     token_dim: int
     """Of the first operand; dimension 0 are the rows."""
+    kernels: bool = True
+    """Whether there are kernels for it; else PyTorch runs it, on every device."""
 
     @property
     def scored(self) -> tuple[str, ...]:
@@ -58,7 +60,7 @@ _OPS = torch.ops.simba_fx
 RECURRENCES: tuple[Recurrence, ...] = (
     Recurrence("selective scan", SelectiveScan, _OPS.selective_scan.default, _OPS.selective_token_score.default, 2),
     Recurrence("ssd scan", SSDScan, _OPS.ssd_scan.default, _OPS.ssd_token_score.default, 1),
-    Recurrence("delta rule", DeltaScan, _OPS.delta_scan.default, _OPS.delta_token_score.default, 1),
+    Recurrence("delta rule", DeltaScan, _OPS.delta_scan.default, _OPS.delta_token_score.default, 1, kernels=False),
 )
 SCANS: tuple[Any, ...] = tuple(recurrence.scan for recurrence in RECURRENCES)
 _BY_SCAN = {recurrence.scan: recurrence for recurrence in RECURRENCES}

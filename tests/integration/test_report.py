@@ -118,6 +118,9 @@ def test_flops_do_not_depend_on_the_kernels_and_those_that_ran_are_named() -> No
     assert own.kernels.startswith("the model's own: ")
     assert "mamba_selective_scan" in own.kernels
     assert ours.kernels.startswith(("C++ (", "torch ("))
+    rule = simba_fx.report(models.sparse("qwen3-5", "linear"), ids)
+    assert rule.kernels == "torch (delta rule)"  # there are no kernels for it, whatever the machine has
+    assert [block.scan for block in rule.blocks] == ["delta rule", "none", "delta rule", "delta rule"]
 
 
 # --- budgets -------------------------------------------------------------------------------------------------------
