@@ -32,9 +32,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--capabilities", action="store_true", help="print a table of what each model can do")
 
 
-LONG = ("test_families.py", "test_compile.py", "test_dynamo_backend.py", "test_mamba_ssm.py", "test_quantised.py", "test_triton.py", "test_distributed.py",
-        "test_examples.py", "test_export.py", "test_finetuning.py", "test_bench.py", "test_gpu_check.py",
-        "test_docs.py")  # fmt: skip
+LONG = ("test_families.py", "test_compile.py", "test_dynamo_backend.py", "test_mamba_ssm.py", "test_quantised.py",
+        "test_triton.py", "test_distributed.py", "test_examples.py", "test_export.py", "test_finetuning.py",
+        "test_bench.py", "test_gpu_check.py", "test_docs.py")  # fmt: skip
 """Files that take minutes, some for a single test: they start first, so that no worker is left waiting for one."""
 
 
