@@ -61,7 +61,7 @@ class _SelectiveWindow:
         _, _, _, groups, _ = scan.sizes
         raw = scan.delta[:, :, at].transpose(1, 2)
         self.raw = step_size(raw, scan.delta_bias, False)
-        self.dt = split_groups(step_size(raw, scan.delta_bias, scan.delta_softplus), 2, groups)
+        self.dt = split_groups(F.softplus(self.raw) if scan.delta_softplus else self.raw, 2, groups)
         self.u = split_groups(scan.u[:, :, at].transpose(1, 2).float(), 2, groups)
         self.A = split_groups(scan.A.float(), 0, groups)
         self.B = scan.B[..., at].permute(0, 3, 1, 2).float().contiguous()

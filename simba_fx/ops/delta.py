@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from simba_fx.ops.inline import differentiated, inline_on_gpu
+from simba_fx.ops.inline import differentiated, inline_on_gpu, never
 from simba_fx.ops.operands import DeltaScan
 from simba_fx.ops.score import at_query, checked, extreme, never_differentiable, no_gradients, query_position, until
 
@@ -210,10 +210,5 @@ def _(
 delta_token_score.register_autograd(no_gradients, setup_context=never_differentiable)
 
 
-def _never(*_: Any) -> bool:
-    """Loops over chunks, whose number torch would guard on."""
-    return False
-
-
 for _operator in (delta_scan, delta_scan_backward, delta_token_score):
-    inline_on_gpu(_operator, _never)
+    inline_on_gpu(_operator, never)

@@ -38,6 +38,12 @@ def inline_on_gpu(operator: CustomOpDef, traceable: Callable[..., bool]) -> None
     _name_kernels(operator._opoverload._opname, operator._opoverload._name)
 
 
+def never(*_: Any) -> bool:
+    """Of an operator whose body has sizes that are numbers of chunks, or loops over them: torch would guard on these,
+    and compile it again."""
+    return False
+
+
 def differentiated(function: Callable[..., tuple[Tensor, ...]], operands: Sequence[Tensor],
                    arriving: Sequence[Tensor]) -> tuple[Tensor, ...]:  # fmt: skip
     """Gradients of `operands` from those that arrive at the results of `function(*operands)`, inside of an operator.

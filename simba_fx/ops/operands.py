@@ -38,6 +38,10 @@ class Operands:
 
     entry: ClassVar[str]
     """The field that the call's enter marker stands before."""
+    layouts: ClassVar[checks.Layouts]
+    """Of an operator's operands, and of what its gradients and scores are given beside them."""
+    counted: ClassVar[tuple[str, ...]] = ()
+    """The fields that are numbers, at least 1."""
 
     def run(self) -> tuple[Any, Any]:
         """What is computed, as operators of the graph: `(y, last_state)`; a fused function: `(its result, None)`."""
@@ -48,6 +52,12 @@ class Operands:
         """The tensors by their names."""
         named = ((field.name, getattr(self, field.name)) for field in dataclasses.fields(self))
         return {name: given for name, given in named if isinstance(given, Tensor)}
+
+    def checked(self, operator: str, **others: Tensor | None) -> Self:
+        """Raises: OperandError: the operands, or `others` of the operator, do not fit together."""
+        checks.fit(operator, self.layouts, **self.tensors, **others)
+        checks.at_least(operator, {name: (getattr(self, name), 1) for name in self.counted})
+        return self
 
     @property
     def arguments(self) -> tuple[Any, ...]:
@@ -73,7 +83,7 @@ class SelectiveScan(Operands):
     delta_bias: Tensor | None = None
     delta_softplus: bool = False
 
-    entry = "u"
+    entry, layouts = "u", checks.SELECTIVE
 
     def run(self) -> tuple[Tensor, Tensor]:
         """`y (B, D, L)` in u's dtype and the last state `(B, D, N)` in float32."""
@@ -86,7 +96,7 @@ class SelectiveScan(Operands):
         Raises:
             OperandError: the operands, or `others` of the operator, do not fit together.
         """
-        checks.fit(operator, checks.SELECTIVE, **self.tensors, **others)
+        super().checked(operator, **others)
         if self.B.dim() == self.C.dim() == 4:
             return self
         B, C = (operand.unsqueeze(1) if operand.dim() == 3 else operand for operand in (self.B, self.C))
@@ -127,7 +137,7 @@ class SSDScan(Operands):
     dt_max: float = float("inf")
     chunk_size: int = 256
 
-    entry = "x"
+    entry, layouts, counted = "x", checks.SSD, ("chunk_size",)
 
     def run(self) -> tuple[Tensor, Tensor]:
         """`y (B, L, H, P)` in x's dtype and the last state `(B, H, P, N)` in float32."""
@@ -135,12 +145,6 @@ class SSDScan(Operands):
         low, high = (min(max(limit, -NO_LIMIT), NO_LIMIT) for limit in (self.dt_min, self.dt_max))
         y, state = torch.ops.simba_fx.ssd_scan(*dataclasses.replace(self, dt_min=low, dt_max=high).arguments)
         return y, state
-
-    def checked(self, operator: str, **others: Tensor | None) -> Self:
-        """Raises: OperandError: the operands, or `others` of the operator, do not fit together."""
-        checks.fit(operator, checks.SSD, **self.tensors, **others)
-        checks.at_least(operator, {"chunk_size": (self.chunk_size, 1)})
-        return self
 
     @property
     def sizes(self) -> tuple[Any, Any, Any, Any, Any, Any]:
@@ -167,18 +171,12 @@ class DeltaScan(Operands):
     beta: Tensor
     chunk_size: int = 64
 
-    entry = "v"
+    entry, layouts, counted = "v", checks.DELTA, ("chunk_size",)
 
     def run(self) -> tuple[Tensor, Tensor]:
         """`y (B, L, H, V)` in v's dtype and the last state `(B, H, K, V)` in float32."""
         y, state = torch.ops.simba_fx.delta_scan(*self.arguments)
         return y, state
-
-    def checked(self, operator: str, **others: Tensor | None) -> Self:
-        """Raises: OperandError: the operands, or `others` of the operator, do not fit together."""
-        checks.fit(operator, checks.DELTA, **self.tensors, **others)
-        checks.at_least(operator, {"chunk_size": (self.chunk_size, 1)})
-        return self
 
 
 @dataclass(frozen=True)
@@ -190,7 +188,7 @@ class CausalConv(Operands):
     bias: Tensor | None = None
     activation: str = "none"
 
-    entry = "x"
+    entry, layouts = "x", checks.CONV
 
     def run(self) -> tuple[Tensor, None]:
         return torch.ops.simba_fx.causal_conv1d(*self.arguments), None

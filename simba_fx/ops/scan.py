@@ -11,10 +11,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from simba_fx.ops import backends, checks, chunked, chunked_ssd
-from simba_fx.ops.inline import inline_on_gpu
+from simba_fx.ops import backends, chunked, chunked_ssd
+from simba_fx.ops.inline import inline_on_gpu, never
 from simba_fx.ops.operands import NO_LIMIT, CausalConv, SelectiveScan, SSDScan, step_size
 
 
@@ -215,7 +216,7 @@ def ssd_scan_backward(
     scan = scan.checked("ssd_scan_backward", dy=dy, dlast=dlast)
     dx, dstep, dA, dB, dC, dD, dz = chunked_ssd.ssd_scan_backward(dy, dlast, scan)
     raw = step_size(dt, dt_bias, False)
-    step = step_size(dt, dt_bias, dt_softplus)
+    step = F.softplus(raw) if dt_softplus else raw
     draw = torch.where((step >= dt_min) & (step <= dt_max), dstep, 0.0)
     draw = draw * torch.sigmoid(raw) if dt_softplus else draw
     if D is not None and D.dim() == 1:
@@ -255,8 +256,9 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None = None, activat
     Returns:
         `(B, D, L)` in x's dtype, channel-last.
     """
-    checks.fit("causal_conv1d", checks.CONV, x=x, weight=weight, bias=bias)
-    return backends.causal_conv1d(CausalConv(x, weight, bias, _known(activation)))
+    conv = CausalConv(x, weight, bias, activation).checked("causal_conv1d")
+    _known(activation)
+    return backends.causal_conv1d(conv)
 
 
 def _known(activation: str) -> str:
@@ -267,8 +269,7 @@ def _known(activation: str) -> str:
 
 @causal_conv1d.register_fake
 def _(*arguments: Any) -> Tensor:
-    conv = CausalConv(*arguments)
-    checks.fit("causal_conv1d", checks.CONV, x=conv.x, weight=conv.weight, bias=conv.bias)
+    conv = CausalConv(*arguments).checked("causal_conv1d")
     _known(conv.activation)
     return _token_output(conv.x)
 
@@ -278,10 +279,10 @@ def causal_conv1d_backward(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight and bias (empty if there is none) from that of y `(B, D, L)`."""
-    checks.fit("causal_conv1d_backward", checks.CONV, x=x, weight=weight, bias=bias, dy=dy)
+    conv = CausalConv(x, weight, bias, activation).checked("causal_conv1d_backward", dy=dy)
     dpre = dy.transpose(1, 2).float()
     if _known(activation) == "silu":
-        dpre = dpre * chunked.silu_gradient(chunked.causal_conv1d(CausalConv(x, weight, bias)))
+        dpre = dpre * chunked.silu_gradient(chunked.causal_conv1d(conv))
     dx, dweight, dbias = chunked.causal_conv1d_backward(dpre, x, weight)
     return _fit_tokens(dx.transpose(1, 2), x), _fit(dweight, weight), _fit(dbias, bias)
 
@@ -306,11 +307,6 @@ def _always(*_: Any) -> bool:
     return True
 
 
-def _never(*_: Any) -> bool:
-    """PyTorch's body has sizes that are numbers of chunks: torch would guard on them, and compile it again."""
-    return False
-
-
 def _as_triton(*operands: Any) -> bool:
     """Whether the scan with these operands is a Triton kernel."""
     return backends.triton_scan(SelectiveScan(*operands)) is not None
@@ -322,6 +318,6 @@ def _backward_as_triton(*operands: Any) -> bool:
 
 inline_on_gpu(selective_scan, _as_triton)
 inline_on_gpu(selective_scan_backward, _backward_as_triton)
-inline_on_gpu(ssd_scan, _never)
+inline_on_gpu(ssd_scan, never)
 inline_on_gpu(causal_conv1d, _always)
 inline_on_gpu(causal_conv1d_backward, _always)

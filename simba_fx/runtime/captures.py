@@ -19,7 +19,7 @@ from torch import nn
 from simba_fx.capture import lift
 from simba_fx.capture.normalise import Captured
 from simba_fx.graph.facts import tensor_paths
-from simba_fx.runtime.fingerprint import Identity, Snapshot, is_plain_object
+from simba_fx.runtime.fingerprint import PLAIN, Identity, Snapshot, is_plain_object
 from simba_fx.runtime.fsdp import dense_class, without_memory
 
 __all__ = ["captured", "share", "stored_with"]
@@ -92,7 +92,6 @@ def _code(root: nn.Module) -> Hashable:
 
 _TREE = ("_parameters", "_buffers", "_modules")
 _CODE = (types.FunctionType, property, staticmethod, classmethod, bool, int, float, str)
-_PLAIN = (bool, int, float, complex, str, types.NoneType, torch.dtype, torch.device)
 
 
 def _objects(held: Any) -> Iterator[Any]:
@@ -107,5 +106,5 @@ def _objects(held: Any) -> Iterator[Any]:
         yield held.__func__
     elif type(held).__name__ == "_WrappedHook":  # of torch.nn
         yield from _objects(held.hook)
-    elif not isinstance(held, _PLAIN) and not str(getattr(held, "__module__", "")).startswith("simba_fx."):
+    elif not isinstance(held, PLAIN) and not str(getattr(held, "__module__", "")).startswith("simba_fx."):
         yield held

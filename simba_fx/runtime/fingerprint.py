@@ -24,9 +24,10 @@ from torch import Tensor, nn
 
 from simba_fx.runtime.fsdp import dense_class, dtype_in_forward, is_hook, is_sharded, state_of
 
-__all__ = ["Fingerprint", "Identity", "Snapshot", "hooks_of", "is_plain_object", "snapshot"]
+__all__ = ["PLAIN", "Fingerprint", "Identity", "Snapshot", "hooks_of", "is_plain_object", "snapshot"]
 
 _PLAIN: frozenset[Any] = frozenset({bool, int, float, complex, str, type(None), torch.dtype, torch.device})
+PLAIN = tuple(_PLAIN)
 _CONTAINERS = frozenset({list, tuple, set, dict})
 _INTERNAL = frozenset({*nn.Module().__dict__, "gradient_checkpointing"} - {"training"})
 """Attributes that say nothing about what a forward computes."""
@@ -302,7 +303,7 @@ class Identity:
         self.ref: Any = None
         self.held: Any = None
         self.number = id(held)
-        if isinstance(held, tuple(_PLAIN)):
+        if isinstance(held, PLAIN):
             self.held, self.number = held, hash(held)
             return
         try:
@@ -318,4 +319,4 @@ class Identity:
             return False
         if self.ref is not None:
             return self.ref() is not None and self.ref() is other.ref()
-        return self.held is other.held or (isinstance(self.held, tuple(_PLAIN)) and bool(self.held == other.held))
+        return self.held is other.held or (isinstance(self.held, PLAIN) and bool(self.held == other.held))
