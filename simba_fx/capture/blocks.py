@@ -7,6 +7,7 @@ between its scans, where the fewest bytes are alive.
 from __future__ import annotations
 
 import bisect
+import functools
 import itertools
 import math
 import re
@@ -144,9 +145,13 @@ def _sequence_bytes(node: fx.Node, sequence: sympy.Symbol, length: int = 64) -> 
         return EVERYTHING
     if not isinstance(val, Tensor):
         return 0
-    sizes = [expression(size) for size in val.shape]
-    if not any(sequence in size.free_symbols for size in sizes):
-        return 0
-    numbers = {symbol: length if symbol == sequence else 1 for size in sizes for symbol in size.free_symbols}
-    concrete = [int(size.subs(numbers)) for size in sizes]
-    return math.prod(concrete) * val.element_size()
+    sizes = tuple(expression(size) for size in val.shape)
+    return _numbers(sizes, sequence, length) * val.element_size()
+
+
+@functools.lru_cache(4096)
+def _numbers(sizes: tuple[sympy.Expr, ...], sequence: sympy.Symbol, length: int) -> int:
+    """How many there are in a tensor of these sizes; 0 without the length among them."""
+    symbols = {symbol for size in sizes for symbol in size.free_symbols}
+    numbers = {symbol: length if symbol == sequence else 1 for symbol in symbols}
+    return math.prod(int(size.subs(numbers)) for size in sizes) if sequence in symbols else 0

@@ -20,11 +20,13 @@ from torch.utils import _pytree as pytree
 
 from simba_fx.capture import leftovers, lift
 from simba_fx.capture.adapters import compare_adapters, say_not_compared
+from simba_fx.capture.alike import Alike
 from simba_fx.capture.examples import named_sizes
 from simba_fx.capture.guards import Question, guards_of, watched
+from simba_fx.capture.kinds import Differs, expand, once_per_kind
 from simba_fx.capture.normalise import Captured, annotate, check_every_mixer, cut, drop_no_ops, strip_paths
 from simba_fx.capture.refusals import Watch, advice, explained, refuse_quantised, told_in_words
-from simba_fx.errors import CaptureError, ScanNotFoundError
+from simba_fx.errors import CaptureError, ScanNotFoundError, SimbaError
 from simba_fx.graph.facts import expression, look_up, tensor_paths, value
 from simba_fx.ops.recurrences import SCANS
 
@@ -46,6 +48,53 @@ def _root(module: nn.Module, names: list[str], watch: Watch) -> nn.Module:
     root.module = module
     root.training = module.training
     return root
+
+
+class _Trace:
+    """One model's way through torch.export, with blocks of a kind traced once (`kinds`)."""
+
+    def __init__(self, root: nn.Module, owner: nn.Module, inputs: dict[str, Any], dynamic: Any) -> None:
+        self.root, self.owner, self.inputs, self.dynamic = root, owner, inputs, dynamic
+        self.sites: list[lift.CallSite] = []
+        self.questions: list[Question] = []
+        self.kinds: Collection[Alike] = ()
+
+    def run(self, watch: Watch, inside: str) -> fx.Graph:
+        """The flat graph; `inside`: the path of `owner` from the root."""
+        apart: set[str] = set()
+        while True:
+            try:
+                return self._once(watch, inside, apart)
+            except Differs as found:
+                apart.add(found.kind)
+            except Exception as error:
+                if not self.kinds or isinstance(error, SimbaError):
+                    raise
+                apart |= {kind.path for kind in self.kinds}  # it may be of our making
+
+    def _once(self, watch: Watch, inside: str, apart: Collection[str]) -> fx.Graph:
+        with (
+            leftovers.none_left(),
+            lift.lifted(self.owner) as sites,
+            watched(sites) as questions,
+            once_per_kind(self.owner, sites, questions, apart) as trace,
+            torch.no_grad(),
+        ):
+            self.sites, self.questions, self.kinds, watch.sites = sites, questions, trace.kinds, sites
+            exported = torch.export.export(self.root, (), self.inputs, dynamic_shapes=self.dynamic, strict=False)
+            self.flat = exported.module(check_guards=False)  # of ours: they hold in every block, and are told in words
+        self.out_spec: Any = exported.call_spec.out_spec
+        self.flat.graph.set_codegen(fx.graph.CodeGen())  # inputs and outputs flat, without pytree code around them
+        graph = copy.deepcopy(self.flat.graph)  # no longer owned by a module: nodes may name attributes of ours
+        expand(graph, trace, inside)
+        return graph
+
+    def look_up(self, path: str) -> Any:
+        """What a `get_attr` node names. (The exported module has not the weights of blocks that were not traced.)"""
+        try:
+            return look_up(self.flat, path)
+        except AttributeError:
+            return look_up(self.root, path)
 
 
 def capture_graph(module: nn.Module, owner: nn.Module, inputs: Mapping[str, Any], *, primary: str,
@@ -70,24 +119,20 @@ def capture_graph(module: nn.Module, owner: nn.Module, inputs: Mapping[str, Any]
             say what the function computes.
     """
     rows, length = _example_sizes(inputs, primary)
-    dynamic = pytree.tree_map(lambda leaf: _dynamic_dims(leaf, rows, length), dict(inputs))
     refuse_quantised(owner)
-    sites: list[lift.CallSite] = []
     watch = Watch(type(owner).__name__)
     root = _root(module, list(inputs), watch)
     compare = functools.partial(compare_adapters, module, owner, inputs, mask=mask, kernels=kernels)
-    questions: list[Question] = []
-    try:
-        with leftovers.none_left(), lift.lifted(owner) as sites, watched(sites) as questions, torch.no_grad():
-            watch.sites = sites
-            exported = torch.export.export(root, (), dict(inputs), dynamic_shapes=dynamic, strict=False)
-            flat = exported.module(check_guards=False)  # of ours: they hold in every block, and are told in words
-    except Exception as error:
-        compare(sites)  # a result of the wrong shape may be what stopped the trace
-        raise explained(error, owner, module, inputs, questions, watch) from error
-    flat.graph.set_codegen(fx.graph.CodeGen())  # inputs and outputs flat, without pytree code around them
-    graph = copy.deepcopy(flat.graph)  # no longer owned by a module: nodes may name attributes of ours
     inside = ".".join(filter(None, (_ROOT, prefix)))
+    trace = _Trace(
+        root, owner, dict(inputs), pytree.tree_map(lambda leaf: _dynamic_dims(leaf, rows, length), dict(inputs))
+    )
+    try:
+        graph = trace.run(watch, inside)
+    except Exception as error:
+        compare(trace.sites)  # a result of the wrong shape may be what stopped the trace
+        raise explained(error, owner, module, inputs, trace.questions, watch) from error
+    sites, questions = trace.sites, trace.questions
     strip_paths(graph, inside)
     drop_no_ops(graph)
     if not any(node.target in SCANS for node in graph.nodes):
@@ -103,7 +148,7 @@ def capture_graph(module: nn.Module, owner: nn.Module, inputs: Mapping[str, Any]
     names = (f"constant_{number}" for number in itertools.count() if f"constant_{number}" not in own)
     constants: dict[str, str] = {}
     for node in graph.find_nodes(op="get_attr"):
-        tensor = look_up(flat, node.target)
+        tensor = trace.look_up(node.target)
         path = cut(node.target, inside)
         if path not in own and path not in constants:
             constants[path] = next(names)
@@ -127,7 +172,7 @@ def capture_graph(module: nn.Module, owner: nn.Module, inputs: Mapping[str, Any]
     letters = _letters(named, {name: named_sizes(inputs[name], rows, length) for name in named})
     shape_env = value(named[primary]).fake_mode.shape_env
     guards = guards_of(shape_env, questions, letters, len(sites), _block_modules(owner, facts.blocks))
-    return Captured(graph, attributes, facts, sites, exported.call_spec.out_spec, arguments, placeholders, guards)
+    return Captured(graph, attributes, facts, sites, trace.out_spec, arguments, placeholders, guards)
 
 
 def _example_sizes(inputs: Mapping[str, Any], primary: str) -> tuple[int, int]:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from simba_fx.capture.examples import EXAMPLE, autocast_dtype
 from simba_fx.capture.export import capture_graph
+from simba_fx.capture.kinds import Notes
 from simba_fx.capture.normalise import Captured
 from simba_fx.errors import CaptureError, InputError, SimbaError
 from simba_fx.flops import budget_cost
@@ -143,18 +144,30 @@ def _mixers(stack: Any) -> list[Any]:
 class _Slot:
     """Stands for a state tensor while the stack is captured: notes what a block would write into it."""
 
-    def __init__(self, notes: dict[Entry, Tensor], entry: Entry) -> None:
-        self.notes, self.entry = notes, entry
+    def __init__(self, notes: Notes, layer: Any, kind: str) -> None:
+        self.notes, self.layer, self.kind = notes, layer, kind
 
     def copy_(self, state: Tensor) -> None:
-        self.notes[self.entry] = state
+        self.notes.store(self.layer, (self.kind, 0), state)
 
 
-def _recording_states(stack: Any, notes: dict[Entry, Tensor]) -> Any:
-    """What a block asks of `inference_params` for a prompt; its slots write into `notes`."""
-    layers = (mixer.layer_idx for mixer in _mixers(stack))
-    slots = {layer: tuple(_Slot(notes, (layer, kind, 0)) for kind in _KINDS) for layer in layers}
-    return SimpleNamespace(seqlen_offset=0, key_value_memory_dict=slots)
+class _RecordingStates(Notes):
+    """What a block asks of `inference_params` for a prompt: slots for the layer that it names."""
+
+    seqlen_offset = 0
+
+    def __init__(self) -> None:
+        self.start()
+
+    @property
+    def key_value_memory_dict(self) -> Any:
+        return self
+
+    def __contains__(self, layer: Any) -> bool:
+        return True
+
+    def __getitem__(self, layer: Any) -> tuple[_Slot, ...]:
+        return tuple(_Slot(self, layer, kind) for kind in _KINDS)
 
 
 def _fill(stack: Any, states: Any, found: dict[Entry, Tensor], rows: int) -> None:
@@ -175,11 +188,11 @@ class _Shell(nn.Module):
         self.stored = SimpleNamespace(entries=())  # no container: export puts those back as they were
 
     def forward(self, input_ids: Tensor) -> Any:
-        notes: dict[Entry, Tensor] = {}
-        states = _recording_states(self.stack, notes) if self.cache else None
+        states = _RecordingStates() if self.cache else None
         output = own_forward(self.stack)(input_ids, inference_params=states)
-        self.stored.entries = tuple(notes)
-        return output, list(notes.values())
+        stored = {} if states is None else states.stored
+        self.stored.entries = tuple(stored)
+        return output, list(stored.values())
 
 
 # --- the sparse class ------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from simba_fx.capture.kinds import Notes
 from simba_fx.runtime.stack import Entry
 
 
@@ -18,32 +19,47 @@ def recording_cache(config: Any) -> Any:
     """An empty cache of transformers' own class that notes what each layer would store, and changes nothing."""
     from transformers import DynamicCache
 
-    class RecordingCache(DynamicCache):
-        notes: dict[Entry, Tensor]
+    class RecordingCache(Notes, DynamicCache):
+        def entries(self) -> dict[Entry, Tensor]:
+            return dict(sorted(self.stored.items()))
 
-        def stored(self) -> dict[Entry, Tensor]:
-            return dict(sorted(self.notes.items()))
+        def ask(self, method: str, layer: Any, *more: Any) -> Any:
+            return getattr(DynamicCache, method)(self, layer, *more)
 
         def update_conv_state(self, conv_states: Tensor, layer_idx: int, state_idx: int = 0,
                               conv_kernel_size: int | None = None, **_: Any) -> Tensor:  # fmt: skip
             width = conv_states.shape[-1] if conv_kernel_size is None else conv_kernel_size
             padded = torch.nn.functional.pad(conv_states, (width, 0))
-            self.notes[layer_idx, "conv", state_idx] = padded[..., -width:]
+            self.store(layer_idx, ("conv", state_idx), padded[..., -width:])
             return conv_states
 
         def update_recurrent_state(self, recurrent_states: Tensor, layer_idx: int, state_idx: int = 0,
                                    **_: Any) -> Tensor:  # fmt: skip
-            self.notes[layer_idx, "recurrent", state_idx] = recurrent_states
+            self.store(layer_idx, ("recurrent", state_idx), recurrent_states)
             return recurrent_states
 
         def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> Any:
-            self.notes[layer_idx, "keys", 0] = key_states
-            self.notes[layer_idx, "values", 0] = value_states
+            self.store(layer_idx, ("keys", 0), key_states)
+            self.store(layer_idx, ("values", 0), value_states)
             return key_states, value_states
 
+    for name, default in _QUESTIONS.items():
+        if hasattr(DynamicCache, name):
+            setattr(RecordingCache, name, _question(name, default))
     cache: Any = RecordingCache(config=config)
-    cache.notes = {}
+    cache.start()
     return cache
+
+
+_QUESTIONS = {"has_previous_state": None, "get_conv_state": None, "get_recurrent_state": None, "get_seq_length": 0}
+"""What a layer asks its cache, and the layer that is meant where none is said."""
+
+
+def _question(name: str, default: Any) -> Any:
+    def question(self: Any, layer_idx: Any = default, state_idx: Any = None) -> Any:
+        return self.asked(name, layer_idx, *(() if state_idx is None else (state_idx,)))
+
+    return question
 
 
 def fill(cache: Any, entries: tuple[Entry, ...], tensors: Any) -> None:

@@ -84,7 +84,7 @@ class _Shell(nn.Module):
         else:
             output = own_forward(self.stack)(**tensors, **options)
         named = {name: value for name, value in output.items() if name != cache_name}
-        stored = cache.stored() if cache is not None else {}
+        stored = cache.entries() if cache is not None else {}
         observed = self.observed
         observed.output_type, observed.states = type(output), tuple(stored)
         observed.values = len(pytree.tree_leaves(named))
