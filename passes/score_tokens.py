@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from simba_fx import ops
+from simba_fx.errors import CriterionError
 from simba_fx.graph.facts import Facts, by_region, operator_of, scans_by_block, value
 from simba_fx.graph.marks import Insert, Role, bookkeeping, give_role, region, role
 from simba_fx.graph.plan import Cut
@@ -114,6 +115,12 @@ class ScoreTokens:
             args = (str(operator_of(scan)._opname), list(scan.args), real, tail)
             return insert("criterion", *args, val=val, like=scan, op="call_module")
         recurrence = recurrence_of(scan.target)
+        if self.criterion not in recurrence.criteria:
+            raise CriterionError(
+                f"Criterion {self.criterion!r} reads decays or steps, and nobody knows which arguments of a "
+                f"{recurrence.title} those are; expected one of {', '.join(recurrence.criteria)}, one by position, or "
+                "a function of your own. Pass one of those as criterion."
+            )
         named = recurrence.named(scan.args, scan.kwargs)
         operands = [named[name] for name in recurrence.scored]
         return insert(recurrence.score, *operands, real, tail, self.criterion, val=val, like=scan)

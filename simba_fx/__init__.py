@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from simba_fx import errors
     from simba_fx.api import answer, explain, kept, lengths, program, reached, tail, transform
     from simba_fx.capture.lift import register_scan
+    from simba_fx.capture.recurrences import register_recurrence
     from simba_fx.ops.operands import DeltaScan, SelectiveScan, SSDScan
     from simba_fx.reporting import report
     from simba_fx.saving import load, save
@@ -41,6 +42,7 @@ __all__ = [
     "load",
     "program",
     "reached",
+    "register_recurrence",
     "register_scan",
     "report",
     "save",
@@ -51,6 +53,7 @@ __all__ = [
 _HOMES = {
     "api": ("answer", "explain", "kept", "lengths", "program", "reached", "tail", "transform"),
     "capture.lift": ("register_scan",),
+    "capture.recurrences": ("register_recurrence",),
     "ops.operands": ("DeltaScan", "SSDScan", "SelectiveScan"),
     "reporting": ("report",),
     "saving": ("load", "save"),

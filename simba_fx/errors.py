@@ -23,6 +23,10 @@ class ScanNotFoundError(CaptureError):
     """No registered scan function was called while the model was captured."""
 
 
+class CacheError(CaptureError):
+    """What a prompt leaves behind cannot be kept for decoding; the same call with `use_cache=False` runs."""
+
+
 class GraphError(SimbaError, RuntimeError):
     """A pass met a graph that it must not rewrite, or left one that breaks its contract."""
 

@@ -159,7 +159,7 @@ def scanning_class(config: Mapping[str, Any], expected: str, file: Path) -> Any:
             f"{file} names the class {name!r}, which transformers {transformers.__version__} does not have; expected "
             f"{expected}. Install a version that has it."
         )
-    if not SCANS.keys() & vars(sys.modules[cls.__module__]).keys():
+    if not {name.partition(".")[0] for name in SCANS} & vars(sys.modules[cls.__module__]).keys():
         raise SimbaError(
             f"{file} names the class {name!r}, a model without a scan; expected {expected}. Save the model again."
         )

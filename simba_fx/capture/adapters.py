@@ -20,7 +20,7 @@ from simba_fx.capture import lift
 from simba_fx.capture.rows import Adapter
 from simba_fx.errors import CaptureError, OperandError
 
-__all__ = ["compare_adapters", "say_not_compared"]
+__all__ = ["compare_adapters", "random_inputs", "say_not_compared"]
 
 _agreed: set[tuple[Callable[..., Any], Adapter]] = set()
 _told: set[tuple[Callable[..., Any], Adapter]] = set()
@@ -68,9 +68,8 @@ def compare_adapters(module: nn.Module, owner: nn.Module, inputs: Mapping[str, A
     try:
         with torch.random.fork_rng(devices=[]), lift.lifted(owner, compared), torch.no_grad():
             torch.manual_seed(0)
-            few = {name: _random(held, name == mask) for name, held in inputs.items()}
             buffers = {name: held.clone() for name, held in module.named_buffers()}
-            torch.func.functional_call(module, buffers, kwargs=few)
+            torch.func.functional_call(module, buffers, kwargs=random_inputs(inputs, mask))
     except _Enough:
         return ""
     except CaptureError:
@@ -94,11 +93,16 @@ def say_not_compared(functions: Any, why: str) -> None:
 
 def _not_compared(functions: Any) -> list[tuple[Callable[..., Any], Adapter]]:
     pairs = ((function, lift.registered(function)) for function in functions)
-    return list(dict.fromkeys((f, adapter) for f, adapter in pairs if adapter and (f, adapter) not in _agreed))
+    known = ((f, adapter) for f, adapter in pairs if adapter and not getattr(adapter, "runs_the_function", False))
+    return list(dict.fromkeys(pair for pair in known if pair not in _agreed))
+
+
+def random_inputs(inputs: Mapping[str, Any], mask: str | None) -> dict[str, Any]:
+    """Inputs with values: the examples of a capture are zeros. Integers are 0 or 1, ids of every vocabulary."""
+    return {name: _random(held, name == mask) for name, held in inputs.items()}
 
 
 def _random(held: Any, mask: bool) -> Any:
-    """An input with values: the examples of a capture are zeros. Integers are 0 or 1, ids of every vocabulary."""
     if not isinstance(held, Tensor) or held.is_complex():
         return held
     if held.is_floating_point() and not mask:

@@ -25,6 +25,7 @@ from simba_fx.capture.examples import named_sizes
 from simba_fx.capture.guards import Question, guards_of, watched
 from simba_fx.capture.kinds import Differs, expand, once_per_kind
 from simba_fx.capture.normalise import Captured, annotate, check_every_mixer, cut, drop_no_ops, strip_paths
+from simba_fx.capture.recurrences import keep_contract
 from simba_fx.capture.refusals import Watch, advice, explained, refuse_quantised, told_in_words
 from simba_fx.errors import CaptureError, ScanNotFoundError, SimbaError
 from simba_fx.graph.facts import expression, look_up, tensor_paths, value
@@ -127,6 +128,7 @@ def capture_graph(module: nn.Module, owner: nn.Module, inputs: Mapping[str, Any]
     trace = _Trace(
         root, owner, dict(inputs), pytree.tree_map(lambda leaf: _dynamic_dims(leaf, rows, length), dict(inputs))
     )
+    keep_contract(module, owner, inputs, mask=mask)
     try:
         graph = trace.run(watch, inside)
     except Exception as error:

@@ -29,7 +29,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from simba_fx.capture import scan_functions
-from simba_fx.capture.rows import Adapter, Finish, Row, StandIn
+from simba_fx.capture.function_adapter import adapter_of
+from simba_fx.capture.rows import Adapter, Finish, Linear, Row, StandIn
 from simba_fx.compiling import capturing
 from simba_fx.errors import CaptureError, OperandError, SimbaError
 from simba_fx.ops.operands import CausalConv, Operands
@@ -139,13 +140,20 @@ def when_registered(notify: Callable[[], Any]) -> None:
         _listeners.append(notify)
 
 
-def _row(owner: Any, name: str, value: Any) -> Row | None:
+def _row(owner: Any, name: str, value: Any) -> Adapter | StandIn | None:
+    row = _found_row(owner, name, value)
+    return adapter_of(value, row) if isinstance(row, Linear) else row
+
+
+def _found_row(owner: Any, name: str, value: Any) -> Row | None:
     """The row that lifts `owner.name`: a user's own before the table's; found by who looks the name up, or, where a
     user's code imports a library's function, by whose function it is."""
     if not callable(value):
         return None
     if (adapter := registered(value)) is not None:
         return adapter
+    if inspect.isclass(owner):
+        return scan_functions.row_of(owner.__module__, f"{owner.__name__}.{name}")
     if not inspect.ismodule(owner):
         return None
     row = scan_functions.row_of(owner.__name__, name)
@@ -154,7 +162,7 @@ def _row(owner: Any, name: str, value: Any) -> Row | None:
     return row
 
 
-def _own_row(value: Any) -> Row | None:
+def _own_row(value: Any) -> Adapter | None:
     return registered(value) if callable(value) else None
 
 

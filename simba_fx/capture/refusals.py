@@ -89,8 +89,7 @@ class Watch(TorchFunctionMode):
         raise ScanNotFoundError(
             f"{self.name} calls {_name(frame)}, which loops over tokens in Python (line {frame.f_lineno}); "
             "expected a registered scan function, found none before it. If it computes the recurrence of Mamba or "
-            "Mamba-2, or a gated delta rule, register it: simba_fx.register_scan(function, adapter). Other recurrences "
-            "cannot be pruned."
+            f"Mamba-2, or a gated delta rule, register it: {_REGISTER}"
         )
 
 
@@ -106,13 +105,18 @@ def _name(frame: FrameType) -> str:
 
 def advice(called: Collection[str] = ()) -> str:
     """What to do where a scan was missed: the last sentence of a message. `called`: functions that look like one."""
-    register = "simba_fx.register_scan(function, adapter)."
     if called:
         return (
             f" It called {', '.join(sorted(called))}, not registered. If that computes the recurrence of Mamba or "
-            f"Mamba-2, or a gated delta rule, register it: {register}"
+            f"Mamba-2, or a gated delta rule, register it: {_REGISTER}"
         )
-    return f" If the model runs the scan of Mamba or Mamba-2 in a function of its own, register it: {register}"
+    return f" If the model runs the scan of Mamba or Mamba-2 in a function of its own, register it: {_REGISTER}"
+
+
+_REGISTER = (
+    "simba_fx.register_scan(function, adapter). If another that is linear in its values: "
+    "simba_fx.register_recurrence(function, value)."
+)
 
 
 def refuse_quantised(model: nn.Module) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from simba_fx.ops.operands import Operands
 
-__all__ = ["Adapter", "Finish", "Row", "StandIn"]
+__all__ = ["Adapter", "Finish", "Linear", "Row", "StandIn"]
 
 Finish = Callable[[Any, Any], Any]
 Adapter = Callable[..., Operands | tuple[Operands, Finish] | None]
@@ -26,4 +26,13 @@ class StandIn:
     """Whether it is called in the function's place under `torch.compile(backend="simba_fx")` too."""
 
 
-Row = Adapter | StandIn
+@dataclass(frozen=True)
+class Linear:
+    """A row of the lift table for a function that runs as it is, and is linear in the argument `value`: what
+    `register_recurrence` is told."""
+
+    value: str
+    shared: bool = False
+
+
+Row = Adapter | StandIn | Linear

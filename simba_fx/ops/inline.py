@@ -59,7 +59,7 @@ def differentiated(function: Callable[..., tuple[Tensor, ...]], operands: Sequen
     with torch.inference_mode(False), torch._C._ForceDispatchKeyGuard(include, exclude), torch.enable_grad(), own:
         leaves = [(x.clone() if x.is_inference() else x.detach()).requires_grad_() for x in operands]
         arriving = [x.clone() if x.is_inference() else x for x in arriving]
-        return torch.autograd.grad(function(*leaves), leaves, arriving)
+        return torch.autograd.grad(function(*leaves), leaves, arriving, allow_unused=True, materialize_grads=True)
 
 
 def _as_it_is(tensor: Tensor) -> Tensor:

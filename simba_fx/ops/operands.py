@@ -16,7 +16,7 @@ from torch import Tensor
 
 from simba_fx.ops import checks
 
-__all__ = ["NO_LIMIT", "CausalConv", "DeltaScan", "Operands", "SSDScan", "SelectiveScan", "step_size"]
+__all__ = ["NO_LIMIT", "CausalConv", "DeltaScan", "FunctionScan", "Operands", "SSDScan", "SelectiveScan", "step_size"]
 
 NO_LIMIT = torch.finfo(torch.float32).max
 """The default of `dt_max`: no step is that long. (An operator's schema has no literal for infinity.)"""
@@ -177,6 +177,23 @@ class DeltaScan(Operands):
         """`y (B, L, H, V)` in v's dtype and the last state `(B, H, K, V)` in float32."""
         y, state = torch.ops.simba_fx.delta_scan(*self.arguments)
         return y, state
+
+
+@dataclass(frozen=True)
+class FunctionScan(Operands):
+    """One call of a function that is linear in `value` `(B, L, ...)`; `operands` are its other tensors, as it takes
+    them, and `call` says how it is called (`simba_fx.ops.function_scan`)."""
+
+    value: Tensor
+    operands: list[Tensor]
+    call: str
+
+    entry, layouts = "value", {}
+
+    def run(self) -> tuple[Tensor, list[Tensor]]:
+        """y, of value's sizes, and the function's other results."""
+        y, *states = torch.ops.simba_fx.recurrence(*self.arguments)
+        return y, states
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from simba_fx.ops import delta, scan, score  # noqa: F401  # they define the operators
-from simba_fx.ops.operands import DeltaScan, Operands, SelectiveScan, SSDScan
+from simba_fx.ops import delta, function_scan, scan, score  # noqa: F401  # they define the operators
+from simba_fx.ops.function_scan import FUNCTION_CRITERIA
+from simba_fx.ops.operands import DeltaScan, FunctionScan, Operands, SelectiveScan, SSDScan
+from simba_fx.ops.score import CRITERIA
 
 __all__ = ["RECURRENCES", "SCANS", "Recurrence", "recurrence_of"]
 
@@ -38,6 +40,8 @@ class Recurrence:
     """Of the first operand; dimension 0 are the rows."""
     kernels: bool = True
     """Whether there are kernels for it; else PyTorch runs it, on every device."""
+    criteria: tuple[str, ...] = CRITERIA
+    """What its tokens can be scored by."""
 
     @property
     def scored(self) -> tuple[str, ...]:
@@ -61,6 +65,15 @@ RECURRENCES: tuple[Recurrence, ...] = (
     Recurrence("selective scan", SelectiveScan, _OPS.selective_scan.default, _OPS.selective_token_score.default, 2),
     Recurrence("ssd scan", SSDScan, _OPS.ssd_scan.default, _OPS.ssd_token_score.default, 1),
     Recurrence("delta rule", DeltaScan, _OPS.delta_scan.default, _OPS.delta_token_score.default, 1, kernels=False),
+    Recurrence(
+        "registered recurrence",
+        FunctionScan,
+        _OPS.recurrence.default,
+        _OPS.recurrence_token_score.default,
+        1,
+        kernels=False,
+        criteria=FUNCTION_CRITERIA,
+    ),
 )
 SCANS: tuple[Any, ...] = tuple(recurrence.scan for recurrence in RECURRENCES)
 _BY_SCAN = {recurrence.scan: recurrence for recurrence in RECURRENCES}

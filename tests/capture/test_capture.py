@@ -26,7 +26,8 @@ from simba_fx.ops.recurrences import SCANS
 HERE = sys.modules[__name__]
 ADVICE = (
     " If the model runs the scan of Mamba or Mamba-2 in a function of its own, register it: "
-    "simba_fx.register_scan(function, adapter)."
+    "simba_fx.register_scan(function, adapter). If another that is "
+    "linear in its values: simba_fx.register_recurrence(function, value)."
 )
 
 
@@ -275,7 +276,8 @@ def test_a_module_runs_in_another_thread_while_one_is_captured() -> None:
 def named(*names: str) -> str:
     return (
         f" It called {', '.join(names)}, not registered. If that computes the recurrence of Mamba or Mamba-2, or a "
-        "gated delta rule, register it: simba_fx.register_scan(function, adapter)."
+        "gated delta rule, register it: simba_fx.register_scan(function, adapter). If another that is "
+        "linear in its values: simba_fx.register_recurrence(function, value)."
     )
 
 

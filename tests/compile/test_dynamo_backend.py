@@ -555,7 +555,8 @@ def test_a_model_whose_scan_is_not_registered() -> None:
     assert said.endswith(
         "No scan was found in Stack: expected at least one call of a registered scan function while it was traced, "
         "found none. If the model runs the scan of Mamba or Mamba-2 in a function of its own, register it: "
-        "simba_fx.register_scan(function, adapter)."
+        "simba_fx.register_scan(function, adapter). If another that is "
+        "linear in its values: simba_fx.register_recurrence(function, value)."
     )
 
 

@@ -242,7 +242,8 @@ def test_a_module_that_holds_a_transformed_model(sparse: Any) -> None:
 
 REGISTER = (
     " If the model runs the scan of Mamba or Mamba-2 in a function of its own, register it:"
-    " simba_fx.register_scan(function, adapter)."
+    " simba_fx.register_scan(function, adapter). If another that is "
+    "linear in its values: simba_fx.register_recurrence(function, value)."
 )
 
 
@@ -285,7 +286,8 @@ def test_a_function_that_is_not_registered() -> None:
     message = (
         "No scan was found in Unregistered: expected at least one call of a registered scan function while it was"
         f" traced, found none. It called {__name__}.unregistered_scan, not registered. If that computes the recurrence"
-        " of Mamba or Mamba-2, or a gated delta rule, register it: simba_fx.register_scan(function, adapter)."
+        " of Mamba or Mamba-2, or a gated delta rule, register it: simba_fx.register_scan(function, adapter). If"
+        " another that is linear in its values: simba_fx.register_recurrence(function, value)."
     )
     bad = Unregistered()
     with refused(ScanNotFoundError, message, bad):
@@ -311,7 +313,8 @@ def test_one_mixer_of_several_is_not_registered() -> None:
     message = (
         "blocks.1 (Mixer) holds the weights of a scan (A_log) but called no registered scan function while it was"
         f" traced. It called {__name__}.unregistered_scan, not registered. If that computes the recurrence of Mamba or"
-        " Mamba-2, or a gated delta rule, register it: simba_fx.register_scan(function, adapter)."
+        " Mamba-2, or a gated delta rule, register it: simba_fx.register_scan(function, adapter). If another that is "
+        "linear in its values: simba_fx.register_recurrence(function, value)."
     )
     bad = HalfRegistered()
     with refused(CaptureError, message, bad):
@@ -686,14 +689,31 @@ def test_a_layout_that_cannot_be_gathered() -> None:
     )
 
 
+def looping_wkv(k: Tensor, v: Tensor) -> Tensor:
+    above, below, found = torch.zeros_like(v[:, 0]), torch.zeros_like(v[:, 0]), []
+    for t in range(v.shape[1]):
+        above, below = 0.9 * above + k[:, t].exp() * v[:, t], 0.9 * below + k[:, t].exp()
+        found.append(above / below)
+    return torch.stack(found, 1)
+
+
+class Looping(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(8, 16) for _ in range(24))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + looping_wkv(*layer(x).chunk(2, 2))
+        return x
+
+
 def test_a_recurrence_that_loops_in_python_is_refused_at_once() -> None:
     """By the function that loops, and before all layers are traced: that took minutes."""
-    from transformers import RwkvConfig, RwkvModel
-
-    config = RwkvConfig(
-        vocab_size=53, hidden_size=16, num_hidden_layers=4, attention_hidden_size=16, intermediate_size=24
-    )
     begun = time.perf_counter()
-    with pytest.raises(ScanNotFoundError, match="rwkv_linear_attention_cpu, which loops over tokens in Python"):
-        simba_fx.transform(RwkvModel(config).eval())
+    with pytest.raises(ScanNotFoundError, match="looping_wkv, which loops over tokens in Python") as caught:
+        simba_fx.transform(Looping().eval(), example_inputs=(torch.zeros(2, 24, 8),))
+    assert "simba_fx.register_recurrence(function, value)" in str(caught.value)
     assert time.perf_counter() - begun < 60
+    simba_fx.register_recurrence(looping_wkv, value="v")  # what the message says
+    simba_fx.transform(Looping().eval(), example_inputs=(torch.zeros(2, 24, 8),))

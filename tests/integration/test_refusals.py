@@ -258,7 +258,8 @@ def test_the_functions_that_ran_are_named_by_the_outermost(kept: str) -> None:
     assert refusal(net, ScanNotFoundError) == (
         "No scan was found in Net: expected at least one call of a registered scan function while it was traced, found "
         f"none. It called {__name__}.chunk_linear_attention, not registered. If that computes the recurrence of Mamba "
-        "or Mamba-2, or a gated delta rule, register it: simba_fx.register_scan(function, adapter)."
+        "or Mamba-2, or a gated delta rule, register it: simba_fx.register_scan(function, adapter). If another that is "
+        "linear in its values: simba_fx.register_recurrence(function, value)."
     )
 
 

@@ -49,9 +49,9 @@ from transformers import (
     AutoModel,
     DynamicCache,
     PreTrainedTokenizerFast,
-    RwkvConfig,
-    RwkvForCausalLM,
     pipeline,
+    xLSTMConfig,
+    xLSTMForCausalLM,
 )
 
 import simba_fx
@@ -525,14 +525,12 @@ def test_a_hybrid_is_one_graph_without_a_cache_and_refused_with_one(name: str) -
 
 
 def test_another_recurrence_is_refused_naming_its_function() -> None:
-    """WKV divides by a sum of its own: no scan of ours is its."""
-    config = RwkvConfig(
-        vocab_size=53, hidden_size=16, num_hidden_layers=4, attention_hidden_size=16, intermediate_size=24
-    )
+    """Its scan is put together of functions that a module holds: none of them alone is the recurrence."""
+    config = xLSTMConfig(vocab_size=53, hidden_size=32, embedding_dim=32, num_hidden_layers=3, num_heads=2)
     with pytest.raises(simba_fx.errors.ScanNotFoundError) as caught:
-        simba_fx.transform(RwkvForCausalLM(config))
-    assert "transformers.models.rwkv.modeling_rwkv.rwkv_linear_attention_cpu" in str(caught.value)
-    assert "simba_fx.register_scan(function, adapter)" in str(caught.value)
+        simba_fx.transform(xLSTMForCausalLM(config))
+    assert "transformers.models.xlstm.modeling_xlstm.mlstm_chunkwise" in str(caught.value)
+    assert "simba_fx.register_recurrence(function, value)" in str(caught.value)
 
 
 def test_attention_that_cannot_be_masked_is_refused() -> None:

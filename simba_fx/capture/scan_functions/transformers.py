@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from simba_fx.capture.rows import Finish, Row, StandIn
+from simba_fx.capture.rows import Finish, Linear, Row, StandIn
 from simba_fx.errors import CaptureError
 from simba_fx.ops.operands import CausalConv, DeltaScan, Operands, SelectiveScan, SSDScan
 
@@ -109,6 +109,8 @@ SCANS: dict[str, Row] = {
     "mamba2_chunk_scan": _ssd,
     "torch_chunk_gated_delta_rule": _delta,
     "chunk_kimi_delta_attention": _delta,
+    "rwkv_linear_attention": Linear("value"),
+    "RecurrentGemmaRglru._rnn_scan": Linear("hidden_states"),
 }
 """A model with one of these in its modeling file can be transformed."""
 ROWS: dict[str, Row] = {

@@ -19,7 +19,8 @@ from torch import fx
 
 from simba_fx.capture import lift
 from simba_fx.capture.adapters import say_not_compared
-from simba_fx.capture.rows import Row, StandIn
+from simba_fx.capture.rows import Linear, Row, StandIn
+from simba_fx.errors import CaptureError
 from simba_fx.frontends.dynamo.internals import before_each_frame, constant_when_traced, output_graph
 
 __all__ = ["is_lifted_call", "keep_fresh", "tracing_for"]
@@ -66,7 +67,7 @@ def _refresh(backend: Any) -> bool:
 
 
 def _substitute(function: types.FunctionType, row: Row, backend: Any) -> bool:
-    if isinstance(row, StandIn) and not row.dynamo:
+    if isinstance(row, Linear) or (isinstance(row, StandIn) and not row.dynamo):
         return False
     stand_in = row.stand_in(function) if isinstance(row, StandIn) else _call_in_graph(function)
     own = _copy(function)
@@ -88,6 +89,11 @@ def _substitute(function: types.FunctionType, row: Row, backend: Any) -> bool:
 def _call_in_graph(function: types.FunctionType) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
         adapter: Any = lift.registered(function) or _rows[function]  # a later registration counts
+        if getattr(adapter, "runs_the_function", False):
+            raise CaptureError(
+                f"{function.__qualname__} is a registered recurrence, which has to run on values before it is traced; "
+                "expected a model without one for the backend 'simba_fx'. Use simba_fx.transform(model)."
+            )
         adapted = lift.named_operands(function, adapter, args, kwargs)
         if adapted is None:
             return function(*args, **kwargs)

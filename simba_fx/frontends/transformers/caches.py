@@ -12,14 +12,26 @@ import torch
 from torch import Tensor
 
 from simba_fx.capture.kinds import Notes
+from simba_fx.errors import CacheError
 from simba_fx.runtime.stack import Entry
 
 
-def recording_cache(config: Any) -> Any:
-    """An empty cache of transformers' own class that notes what each layer would store, and changes nothing."""
+class NotInCache(CacheError, AttributeError):
+    """A model asks its cache for what only a class of its own has."""
+
+
+def recording_cache(config: Any, owner: str) -> Any:
+    """An empty cache of transformers' own class that notes what each layer would store, and changes nothing; `owner`:
+    what the model is called in messages."""
     from transformers import DynamicCache
 
     class RecordingCache(Notes, DynamicCache):
+        def __getattr__(self, name: str) -> Any:
+            raise NotInCache(
+                f"{owner} asks its cache for {name}, which transformers' DynamicCache has not; expected states that a "
+                "prompt leaves there. Pass use_cache=False, or generate with the dense model."
+            )
+
         def entries(self) -> dict[Entry, Tensor]:
             return dict(sorted(self.stored.items()))
 

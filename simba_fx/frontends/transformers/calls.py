@@ -34,9 +34,17 @@ from simba_fx.runtime.rows import (
 )
 from simba_fx.runtime.stack import Signature, stack_class
 
-__all__ = ["ModelCall", "cache_parameter", "inspect_parameters", "sparse_class", "takes_positions", "usual_signature"]
+__all__ = [
+    "CACHE_NAMES",
+    "ModelCall",
+    "cache_parameter",
+    "inspect_parameters",
+    "sparse_class",
+    "takes_positions",
+    "usual_signature",
+]
 
-_CACHE_NAMES = ("cache", "past_key_values", "cache_params")
+CACHE_NAMES = ("cache", "past_key_values", "cache_params")
 """What the argument is called: `cache` from transformers 5.24 on, one of the others before."""
 
 
@@ -51,13 +59,13 @@ def usual_signature(stack: nn.Module, weight: Tensor, trailing: bool = False) ->
 
 
 def cache_parameter(parameters: Any) -> str:
-    return next((name for name in _CACHE_NAMES if name in parameters), _CACHE_NAMES[-1])
+    return next((name for name in CACHE_NAMES if name in parameters), CACHE_NAMES[-1])
 
 
 def _with_own_names(parameters: tuple[str, ...], given: dict[str, Any]) -> dict[str, Any]:
     """The cache under the name that this version of the model has for it (transformers renames old ones likewise)."""
     own = cache_parameter(parameters)
-    return {own if name in _CACHE_NAMES else name: held for name, held in given.items()}
+    return {own if name in CACHE_NAMES else name: held for name, held in given.items()}
 
 
 @dataclass
@@ -243,7 +251,7 @@ def _expected_tokens(given: dict[str, Any]) -> Callable[[], None]:
 
 
 def _cache_of(given: dict[str, Any]) -> Any:
-    return next((given[name] for name in _CACHE_NAMES if given.get(name) is not None), None)
+    return next((given[name] for name in CACHE_NAMES if given.get(name) is not None), None)
 
 
 def _decoding(given: dict[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from simba_fx.capture.normalise import Captured
 from simba_fx.compiling import traced
-from simba_fx.errors import CaptureError, InputError
+from simba_fx.errors import CacheError, CaptureError, InputError
 from simba_fx.flops import budget_cost
 from simba_fx.frontends.transformers.caches import fill, new_cache
 from simba_fx.frontends.transformers.calls import (
@@ -101,7 +101,13 @@ def install(model: nn.Module, options: Options, example_inputs: Any = None) -> n
     refuse_generation_without_cache(base_of(clone))
     embeddings = stack.get_input_embeddings().weight
     default = usual_signature(stack, embeddings, runtime.pad is not None)
-    runtime.variant(default)
+    try:
+        runtime.variant(default)
+    except CaptureError as error:  # what is wrong with the cache is told to whoever asks for one
+        if not isinstance(error, CacheError) and "cache" not in str(error):
+            raise
+        default = dataclasses.replace(default, cache=False)
+        runtime.variant(default)
     if not blocks:  # a graph that is traced whole cannot stop to capture another
         runtime.variant(dataclasses.replace(default, mask=torch.int64, trailing=False))
     return clone
@@ -198,16 +204,16 @@ class SparseStack(StackRuntime):
         """The node of each attention layer's keys.
 
         Raises:
-            CaptureError: a layer whose past after a pruned prompt this package does not know how to continue.
+            CacheError: a layer whose past after a pruned prompt this package does not know how to continue.
         """
         nodes = returned(captured.graph)[captured.facts.values :]
         keys = {layer: node for (layer, kind, _), node in zip(states, nodes) if kind == "keys"}
         layers = new_cache(self.stack.config).layers if keys else []
         if sliding := [layer for layer in keys if getattr(layers[layer], "is_sliding", False)]:
-            raise CaptureError(
+            raise CacheError(
                 f"Layers {', '.join(map(str, sliding))} of {type(self.stack).__name__} attend to a sliding window; "
                 "expected attention to the whole past, which is what can be decoded after a pruned prompt. Pass "
-                "use_cache=False."
+                "use_cache=False, or generate with the dense model."
             )
         return keys
 

@@ -1,0 +1,265 @@
+"""What stands in the lift table for a function that runs as it is, and how it is made sure that it may.
+
+Nothing in a graph shows that a function is not linear in its values. So before a model that calls one is traced, it
+runs on a few random tokens, and each call of the function has to keep the contract, on the operands that the model gave
+it:
+
+    (a) what the tokens contribute adds up to the output:    sum_t c_t v_t = y_q
+    (b) a token's value alone gives its contribution:        y_q of v_t alone = c_t v_t
+    (c) the coefficients do not depend on the values:        c of other values = c
+
+where c is one backward pass with ones at q. Gates, keys and queries may enter in any way.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from simba_fx.capture.rows import Finish, Linear
+from simba_fx.errors import CaptureError
+from simba_fx.ops.function_scan import FunctionCall, known_as
+from simba_fx.ops.operands import FunctionScan, Operands
+
+__all__ = ["Contract", "FunctionAdapter", "adapter_of", "contract", "first_line"]
+
+_PLAIN = (bool, int, float, str, type(None))
+
+
+class _Result(NamedTuple):
+    """What a call of a function returns."""
+
+    spec: pytree.TreeSpec
+    y: int
+    """Which of its tensors."""
+    nothing: tuple[bool, ...]
+    """Where it returns None."""
+    dtype: torch.dtype
+    states: tuple[tuple[tuple[int | str, ...], str], ...]
+
+
+class FunctionAdapter:
+    """Stands in the lift table for a function that runs as it is."""
+
+    runs_the_function = True
+    """It says nothing that could be wrong (`simba_fx.capture.adapters`)."""
+
+    def __init__(self, function: Callable[..., Any], signature: inspect.Signature, value: str, shared: bool) -> None:
+        self.function, self.signature, self.value, self.shared = function, signature, value, shared
+        self.results: dict[Any, _Result] = {}
+        """Of the calls that kept the contract, by what their arguments look like."""
+        self.trouble = ""
+        """What stopped the last run of a model on random tokens."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> tuple[Operands, Finish]:
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        value = self.value_of(args, kwargs)
+        result = self.results.get(_looks(leaves, spec))
+        if result is None:
+            raise CaptureError(
+                f"{self.name} was not called with such arguments when the model ran on a few random tokens, to see "
+                f"whether it is linear in {self.value}{self.trouble}; expected the same calls as while it is traced. "
+                "Write the model so that it runs on any device, and calls it the same way every time."
+            )
+        (dim,) = [d for d, size in enumerate(value.shape) if d and isinstance(size, torch.SymInt)] or [1]
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        at = next(i for i, tensor in enumerate(tensors) if tensor is value)
+        number = iter(range(len(tensors)))
+        template = tuple([next(number)] if isinstance(leaf, Tensor) else self._constant(leaf) for leaf in leaves)
+        call = FunctionCall(known_as(self.function), pytree.treespec_dumps(spec), template, at, dim, result.y,
+                            _name(result.dtype), result.states, self.shared)  # fmt: skip
+
+        def finish(y: Tensor, states: list[Tensor]) -> Any:
+            found = [*states[: result.y], y.movedim(1, dim), *states[result.y :]]
+            remaining = iter(found)
+            return pytree.tree_unflatten([None if none else next(remaining) for none in result.nothing], result.spec)
+
+        return FunctionScan(value.movedim(dim, 1), [*tensors[:at], *tensors[at + 1 :]], call.text), finish
+
+    @property
+    def name(self) -> str:
+        return str(self.function.__qualname__)
+
+    def value_of(self, args: Any, kwargs: Any) -> Tensor:
+        """The values among a call's arguments. Raises: CaptureError: they are no tensor."""
+        given = self.signature.bind(*args, **kwargs).arguments.get(self.value)
+        if not isinstance(given, Tensor):
+            raise CaptureError(
+                f"{self.name} was called with {self.value}={type(given).__name__}; expected a tensor, the values that "
+                "its result is linear in. Name another parameter to simba_fx.register_recurrence."
+            )
+        return given
+
+    def _constant(self, leaf: Any) -> Any:
+        if isinstance(leaf, nn.Module):  # `self` of a method, which does not look at it (`examine`)
+            return None
+        if isinstance(leaf, torch.dtype):
+            return ["dtype", _name(leaf)]
+        if isinstance(leaf, _PLAIN):
+            return leaf
+        raise CaptureError(
+            f"{self.name} was called with {leaf!r} ({type(leaf).__name__}); a graph can hold tensors, numbers, flags, "
+            "words and dtypes among the arguments of a registered recurrence. Register a function without it."
+        )
+
+    def examine(self, args: Any, kwargs: Any) -> Any:
+        """Run a call with values, and keep it for graphs if it keeps the contract. Returns: its result."""
+        own_args, own_kwargs = pytree.tree_map(_own, (args, kwargs))
+        value = self.value_of(own_args, own_kwargs)
+        result = self.function(*args, **kwargs)
+        flat, spec = pytree.tree_flatten(result)
+        tensors = [leaf for leaf in flat if isinstance(leaf, Tensor)]
+        at = next((i for i, leaf in enumerate(tensors) if leaf.shape == value.shape), None)
+        others = sorted({type(leaf).__name__ for leaf in flat if not isinstance(leaf, Tensor) and leaf is not None})
+        if at is None or others:
+            found = ", ".join([*(str(tuple(leaf.shape)) for leaf in tensors), *others])
+            raise CaptureError(
+                f"{self.name} returned {found}; expected y, of the sizes of {self.value} {tuple(value.shape)}, and "
+                "perhaps other tensors. Register a function that returns those."
+            )
+        known = (*pytree.tree_flatten((own_args, own_kwargs)),)
+        key = _looks(*known)
+        if key not in self.results:
+            self._keep(own_args, own_kwargs, value, at)
+            rows = value.shape[0]
+            states = tuple((_named(leaf, rows), _name(leaf.dtype)) for i, leaf in enumerate(tensors) if i != at)
+            nothing = tuple(leaf is None for leaf in flat)
+            self.results[key] = _Result(spec, at, nothing, tensors[at].dtype, states)
+        return result
+
+    def _keep(self, args: Any, kwargs: Any, value: Tensor, y: int) -> None:
+        """Raises: CaptureError: a call does not keep the contract."""
+
+        def run(held: Tensor) -> Tensor:
+            given = pytree.tree_map_only(Tensor, lambda leaf: held if leaf is wide_value else leaf, wide)
+            found = [leaf for leaf in pytree.tree_leaves(self.function(*given[0], **given[1])) if leaf is not None]
+            result: Tensor = found[y]
+            return result
+
+        for dtype in (torch.float64, None):  # in its own dtype, if it does not run in another
+            wide = (args, kwargs) if dtype is None else pytree.tree_map_only(Tensor, _widened, (args, kwargs))
+            wide_value = self.value_of(*wide)
+            try:
+                found = contract(run, wide_value)
+                break
+            except Exception as error:
+                if dtype is None:
+                    raise CaptureError(
+                        f"{self.name} cannot be differentiated, or not be run on other values and without the module "
+                        "that it is a method of, which scores need: "
+                        f"{first_line(error)} Register a function of "
+                        "tensors that PyTorch's operators compute, or that has a backward pass."
+                    ) from error
+        if not found.kept(wide_value.dtype):
+            raise CaptureError(f"{self.name} is not linear in {self.value}: {found} {_ADVICE}")
+
+
+_ADVICE = (
+    "Tokens of such a function have no exact score. Register the parameter that its result is linear in, of a function "
+    "that starts from a zero state, without skip connection and norm."
+)
+
+
+_adapters: dict[Callable[..., Any], FunctionAdapter] = {}
+
+
+def adapter_of(function: Callable[..., Any], row: Linear) -> FunctionAdapter:
+    """The one adapter of a function of the lift table."""
+    if function not in _adapters:
+        _adapters[function] = FunctionAdapter(function, inspect.signature(function), row.value, row.shared)
+    return _adapters[function]
+
+
+class Contract(NamedTuple):
+    """By how much a function breaks it, relative to the largest number of its output (of its coefficients)."""
+
+    total: float
+    alone: float
+    coefficients: float
+
+    def kept(self, dtype: torch.dtype) -> bool:
+        """Whether rounding explains the numbers: many functions compute in float32 whatever they are given."""
+        return max(self) <= max(1e-4, 8 * torch.finfo(dtype).eps)  # (NaN is not)
+
+    def __str__(self) -> str:
+        return (
+            f"on a few random tokens the contributions of all add up to the output but for {self.total:.1g} of it, one "
+            f"token's value alone gives its contribution but for {self.alone:.1g}, and other values change the "
+            f"coefficients by {self.coefficients:.1g}; expected rounding in all three."
+        )
+
+
+def contract(run: Callable[[Tensor], Tensor], value: Tensor) -> Contract:
+    """The three numbers of a function of its values `(B, ..., L, ...)`; the dimension of the tokens is the one in which
+    they are smallest."""
+    found = [_contract(run, value, dim) for dim in range(1, value.dim())]
+    return min(found, key=lambda numbers: max(numbers) if max(numbers) == max(numbers) else float("inf"))
+
+
+def _contract(run: Callable[[Tensor], Tensor], value: Tensor, dim: int) -> Contract:
+    length, worst = value.shape[dim], Contract(0.0, 0.0, 0.0)
+
+    def coefficients(held: Tensor, query: int) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            held = held.detach().requires_grad_()
+            y = run(held).select(dim, query)
+            (c,) = torch.autograd.grad(y.sum(), held)
+        return y.detach(), c
+
+    other = torch.randn(value.shape, generator=torch.Generator().manual_seed(0)).to(value)
+    for query in (length - 1, length // 2):
+        y, c = coefficients(value, query)
+        parts = c * value
+        total = _off(parts.sum(dim), y, y)
+        alone = 0.0
+        for token in (0, query // 2, query):
+            mask = torch.zeros(length, dtype=value.dtype, device=value.device)
+            mask[token] = 1
+            mask = mask.view([-1 if d == dim else 1 for d in range(value.dim())])
+            mask = mask * (torch.arange(len(value), device=value.device) == 0).view(-1, *[1] * (value.dim() - 1))
+            alone = max(alone, _off(run(value * mask).select(dim, query), (parts * mask).sum(dim), y))
+        _, changed = coefficients(other, query)
+        worst = Contract(*map(_larger, worst, (total, alone, _off(changed, c, c))))
+    return worst
+
+
+def _larger(a: float, b: float) -> float:
+    return b if b > a or b != b else a
+
+
+def _off(found: Tensor, expected: Tensor, scale: Tensor) -> float:
+    return float((found - expected).abs().max() / scale.abs().max().clamp(min=torch.finfo(scale.dtype).tiny))
+
+
+def _own(leaf: Any) -> Any:
+    """Of an argument: a function may write into tensors, and a graph holds no module that a method belongs to."""
+    if isinstance(leaf, Tensor):
+        return leaf.clone()
+    return None if isinstance(leaf, nn.Module) else leaf
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    return tensor.double() if tensor.is_floating_point() else tensor
+
+
+def _looks(leaves: list[Any], spec: pytree.TreeSpec) -> Any:
+    plain = (None if isinstance(leaf, nn.Module) else leaf for leaf in leaves)
+    looks = [(leaf.dtype, leaf.dim()) if isinstance(leaf, Tensor) else repr(leaf) for leaf in plain]
+    return pytree.treespec_dumps(spec), tuple(looks)
+
+
+def _named(state: Tensor, rows: int) -> tuple[int | str, ...]:
+    return tuple("B" if dim == 0 and size == rows else size for dim, size in enumerate(state.shape))
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

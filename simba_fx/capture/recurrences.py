@@ -1,0 +1,97 @@
+"""Recurrences that a user registers: any function that is linear in one of its arguments (`function_adapter`)."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from simba_fx.capture import lift
+from simba_fx.capture.adapters import random_inputs
+from simba_fx.capture.function_adapter import FunctionAdapter, first_line
+from simba_fx.errors import SimbaError
+
+__all__ = ["keep_contract", "register_recurrence"]
+
+
+def register_recurrence(function: Callable[..., Any], value: str, *, shared: bool = False) -> None:
+    """Make models that call `function`, whatever recurrence it runs, transformable.
+
+    Before: `transform(model)` raises `ScanNotFoundError`. After: each call of `function` is one scan node, which runs
+    the function; tokens are scored exactly, by one backward pass of it. (`register_scan` is for functions that compute
+    the recurrence of Mamba, Mamba-2 or a gated delta rule: those have kernels.)
+
+    Args:
+        function: `(..., value, ...) -> y` or a tuple of y and last states, linear in `value` while everything else is
+            held, from a zero state, and differentiable. `value` and y have the same sizes, the rows first and the
+            tokens in one other dimension: `(B, L, ...)` or `(B, H, L, ...)`, say.
+        value: the name of that parameter.
+        shared: whether the channels in the last dimension of `value` share one coefficient, as those of a head do that
+            has a matrix for its state, and the function takes any number of them. Scores then cost less.
+
+    Raises:
+        SimbaError: `function` is not callable, or has no parameter called `value`.
+
+    That the function is linear is made sure when a model that calls it is captured: `CaptureError` says by how much it
+    is not.
+    """
+    if not callable(function):
+        raise SimbaError(
+            f"register_recurrence expects a function, found {type(function).__name__}. Pass the function object that "
+            "the model calls."
+        )
+    signature = inspect.signature(function)
+    if value not in signature.parameters:
+        raise SimbaError(
+            f"{getattr(function, '__qualname__', function)} has no parameter {value!r}; expected the one that its "
+            f"result is linear in, of {', '.join(signature.parameters)}. Pass its name as value."
+        )
+    lift.register_scan(function, FunctionAdapter(function, signature, value, shared))
+
+
+# --- before a trace --------------------------------------------------------------------------------------------------
+
+
+def keep_contract(module: nn.Module, owner: nn.Module, inputs: Mapping[str, Any], *, mask: str | None) -> None:
+    """Run `module` on a few random tokens, if it calls functions that users registered as recurrences; arguments
+    otherwise as in `capture_graph`.
+
+    Raises:
+        CaptureError: one of them is not linear in its values.
+    """
+    met: list[FunctionAdapter] = []
+
+    def examined(function: Callable[..., Any], adapter: Any, sites: list[lift.CallSite]) -> Callable[..., Any]:
+        if not isinstance(adapter, FunctionAdapter):
+            return lift.recorder(function, adapter, sites)
+        met.append(adapter)
+        return lambda *args, **kwargs: adapter.examine(args, kwargs)
+
+    with lift.lifted(owner, examined), torch.random.fork_rng(devices=[]), torch.no_grad(), _undisturbed(module):
+        if not met:
+            return
+        torch.manual_seed(0)
+        buffers = {name: held.clone() for name, held in module.named_buffers()}
+        try:
+            torch.func.functional_call(module, buffers, kwargs=random_inputs(inputs, mask))
+        except SimbaError:
+            raise
+        except Exception as error:  # the trace meets it as well, or a call that was not examined
+            for adapter in met:
+                adapter.trouble = f" ({first_line(error)})"
+
+
+@contextlib.contextmanager
+def _undisturbed(module: nn.Module) -> Iterator[None]:
+    """What modules write on themselves meanwhile is gone afterwards."""
+    before = {inner: dict(vars(inner)) for inner in module.modules()}
+    try:
+        yield
+    finally:
+        for inner, held in before.items():
+            vars(inner).clear()
+            vars(inner).update(held)

@@ -1,0 +1,390 @@
+"""Recurrences that users register: the contract, exact scores, whole models, and every refusal."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import recurrences as known
+import torch
+from models import VOCABULARY, tokens
+from recurrences import LINEAR, OTHERS, random
+from reference import assert_close
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+import simba_fx
+from simba_fx.capture import lift
+from simba_fx.capture.function_adapter import contract
+from simba_fx.errors import CacheError, CaptureError, CriterionError, SimbaError
+from simba_fx.ops.function_scan import FunctionCall, known_as
+
+OPS = torch.ops.simba_fx
+HERE = sys.modules[__name__]
+
+
+# --- the contract, and scores ----------------------------------------------------------------------------------------
+
+
+def values_of(function: Callable[..., Any], value: str, operands: dict[str, Tensor]) -> Callable[[Tensor], Tensor]:
+    def run(held: Tensor) -> Tensor:
+        found = function(**(operands | {value: held}))
+        result: Tensor = found[0] if isinstance(found, tuple) else found
+        return result
+
+    return run
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_a_linear_recurrence_keeps_the_contract(name: str) -> None:
+    function, value, names = LINEAR[name]
+    for seed in range(3):
+        operands = random(*names, seed=seed)
+        found = contract(values_of(function, value, operands), operands[value])
+        assert max(found) < 1e-12
+        assert found.kept(torch.float64)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_another_function_does_not(name: str) -> None:
+    function, value, names = OTHERS[name]
+    for seed in range(3):
+        operands = random(*names, seed=seed)
+        found = contract(values_of(function, value, operands), operands[value])
+        assert not found.kept(torch.float64)
+        assert max(found) > 1e-2 or max(found) != max(found)
+
+
+def call_of(name: str, operands: dict[str, Tensor], **changes: Any) -> dict[str, Any]:
+    """The arguments of the operator."""
+    function, value, names = LINEAR[name]
+    held = tuple(operands[key] for key in names)
+    spec = pytree.treespec_dumps(pytree.tree_flatten((held, {}))[1])
+    leaves = tuple([i] for i in range(len(names)))
+    found = function(*held)
+    states = [leaf for leaf in pytree.tree_leaves(found)[1:] if isinstance(leaf, Tensor)]
+    sizes = tuple((("B", *state.shape[1:]), str(state.dtype)[6:]) for state in states)
+    dtype = str(operands[value].dtype)[6:]
+    call = FunctionCall(known_as(function), spec, leaves, names.index(value), 1, 0, dtype, sizes)
+    others = [operands[key] for key in names if key != value]
+    return {"value": operands[value], "operands": others, "call": dataclasses.replace(call, **changes).text}
+
+
+@pytest.mark.parametrize("name", LINEAR)
+@pytest.mark.parametrize("masked", [False, True])
+def test_scores_are_what_is_lost_without_a_tokens_value(name: str, masked: bool) -> None:
+    """Another query in each row: y there with and without the value of one token, for each token."""
+    function, value, names = LINEAR[name]
+    operands = random(*names, seed=4)
+    real = torch.ones(known.ROWS, known.LENGTH, dtype=torch.bool)
+    real[1, -3:] = not masked
+    tail = 2
+    queries = [known.LENGTH - tail, known.LENGTH - tail - (3 if masked else 0)]
+    run = values_of(function, value, operands)
+    whole, expected = run(operands[value]), torch.zeros(known.ROWS, known.LENGTH, dtype=torch.float64)
+    largest = expected.clone()
+    for t in range(known.LENGTH):
+        without = operands[value].clone()
+        without[:, t] = 0
+        lost = whole - run(without)
+        for row, query in enumerate(queries):
+            if t <= query:
+                expected[row, t] = lost[row, query].max()
+                largest[row, t] = lost[row, query].abs().max()
+    call = call_of(name, operands)
+    for criterion, wanted in (("simba", expected), ("simba-abs", largest)):
+        found = OPS.recurrence_token_score(**call, real=real if masked else None, tail=tail, criterion=criterion)
+        assert_close("score", found.double(), wanted, 1e-6)
+    clip = OPS.recurrence_token_score(**call, real=real, tail=1, criterion="clip")
+    assert_close("clip", clip[0].double(), whole[0].clamp(min=0).flatten(1).mean(1), 1e-6)
+
+
+@pytest.mark.parametrize("name", ["GLA", "DeltaNet", "DeltaProduct", "RWKV-7", "mLSTM"])
+def test_channels_that_share_a_coefficient_are_scored_by_one(name: str) -> None:
+    operands = random(*LINEAR[name][2], seed=5)
+    for criterion in ("simba", "simba-abs"):
+        each = OPS.recurrence_token_score(**call_of(name, operands), real=None, tail=1, criterion=criterion)
+        one = OPS.recurrence_token_score(**call_of(name, operands, shared=True), real=None, tail=1, criterion=criterion)
+        assert_close("score", one, each, 1e-6)
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_the_operator_is_the_function_with_its_gradients(name: str) -> None:
+    function, _, names = LINEAR[name]
+    operands = {key: held.requires_grad_() for key, held in random(*names, seed=6).items()}
+    call = call_of(name, operands)
+    y, *states = OPS.recurrence(**call)
+    expected = [leaf for leaf in pytree.tree_leaves(function(**operands)) if isinstance(leaf, Tensor)]
+    assert all(torch.equal(a, b) for a, b in zip((y, *states), expected, strict=True))
+    cotangents = [torch.randn_like(leaf) for leaf in expected]
+    ours = torch.autograd.grad((y, *states), [*operands.values()], cotangents)
+    theirs = torch.autograd.grad(expected, [*operands.values()], cotangents)
+    for a, b in zip(ours, theirs):
+        assert_close("gradient", a, b, 1e-12)
+    torch.library.opcheck(OPS.recurrence.default, (call["value"], call["operands"], call["call"]))
+
+
+# --- whole models ----------------------------------------------------------------------------------------------------
+
+
+class Block(nn.Module):
+    """A residual block around a gated linear attention of two heads."""
+
+    def __init__(self, width: int = 12) -> None:
+        super().__init__()
+        self.norm, self.into, self.out = nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.Linear(width, width)
+
+    def operands(self, x: Tensor) -> tuple[Tensor, ...]:
+        q, k, v, g = self.into(self.norm(x)).unflatten(2, (2, -1)).chunk(4, 3)
+        return q, k, v, -nn.functional.softplus(g)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, _ = own_scan(*self.operands(x))
+        out: Tensor = x + self.out(y.flatten(2))
+        return out
+
+
+def own_scan(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    return known.gla(q, k, v, g)
+
+
+class Model(nn.Module):
+    def __init__(self, blocks: int = 4) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Block() for _ in range(blocks))
+        self.head = nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        out: Tensor = self.head(x)
+        return out
+
+
+def model(seed: int = 0) -> Model:
+    torch.manual_seed(seed)
+    return Model().eval()
+
+
+EXAMPLE = (torch.zeros(2, 13, 12),)
+
+
+@pytest.fixture(autouse=True)
+def _registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lift, "_registered", dict(lift._registered))
+    simba_fx.register_recurrence(own_scan, value="v", shared=True)
+
+
+@pytest.mark.parametrize("kernels", ["auto", "model"])
+def test_with_everything_kept_the_bits_are_the_dense_models(kernels: str) -> None:
+    module = model()
+    shares = [1 - i * 1e-6 for i in range(4)]
+    sparse = simba_fx.transform(module, shares, example_inputs=EXAMPLE, kernels=kernels)
+    assert len(simba_fx.program(sparse).cuts) == 3
+    for rows, length in ((2, 13), (1, 30), (3, 7)):
+        x = torch.randn(rows, length, 12)
+        ours, theirs = sparse(x), module(x)
+        assert torch.equal(ours, theirs)
+        grads = [torch.autograd.grad(y.sum(), module.layers[0].into.weight)[0] for y in (ours, theirs)]
+        assert_close("gradient", grads[0], grads[1], 1e-5)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_pruned_model_is_its_own_blocks_on_the_tokens_that_contribute_most(seed: int) -> None:
+    module = model(seed)
+    sparse = simba_fx.transform(module, [1, 0.6, 0.4, 0.2], example_inputs=EXAMPLE)
+    x = torch.randn(2, 40, 12)
+    with torch.no_grad():
+        found = sparse(x)
+        kept = simba_fx.kept(sparse)
+        for row in range(2):
+            hidden, positions = x[row : row + 1], torch.arange(40)
+            left: list[tuple[Tensor, Tensor]] = []
+            for block, now in zip(module.layers, [*kept[1:], None]):
+                q, k, v, g = (operand.double() for operand in block.operands(hidden))
+                hidden = block(hidden)
+                if now is None:
+                    break
+                y = known.gla(q, k, v, g)[0]
+                lost = torch.stack([
+                    y[0, -1] - known.gla(q, k, v * (torch.arange(len(positions)) != t)[:, None, None], g)[0][0, -1]
+                    for t in range(len(positions) - 1)
+                ])  # fmt: skip
+                best = lost.flatten(1).amax(1).topk(now.shape[1] - 1).indices
+                stays = torch.cat((best, torch.tensor([len(positions) - 1]))).sort().values
+                assert torch.equal(positions[stays], now[row])
+                leaves = torch.ones(len(positions), dtype=torch.bool).index_fill(0, stays, False)
+                left.append((positions[leaves], hidden[0, leaves]))
+                hidden, positions = hidden[:, stays], positions[stays]
+            full = torch.zeros(40, 12).index_copy(0, positions, hidden[0])
+            for places, held in left:
+                full = full.index_copy(0, places, held)
+            assert_close("output", found[row], module.head(full), 1e-5)
+
+
+def test_it_compiles_for_every_length_and_exports() -> None:
+    sparse = simba_fx.transform(model(), "linear", example_inputs=EXAMPLE)
+    torch._dynamo.reset()
+    compiled = torch.compile(sparse, backend="aot_eager")
+    with torch.no_grad():
+        for length in (13, 21, 40):
+            x = torch.randn(2, length, 12)
+            assert_close("output", compiled(x), sparse(x), 1e-6)
+        sizes = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
+        program = torch.export.export(sparse, (torch.randn(2, 13, 12),), dynamic_shapes=(sizes,))
+        x = torch.randn(3, 25, 12)
+        assert torch.equal(program.module()(x), sparse(x))
+
+
+def test_report_names_it_and_other_criteria_are_refused() -> None:
+    sparse = simba_fx.transform(model(), "linear", example_inputs=EXAMPLE)
+    assert "registered recurrence" in str(simba_fx.report(sparse, torch.randn(2, 20, 12)))
+    for criterion in ("no-decay", "delta-norm"):
+        with pytest.raises(CriterionError, match="expected one of simba, simba-abs, clip, one by position"):
+            simba_fx.transform(model(), "linear", example_inputs=EXAMPLE, criterion=criterion)
+    for criterion in ("simba-abs", "clip", "recent", "stride"):
+        simba_fx.transform(model(), "linear", example_inputs=EXAMPLE, criterion=criterion)(torch.randn(2, 20, 12))
+
+
+def test_a_criterion_of_ones_own_sees_the_operands() -> None:
+    seen = []
+
+    def criterion(operands: Any, query: Tensor) -> Tensor:
+        seen.append(type(operands).__name__)
+        largest: Tensor = operands.value.flatten(2).norm(dim=2)
+        return largest
+
+    sparse = simba_fx.transform(model(), "linear", example_inputs=EXAMPLE, criterion=criterion)
+    sparse(torch.randn(2, 20, 12))
+    assert set(seen) == {"FunctionScan"}
+
+
+# --- models of transformers ------------------------------------------------------------------------------------------
+
+
+def rwkv() -> nn.Module:
+    from transformers import RwkvConfig, RwkvForCausalLM
+
+    config = RwkvConfig(vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=3, attention_hidden_size=16)
+    made: nn.Module = RwkvForCausalLM(config).eval()
+    return made
+
+
+def recurrent_gemma() -> nn.Module:
+    from transformers import RecurrentGemmaConfig, RecurrentGemmaForCausalLM
+
+    config = RecurrentGemmaConfig(vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=3, lru_width=16,
+                                  intermediate_size=32, num_attention_heads=2, head_dim=8, attention_window_size=64,
+                                  block_types=["recurrent", "recurrent", "attention"])  # fmt: skip
+    made: nn.Module = RecurrentGemmaForCausalLM(config).eval()
+    return made
+
+
+@pytest.mark.filterwarnings("ignore:.*assigned during export")
+@pytest.mark.parametrize(("make", "why"), [(rwkv, "takes no cache"), (recurrent_gemma, "attend to a sliding window")])
+def test_a_model_of_transformers(make: Callable[[], nn.Module], why: str) -> None:
+    torch.manual_seed(0)
+    module, ids = make(), tokens(1, 2, 20)
+    with torch.no_grad():
+        dense = module(input_ids=ids, use_cache=False).logits
+        everything = simba_fx.transform(module, [1, 1 - 1e-6, 1 - 2e-6])
+        assert torch.equal(everything(input_ids=ids, use_cache=False).logits, dense)
+        sparse = simba_fx.transform(module, "linear")
+        found = sparse(input_ids=ids, use_cache=False).logits
+        assert found.shape == dense.shape
+        assert [held.shape[1] for held in simba_fx.kept(sparse)] == [20, 12, 5]
+        with pytest.raises(CacheError, match=rf"{why}.*Pass use_cache=False, or generate with the dense model"):
+            sparse(input_ids=ids, use_cache=True)
+
+
+class HeadFirst(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        y = head_first(*(operand.transpose(1, 2) for operand in self.operands(x)), scale=0.5)
+        out: Tensor = x + self.out(y.transpose(1, 2).flatten(2))
+        return out
+
+
+def head_first(q: Tensor, k: Tensor, v: Tensor, g: Tensor, *, scale: float) -> Tensor:
+    return known.head_first(q, k, v, g) * scale
+
+
+class Method(Block):
+    """Its scan is a method, which does not look at its module."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = x + self.out(self.scan(*self.operands(x))[0].flatten(2))
+        return out
+
+    def scan(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> tuple[Tensor, None]:
+        return known.gla(q, k, v, g)[0], None
+
+
+@pytest.mark.parametrize(("block", "function"), [(HeadFirst, head_first), (Method, Method.scan)])
+def test_other_layouts_and_methods(block: type[Block], function: Callable[..., Any]) -> None:
+    simba_fx.register_recurrence(function, value="v", shared=True)
+    module = model()
+    module.layers = nn.ModuleList(block() for _ in range(4))
+    x = torch.randn(2, 30, 12)
+    everything = simba_fx.transform(module, [1 - i * 1e-6 for i in range(4)], example_inputs=EXAMPLE)
+    assert torch.equal(everything(x), module(x))
+    sparse = simba_fx.transform(module, "linear", example_inputs=EXAMPLE)
+    assert sparse(x).shape == (2, 30, 5)
+    plain = model()
+    plain.load_state_dict(module.state_dict())
+    other = simba_fx.transform(plain, "linear", example_inputs=EXAMPLE)
+    other(x)
+    first = [simba_fx.kept(pruned)[1] for pruned in (sparse, other)]
+    assert torch.equal(*first)
+
+
+# --- refusals --------------------------------------------------------------------------------------------------------
+
+
+def refusal(function: Callable[..., Any], value: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What is said of a model whose blocks call `function`."""
+    monkeypatch.setattr(HERE, "own_scan", lambda *operands: (stranger(*operands), None))
+    monkeypatch.setattr(HERE, "stranger", function)
+    simba_fx.register_recurrence(function, value=value)
+    with pytest.raises(CaptureError) as refused:
+        simba_fx.transform(model(), "linear", example_inputs=EXAMPLE)
+    return str(refused.value)
+
+
+def stranger(*operands: Tensor) -> Any:
+    raise NotImplementedError
+
+
+@pytest.mark.parametrize("name", ["another start", "a norm of the output", "channels that mix", "the decay"])
+def test_a_function_that_is_not_linear_is_refused_with_the_numbers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    function, value, _ = OTHERS[name]
+    said = refusal(function, value, monkeypatch)
+    assert said.startswith(f"{function.__name__} is not linear in {value}: on a few random tokens the contributions of")
+    assert "Tokens of such a function have no exact score." in said
+
+
+def other_sizes(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
+    return known.gla(q, k, v, g)[0].flatten(2)
+
+
+def without_gradient(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
+    return known.gla(q, k, v, g)[0].detach()
+
+
+def test_other_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert refusal(other_sizes, "v", monkeypatch).startswith(
+        "other_sizes returned (3, 24, 12); expected y, of the sizes of v (3, 24, 2, 6), and perhaps other tensors."
+    )
+    assert "without_gradient cannot be differentiated" in refusal(without_gradient, "v", monkeypatch)
+    with pytest.raises(SimbaError, match=r"has no parameter 'values'; expected the one .* of q, k, v, g"):
+        simba_fx.register_recurrence(other_sizes, value="values")
+    with pytest.raises(SimbaError, match="register_recurrence expects a function, found str"):
+        simba_fx.register_recurrence("gla", value="v")  # type: ignore[arg-type]
+
+
+def test_a_graph_whose_function_cannot_be_imported_says_so() -> None:
+    call = call_of("GLA", random(*LINEAR["GLA"][2]), function="no_such_module:scan")
+    with pytest.raises(SimbaError, match="A graph calls scan of no_such_module, which cannot be imported here"):
+        OPS.recurrence(**call)
