@@ -145,7 +145,7 @@ class FunctionAdapter:
             wide = (args, kwargs) if dtype is None else pytree.tree_map_only(Tensor, _widened, (args, kwargs))
             wide_value = self.value_of(*wide)
             try:
-                found = contract(run, wide_value)
+                found = contract(run, wide_value, self.shared)
                 break
             except Exception as error:
                 if dtype is None:
@@ -189,19 +189,19 @@ class Contract(NamedTuple):
     def __str__(self) -> str:
         return (
             f"on a few random tokens the contributions of all add up to the output but for {self.total:.1g} of it, one "
-            f"token's value alone gives its contribution but for {self.alone:.1g}, and other values change the "
-            f"coefficients by {self.coefficients:.1g}; expected rounding in all three."
+            f"token's value alone gives its contribution but for {self.alone:.1g}, and other values, or another number "
+            f"of channels, change the coefficients by {self.coefficients:.1g}; expected rounding in all three."
         )
 
 
-def contract(run: Callable[[Tensor], Tensor], value: Tensor) -> Contract:
+def contract(run: Callable[[Tensor], Tensor], value: Tensor, shared: bool = False) -> Contract:
     """The three numbers of a function of its values `(B, ..., L, ...)`; the dimension of the tokens is the one in which
-    they are smallest."""
-    found = [_contract(run, value, dim) for dim in range(1, value.dim())]
+    they are smallest. `shared`: the coefficients of all channels are those of one."""
+    found = [_contract(run, value, dim, shared) for dim in range(1, value.dim() - shared)]
     return min(found, key=lambda numbers: max(numbers) if max(numbers) == max(numbers) else float("inf"))
 
 
-def _contract(run: Callable[[Tensor], Tensor], value: Tensor, dim: int) -> Contract:
+def _contract(run: Callable[[Tensor], Tensor], value: Tensor, dim: int, shared: bool) -> Contract:
     length, worst = value.shape[dim], Contract(0.0, 0.0, 0.0)
 
     def coefficients(held: Tensor, query: int) -> tuple[Tensor, Tensor]:
@@ -212,6 +212,7 @@ def _contract(run: Callable[[Tensor], Tensor], value: Tensor, dim: int) -> Contr
         return y.detach(), c
 
     other = torch.randn(value.shape, generator=torch.Generator().manual_seed(0)).to(value)
+    other = other[..., :1] if shared else other
     for query in (length - 1, length // 2):
         y, c = coefficients(value, query)
         parts = c * value

@@ -343,11 +343,11 @@ def test_other_layouts_and_methods(block: type[Block], function: Callable[..., A
 # --- refusals --------------------------------------------------------------------------------------------------------
 
 
-def refusal(function: Callable[..., Any], value: str, monkeypatch: pytest.MonkeyPatch) -> str:
+def refusal(function: Callable[..., Any], value: str, monkeypatch: pytest.MonkeyPatch, shared: bool = False) -> str:
     """What is said of a model whose blocks call `function`."""
     monkeypatch.setattr(HERE, "own_scan", lambda *operands: (stranger(*operands), None))
     monkeypatch.setattr(HERE, "stranger", function)
-    simba_fx.register_recurrence(function, value=value)
+    simba_fx.register_recurrence(function, value=value, shared=shared)
     with pytest.raises(CaptureError) as refused:
         simba_fx.transform(model(), "linear", example_inputs=EXAMPLE)
     return str(refused.value)
@@ -371,6 +371,18 @@ def other_sizes(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
 
 def without_gradient(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
     return known.gla(q, k, v, g)[0].detach()
+
+
+def test_channels_that_are_said_to_share_a_coefficient_and_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = refusal(by_channel, "v", monkeypatch, shared=True)
+    assert said.startswith("by_channel is not linear in v: ")
+    assert "other values, or another number of channels, change the coefficients by" in said
+    simba_fx.register_recurrence(by_channel, value="v")
+    simba_fx.transform(model(), "linear", example_inputs=EXAMPLE)
+
+
+def by_channel(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
+    return known.gla(q, k, v * torch.linspace(1, 2, v.shape[3]), g)[0]
 
 
 def test_other_refusals(monkeypatch: pytest.MonkeyPatch) -> None:

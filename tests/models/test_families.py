@@ -526,9 +526,9 @@ def test_a_hybrid_is_one_graph_without_a_cache_and_refused_with_one(name: str) -
 
 def test_another_recurrence_is_refused_naming_its_function() -> None:
     """Its scan is put together of functions that a module holds: none of them alone is the recurrence."""
-    config = xLSTMConfig(vocab_size=53, hidden_size=32, embedding_dim=32, num_hidden_layers=3, num_heads=2)
+    config = xLSTMConfig(vocab_size=53, hidden_size=32, embedding_dim=32, num_blocks=3, num_heads=2, chunk_size=8)
     with pytest.raises(simba_fx.errors.ScanNotFoundError) as caught:
-        simba_fx.transform(xLSTMForCausalLM(config))
+        simba_fx.transform(xLSTMForCausalLM(config).eval())
     assert "transformers.models.xlstm.modeling_xlstm.mlstm_chunkwise" in str(caught.value)
     assert "simba_fx.register_recurrence(function, value)" in str(caught.value)
 
