@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from simba_fx import errors
     from simba_fx.api import answer, explain, kept, lengths, program, reached, tail, transform
     from simba_fx.capture.lift import register_scan
-    from simba_fx.capture.recurrences import register_recurrence
+    from simba_fx.capture.recurrences import LinearRecurrence, register_recurrence
     from simba_fx.ops.operands import DeltaScan, SelectiveScan, SSDScan
     from simba_fx.reporting import report
     from simba_fx.saving import load, save
@@ -31,6 +31,7 @@ __all__ = [
     "DeltaScan",
     "Dense",
     "Linear",
+    "LinearRecurrence",
     "SSDScan",
     "SelectiveScan",
     "Stages",
@@ -53,7 +54,7 @@ __all__ = [
 _HOMES = {
     "api": ("answer", "explain", "kept", "lengths", "program", "reached", "tail", "transform"),
     "capture.lift": ("register_scan",),
-    "capture.recurrences": ("register_recurrence",),
+    "capture.recurrences": ("LinearRecurrence", "register_recurrence"),
     "ops.operands": ("DeltaScan", "SSDScan", "SelectiveScan"),
     "reporting": ("report",),
     "saving": ("load", "save"),

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from simba_fx.capture import lift
 from simba_fx.capture.adapters import random_inputs
 from simba_fx.capture.function_adapter import FunctionAdapter, first_line
 from simba_fx.errors import SimbaError
 
-__all__ = ["keep_contract", "register_recurrence"]
+__all__ = ["LinearRecurrence", "keep_contract", "register_recurrence"]
 
 
 def register_recurrence(function: Callable[..., Any], value: str, *, shared: bool = False) -> None:
@@ -51,6 +52,46 @@ def register_recurrence(function: Callable[..., Any], value: str, *, shared: boo
             f"result is linear in, of {', '.join(signature.parameters)}. Pass its name as value."
         )
     lift.register_scan(function, FunctionAdapter(function, signature, value, shared))
+
+
+class LinearRecurrence:
+    """A recurrence made of one step of it, registered: a loop over tokens, slow and exact. May be used as a decorator.
+
+        @simba_fx.LinearRecurrence
+        def scan(state, v, k, g):
+            state = state * g.exp() + k * v
+            return state, state
+
+        y = scan(v, k, g)           # (B, L, ...) each
+
+    Args:
+        step: `(state, value, ...) -> (state, y)` for one token of each row, `(B, ...)`; linear in `value`, whose
+            sizes y has. The first state is the number 0, as a tensor.
+        shared: as in `register_recurrence`.
+    """
+
+    def __init__(self, step: Callable[..., tuple[Any, Tensor]], *, shared: bool = False) -> None:
+        functools.update_wrapper(self, step)
+        parameters = [*inspect.signature(step).parameters.values()][1:]
+        if not parameters:
+            name = getattr(step, "__qualname__", step)
+            raise SimbaError(
+                f"LinearRecurrence expects a step (state, value, ...), found {name} with fewer than two parameters. "
+                "Let it take the state first, and then what one token brings."
+            )
+        self.__signature__ = inspect.Signature(parameters)
+        self.step = step
+        register_recurrence(self, parameters[0].name, shared=shared)
+
+    def __call__(self, *operands: Tensor, **named: Tensor) -> Tensor:
+        given = inspect.signature(self).bind(*operands, **named).arguments
+        value = next(iter(given.values()))
+        state: Any = value.new_zeros(())
+        ys = []
+        for t in range(value.shape[1]):
+            state, y = self.step(state, **{name: operand[:, t] for name, operand in given.items()})
+            ys.append(y)
+        return torch.stack(ys, 1)
 
 
 # --- before a trace --------------------------------------------------------------------------------------------------

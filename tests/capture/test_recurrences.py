@@ -396,6 +396,22 @@ def test_other_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
         simba_fx.register_recurrence("gla", value="v")  # type: ignore[arg-type]
 
 
+def test_a_recurrence_made_of_a_step() -> None:
+    @simba_fx.LinearRecurrence
+    def scan(state: Any, v: Tensor, q: Tensor, k: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        state = state * g.exp().unsqueeze(3) + k.unsqueeze(3) * v.unsqueeze(2)
+        return state, (state * q.unsqueeze(3)).sum(2)
+
+    operands = random(*LINEAR["GLA"][2])
+    assert_close("y", scan(**operands), known.gla(**operands)[0], 1e-12)
+    with pytest.raises(SimbaError, match=r"LinearRecurrence expects a step \(state, value, ...\), found .*short"):
+        simba_fx.LinearRecurrence(short)
+
+
+def short(state: Any) -> Any:
+    return state, state
+
+
 def test_a_graph_whose_function_cannot_be_imported_says_so() -> None:
     call = call_of("GLA", random(*LINEAR["GLA"][2]), function="no_such_module:scan")
     with pytest.raises(SimbaError, match="A graph calls scan of no_such_module, which cannot be imported here"):

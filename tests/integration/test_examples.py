@@ -28,6 +28,18 @@ def test_own_model(tmp_path: Path) -> None:
     assert all(number(line) < 1e-4 for line in compiled)
 
 
+def test_own_recurrence(tmp_path: Path) -> None:
+    result = subprocess.run(
+        [sys.executable, str(EXAMPLES / "own_recurrence.py")], capture_output=True, text=True, timeout=300, cwd=tmp_path
+    )
+    assert result.returncode == 0, result.stderr
+    dense, pruned, counts, refused = result.stdout.splitlines()
+    assert float(dense.split()[-1]) == 0
+    assert 0 < float(pruned.split()[-1]) < 10
+    assert counts == "tokens that entered each block: 200 165 129 93 57 21"
+    assert refused.startswith("refused: eroding is not linear in v: on a few random tokens the contributions of all")
+
+
 def test_the_model_of_the_example_is_about_sixty_lines() -> None:
     """It is documentation: short enough to read, and its own code knows nothing of simba_fx."""
     text = (EXAMPLES / "own_model.py").read_text()
