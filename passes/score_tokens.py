@@ -111,15 +111,15 @@ class ScoreTokens:
         return real, tail
 
     def _score(self, insert: Insert, scan: fx.Node, real: fx.Node | None, tail: Any, val: Any) -> fx.Node:
-        if self.criterion not in ops.CRITERIA:
+        if self.criterion == "custom":
             args = (str(operator_of(scan)._opname), list(scan.args), real, tail)
             return insert("criterion", *args, val=val, like=scan, op="call_module")
         recurrence = recurrence_of(scan.target)
         if self.criterion not in recurrence.criteria:
             raise CriterionError(
-                f"Criterion {self.criterion!r} reads decays or steps, and nobody knows which arguments of a "
-                f"{recurrence.title} those are; expected one of {', '.join(recurrence.criteria)}, one by position, or "
-                "a function of your own. Pass one of those as criterion."
+                f"Criterion {self.criterion!r} is not one that a {recurrence.title} can be scored by; "
+                f"expected one of {', '.join(recurrence.criteria)}, one by position, or a function of your own. Pass "
+                "one of those as criterion."
             )
         named = recurrence.named(scan.args, scan.kwargs)
         operands = [named[name] for name in recurrence.scored]

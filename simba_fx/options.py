@@ -10,12 +10,14 @@ from torch import Tensor
 
 from simba_fx import ops, schedule
 from simba_fx.errors import CriterionError, SimbaError
+from simba_fx.ops.delta import DELTA_CRITERIA
 from simba_fx.ops.operands import Operands
 
 __all__ = ["CRITERIA", "Criterion", "Options", "named_positions"]
 
 Criterion = Callable[[Operands, Tensor], Tensor]
-CRITERIA = (*ops.CRITERIA, *ops.POSITION_CRITERIA)
+CRITERIA = (*DELTA_CRITERIA, *ops.POSITION_CRITERIA)
+"""Not every scan can be scored by each (`simba_fx.ops.recurrences`)."""
 
 
 @dataclass(frozen=True)

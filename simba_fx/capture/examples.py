@@ -15,11 +15,15 @@ EXAMPLE = {"B": 3, "L": 24}
 
 
 def named_sizes(tensor: Tensor, rows: int, length: int) -> tuple[int | str, ...]:
-    """A shape with its batch as "B" and its sequence as "L": `(B, L, ...)`, or `(B, 1, L, L)` for a causal mask.
+    """A shape with its batch as "B" and its sequence as "L": `(B, L, ...)`, `(B, 1, L, L)` for a causal mask, or
+    `(k, B, L)` for positions along several axes.
 
     A width that happens to equal the length stays a number.
     """
     sizes: list[int | str] = list(tensor.shape)
+    leads = tensor.dim() > 1 and _is(tensor.shape[0], rows) and _is(tensor.shape[1], length)
+    if tensor.dim() == 3 and not leads and _is(tensor.shape[1], rows) and _is(tensor.shape[2], length):
+        return int(tensor.shape[0]), "B", "L"
     square = tensor.dim() == 4 and all(_is(size, length) for size in tensor.shape[2:])
     for dim in (2, 3) if square else (1,):
         if dim < len(sizes) and _is(tensor.shape[dim], length):

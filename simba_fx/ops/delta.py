@@ -24,9 +24,22 @@ from torch import Tensor
 
 from simba_fx.ops.inline import differentiated, inline_on_gpu, never
 from simba_fx.ops.operands import DeltaScan
-from simba_fx.ops.score import at_query, checked, extreme, never_differentiable, no_gradients, query_position, until
+from simba_fx.ops.score import (
+    CRITERIA,
+    at_query,
+    checked,
+    extreme,
+    never_differentiable,
+    no_gradients,
+    query_position,
+    until,
+)
 
-__all__ = ["delta_scan", "delta_token_score"]
+__all__ = ["DELTA_CRITERIA", "delta_scan", "delta_token_score"]
+
+DELTA_CRITERIA = (*CRITERIA, "removal")
+"""The last: what the output loses without a token's write and erase, `c_t (v_t - S^T k_t)`. A token that only erases
+counts then; shares do not add up to the output."""
 
 
 class _Chunks:
@@ -74,18 +87,26 @@ class _Chunks:
 
 def _scan(v: Tensor, q: Tensor, k: Tensor, g: Tensor, beta: Tensor, chunk_size: int) -> tuple[Tensor, Tensor]:
     """y `(B, L, H, V)`, the last state `(B, H, K, V)`, float32."""
+    y, state, _ = _run(v, q, k, g, beta, chunk_size)
+    return y, state
+
+
+def _run(v: Tensor, q: Tensor, k: Tensor, g: Tensor, beta: Tensor, chunk_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The same, and what each token writes at its key, `beta_t (v_t - S^T k_t)` `(B, L, H, V)`."""
     chunks = _Chunks(v, q, k, g, beta, chunk_size)
     written, corrections = chunks.solve(chunks.beta.unsqueeze(4) * chunks.v), chunks.corrections()
     inside = chunks.products(chunks.q)
     reads, keys = chunks.q * chunks.from_start, (chunks.k * chunks.to_end).mT
     state = chunks.v.new_zeros(chunks.rows, chunks.heads, chunks.k.shape[4], chunks.width)
-    outputs = []
+    outputs, writes = [], []
     for at in range(chunks.v.shape[2]):
         new = written[:, :, at] - corrections[:, :, at] @ state
+        writes.append(new)
         outputs.append(reads[:, :, at] @ state + inside[:, :, at] @ new)
         state = state * chunks.whole[:, :, at] + keys[:, :, at] @ new
-    y = torch.cat(outputs, 2) if outputs else chunks.v.new_empty(chunks.rows, chunks.heads, 0, chunks.width)
-    return y[:, :, : chunks.length].transpose(1, 2), state
+    none = [chunks.v.new_empty(chunks.rows, chunks.heads, 0, chunks.width)]
+    y, new = (torch.cat(found or none, 2)[:, :, : chunks.length].transpose(1, 2) for found in (outputs, writes))
+    return y, state, new
 
 
 @torch.library.custom_op("simba_fx::delta_scan", mutates_args=())
@@ -157,12 +178,13 @@ def delta_token_score(
     """Scores the tokens of a `delta_scan` with the same operands: `(B, L)` float32, zero after the query.
 
     A token's contribution is `c_t v_t` with one c for each head: its best channel is where v is largest, or smallest
-    where c is negative. `real`, `tail`, `criterion` as in `selective_token_score`; "delta-norm" is the norm of beta.
+    where c is negative. `real`, `tail` as in `selective_token_score`; `criterion`: one of `DELTA_CRITERIA`.
+    "delta-norm" is the norm of beta.
 
     Raises:
         CriterionError: for an unknown criterion.
     """
-    checked("delta_token_score", tail, criterion)
+    checked("delta_token_score", tail, criterion, DELTA_CRITERIA)
     scan = DeltaScan(v, q, k, g, beta, chunk_size).checked("delta_token_score", real=real)
     rows, length = v.shape[:2]
     query = query_position(real, tail, rows=rows, length=length, device=v.device)
@@ -172,14 +194,18 @@ def delta_token_score(
         return torch.where(counted, y.clamp(min=0).mean((2, 3)), 0.0)
     if criterion == "delta-norm":
         return torch.where(counted, beta.float().norm(dim=2), 0.0)
-    weight = _coefficients(scan, query, counted, decays=criterion != "no-decay")
+    weight = _reads(scan, query, counted, decays=criterion != "no-decay")
+    if criterion == "removal":
+        v = _run(*scan.arguments)[2]
+    else:
+        weight = weight * beta.float()
     low, high = v.aminmax(dim=3)
     score = extreme(weight, low.float(), high.float(), criterion == "simba-abs").amax(2)
     return torch.where(counted, score, 0.0)
 
 
-def _coefficients(scan: DeltaScan, query: Tensor, counted: Tensor, decays: bool) -> Tensor:
-    """`c_t` `(B, L, H)`: the query is carried backwards, a chunk at a time."""
+def _reads(scan: DeltaScan, query: Tensor, counted: Tensor, decays: bool) -> Tensor:
+    """`k_t . r_t` `(B, L, H)`: the query is carried backwards, a chunk at a time."""
     heads, counts = scan.v.shape[2], counted.unsqueeze(2)
     g = scan.g.float() if decays else torch.zeros_like(scan.g, dtype=torch.float32)
     g = torch.where(counts if g.dim() == 3 else counts.unsqueeze(3), g, 0.0)
@@ -193,8 +219,8 @@ def _coefficients(scan: DeltaScan, query: Tensor, counted: Tensor, decays: bool)
         found.append(met)
         r = chunks.whole[:, :, at] * r - corrections[:, :, at].mT @ met
     met = torch.stack(found[::-1], 2) if found else chunks.beta.unsqueeze(4)
-    c = chunks.beta * chunks.solve(met, transposed=True).squeeze(4)
-    return c.flatten(2, 3)[:, :, : chunks.length].transpose(1, 2)
+    reads = chunks.solve(met, transposed=True).squeeze(4)
+    return reads.flatten(2, 3)[:, :, : chunks.length].transpose(1, 2)
 
 
 @delta_token_score.register_fake
@@ -202,7 +228,7 @@ def _(
     v: Tensor, q: Tensor, k: Tensor, g: Tensor, beta: Tensor, chunk_size: int, real: Tensor | None, tail: int,
     criterion: str,
 ) -> Tensor:  # fmt: skip
-    checked("delta_token_score", tail, criterion)
+    checked("delta_token_score", tail, criterion, DELTA_CRITERIA)
     DeltaScan(v, q, k, g, beta, chunk_size).checked("delta_token_score", real=real)
     return v.new_empty(v.shape[0], v.shape[1], dtype=torch.float32)
 

@@ -67,15 +67,16 @@ def _delta_scan_backward(
 
 @register_flop_formula(_OPS.delta_token_score)
 def _delta_token_score(v: Any, q: Any, k: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
-    """Per token: `k . r` and one step of r in each head, a product and a comparison per channel. "delta-norm": a square
-    per head and its sum; "clip": the scan and a mean."""
+    """Per token: `k . r` and one step of r in each head, a product and a comparison per channel. "removal": the scan
+    beside; "delta-norm": a square per head and its sum; "clip": the scan and a mean."""
     criterion = args[-1]
     heads = v[:3]
     if criterion == "clip":
         return _delta_scan(v, q, k) + 2 * _tokens_times_state(v, 1)
     if criterion == "delta-norm":
         return 2 * _tokens_times_state(heads, 1)
-    return 5 * _tokens_times_state(heads, k[3]) + 2 * _tokens_times_state(v, 1)
+    shares = 5 * _tokens_times_state(heads, k[3]) + 2 * _tokens_times_state(v, 1)
+    return shares + (_delta_scan(v, q, k) if criterion == "removal" else 0)
 
 
 @register_flop_formula(_OPS.causal_conv1d)

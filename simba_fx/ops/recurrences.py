@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from simba_fx.ops import delta, function_scan, scan, score  # noqa: F401  # they define the operators
+from simba_fx.ops.delta import DELTA_CRITERIA
 from simba_fx.ops.function_scan import FUNCTION_CRITERIA
 from simba_fx.ops.operands import DeltaScan, FunctionScan, Operands, SelectiveScan, SSDScan
 from simba_fx.ops.score import CRITERIA
@@ -64,7 +65,15 @@ _OPS = torch.ops.simba_fx
 RECURRENCES: tuple[Recurrence, ...] = (
     Recurrence("selective scan", SelectiveScan, _OPS.selective_scan.default, _OPS.selective_token_score.default, 2),
     Recurrence("ssd scan", SSDScan, _OPS.ssd_scan.default, _OPS.ssd_token_score.default, 1),
-    Recurrence("delta rule", DeltaScan, _OPS.delta_scan.default, _OPS.delta_token_score.default, 1, kernels=False),
+    Recurrence(
+        "delta rule",
+        DeltaScan,
+        _OPS.delta_scan.default,
+        _OPS.delta_token_score.default,
+        1,
+        kernels=False,
+        criteria=DELTA_CRITERIA,
+    ),
     Recurrence(
         "registered recurrence",
         FunctionScan,

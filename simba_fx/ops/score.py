@@ -8,6 +8,7 @@ where they matter. Scores are float32 and never differentiable. Higher = keep. L
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -38,9 +39,9 @@ def query_position(
     return (slots * real).amax(1) - tail
 
 
-def checked(operator: str, tail: int, criterion: str) -> None:
-    if criterion not in CRITERIA:
-        raise CriterionError(f"unknown criterion {criterion!r}; a scan can be scored by {', '.join(CRITERIA)}")
+def checked(operator: str, tail: int, criterion: str, known: Sequence[str] = CRITERIA) -> None:
+    if criterion not in known:
+        raise CriterionError(f"unknown criterion {criterion!r}; this scan can be scored by {', '.join(known)}")
     checks.at_least(operator, {"tail": (tail, 1)})
 
 

@@ -94,15 +94,20 @@ def check_rows(lengths: Tensor, tail: int, named: Sequence[int]) -> None:
 
 
 def check_positions(positions: Tensor | None, embeds: Tensor, mask: Tensor | None) -> Tensor:
-    """Positions of the tokens `(B, L)` int64; counted from 0 where none are given.
+    """Positions of the tokens `(B, L)` int64; counted from 0 where none are given. Of tokens in pictures and texts they
+    have several axes, `(k, B, L)`, the first of four being the place in the row.
 
     Raises:
-        InputError: not `(B, L)` or `(1, L)`; positions that do not rise by one from one real token to the next:
-            several sequences packed in a row.
+        InputError: not `(B, L)`, `(1, L)` or `(k, B, L)`; positions that do not rise by one from one real token to the
+            next: several sequences packed in a row.
     """
     rows, length = embeds.shape[:2]
     if positions is None:
         return torch.arange(length, device=embeds.device).expand(rows, length)
+    if positions.dim() == 3 and positions.shape[1:] == embeds.shape[:2]:
+        if positions.shape[0] == 4:
+            check_positions(positions[0], embeds, mask)
+        return positions
     if positions.dim() != 2 or positions.shape[0] not in (1, rows) or positions.shape[1] != length:
         raise InputError(
             f"Expected position_ids (B, L) = ({rows}, {length}); found shape {tuple(positions.shape)}. Leave the "

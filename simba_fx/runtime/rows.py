@@ -214,11 +214,11 @@ def ends_of(asked: Asked, rows: int, length: int, mask: Tensor | None, lengths: 
 
 
 def lengthened(tensor: Tensor, more: int, positions: bool = False) -> Tensor:
-    """`(B, L, ...)` to `(B, L + more, ...)`: zeros at the end; positions go on counting."""
+    """`(B, L, ...)` to `(B, L + more, ...)`: zeros at the end; positions `(..., L)` go on counting."""
     if not more:
         return tensor
     if positions:
-        return torch.cat((tensor, tensor[:, -1:] + torch.arange(1, more + 1, device=tensor.device)), 1)
+        return torch.cat((tensor, tensor[..., -1:] + torch.arange(1, more + 1, device=tensor.device)), -1)
     return torch.cat((tensor, tensor.new_zeros(tensor.shape[0], more, *tensor.shape[2:])), 1)
 
 

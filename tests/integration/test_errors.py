@@ -122,7 +122,7 @@ ARGUMENTS: dict[str, tuple[dict[str, Any], type[SimbaError], str]] = {
     "criterion name": (
         {"criterion": "simbo"},
         CriterionError,
-        "Unknown criterion 'simbo': expected one of 'simba', 'simba-abs', 'no-decay', 'delta-norm', 'clip', 'recent',"
+        "Unknown criterion 'simbo': expected one of 'simba', 'simba-abs', 'no-decay', 'delta-norm', 'clip', 'removal', 'recent',"
         " 'random', 'stride', or a callable (scan operands, query) -> (B, L).",
     ),
     "criterion type": (
@@ -687,6 +687,17 @@ def test_a_layout_that_cannot_be_gathered() -> None:
         " alone, or (B, H, L, L), found it in (2,). This layout cannot be gathered; keep the blocks around it whole"
         " (give them the same share)."
     )
+
+
+def test_a_criterion_of_another_recurrence() -> None:
+    with pytest.raises(CriterionError) as caught:
+        simba_fx.transform(dense("mamba"), "linear", criterion="removal")
+    assert str(caught.value) == (
+        "Criterion 'removal' is not one that a selective scan can be scored by; expected one of simba, simba-abs, "
+        "no-decay, delta-norm, clip, one by position, or a function of your own. Pass one of those as criterion."
+    )
+    with torch.no_grad():
+        simba_fx.transform(dense("qwen3-next"), "linear", criterion="removal")(input_ids=tokens(1, 2, 20))
 
 
 def looping_wkv(k: Tensor, v: Tensor) -> Tensor:

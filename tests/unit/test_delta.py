@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from test_ops import OPS, assert_close, check_gradients
+from test_ops import OPS, assert_close, check_gradients, selective_operands
 from torch import Tensor
 from torch.library import opcheck
 
 from simba_fx import ops
+from simba_fx.errors import CriterionError
 from simba_fx.ops import reference
 
 SHAPES = [
@@ -75,6 +76,42 @@ def test_scores(shape: dict[str, Any], criterion: str, side: str) -> None:
         shares = reference.delta_contributions_ref(*scored.values(), query.clamp(min=0)).flatten(2)
         best = (shares.abs() if criterion == "simba-abs" else shares).amax(2)
         assert_close("score", got, torch.where(torch.arange(length) <= query[:, None], best, 0.0))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_removal_is_what_the_output_loses_without_a_tokens_write_and_erase(shape: dict[str, Any]) -> None:
+    """In float64, with `beta` 0 for one token after the other; another query in each row."""
+    operands = delta_operands(**shape)
+    rows, length = operands["v"].shape[:2]
+    real = torch.arange(length) < torch.tensor([max(1, length - 3), length])[-rows:, None]
+    got = ops.delta_token_score(*operands.values(), 4, real, 1, "removal")
+    query = ops.query_position(real, 1, rows=rows, length=length)
+    double = {name: operand.double() for name, operand in operands.items()}
+    whole, at = reference.delta_scan_ref(*double.values())[0], (torch.arange(rows), query)
+    expected = torch.zeros(rows, length, dtype=torch.float64)
+    for t in range(length):
+        beta = double["beta"].clone()
+        beta[:, t] = 0
+        lost = (whole - reference.delta_scan_ref(*(double | {"beta": beta}).values())[0])[at]
+        expected[:, t] = torch.where(t <= query, lost.flatten(1).amax(1), 0.0)
+    assert_close("score", got, expected)
+
+
+def test_a_token_that_only_erases_counts_by_removal_alone() -> None:
+    operands = delta_operands(length=12, heads=1, groups=1, decay=0.01)
+    operands["k"][:, 7] = operands["k"][:, 2] = operands["q"][:, 11]
+    operands["v"][:, 7], operands["beta"][:, (2, 7)] = 0, 1
+    scores = {name: ops.delta_token_score(*operands.values(), 64, None, 1, name) for name in ("simba-abs", "removal")}
+    assert scores["simba-abs"][:, 7].abs().max() == 0
+    assert (scores["removal"][:, 7] > 0.1 * operands["v"][:, 2].abs().amax((1, 2)) - 1).all()
+    assert scores["removal"][:, 7].abs().min() > 0
+
+
+def test_other_scans_have_no_removal() -> None:
+    operands = selective_operands()
+    five = [operands[name] for name in ("u", "delta", "A", "B", "C")]
+    with pytest.raises(CriterionError, match="this scan can be scored by simba, simba-abs, no-decay, delta-norm, clip"):
+        OPS.selective_token_score(*five, None, True, None, 1, "removal")
 
 
 def test_contributions_sum_to_the_output_at_two_queries_of_a_batch() -> None:
