@@ -58,7 +58,8 @@ class FunctionAdapter:
 
     def __call__(self, *args: Any, **kwargs: Any) -> tuple[Operands, Finish]:
         leaves, spec = pytree.tree_flatten((args, kwargs))
-        value = self.value_of(args, kwargs)
+        place = self._place_of_values(leaves, spec)
+        value = leaves[place]
         result = self.results.get(_looks(leaves, spec))
         if result is None:
             raise CaptureError(
@@ -66,9 +67,16 @@ class FunctionAdapter:
                 f"whether it is linear in {self.value}{self.trouble}; expected the same calls as while it is traced. "
                 "Write the model so that it runs on any device, and calls it the same way every time."
             )
-        (dim,) = [d for d, size in enumerate(value.shape) if d and isinstance(size, torch.SymInt)] or [1]
+        first, *others = (d for d, size in enumerate(value.shape) if isinstance(size, torch.SymInt))
+        if first != 0 or len(others) != 1:
+            raise CaptureError(
+                f"{self.name} was called with {self.value} of sizes {tuple(value.shape)}; expected the rows first and "
+                "the tokens in one other dimension, neither put together with anything else. Register a function that "
+                "takes such values."
+            )
+        (dim,) = others
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        at = next(i for i, tensor in enumerate(tensors) if tensor is value)
+        at = sum(isinstance(leaf, Tensor) for leaf in leaves[:place])
         number = iter(range(len(tensors)))
         template = tuple([next(number)] if isinstance(leaf, Tensor) else self._constant(leaf) for leaf in leaves)
         call = FunctionCall(known_as(self.function), pytree.treespec_dumps(spec), template, at, dim, result.y,
@@ -85,15 +93,21 @@ class FunctionAdapter:
     def name(self) -> str:
         return str(self.function.__qualname__)
 
-    def value_of(self, args: Any, kwargs: Any) -> Tensor:
-        """The values among a call's arguments. Raises: CaptureError: they are no tensor."""
-        given = self.signature.bind(*args, **kwargs).arguments.get(self.value)
-        if not isinstance(given, Tensor):
+    def _place_of_values(self, leaves: list[Any], spec: pytree.TreeSpec) -> int:
+        """Which of a call's arguments the values are. (Not by identity: one tensor may be given for two of them.)
+
+        Raises:
+            CaptureError: they are no tensor.
+        """
+        args, kwargs = pytree.tree_unflatten(range(len(leaves)), spec)
+        place = self.signature.bind(*args, **kwargs).arguments.get(self.value)
+        if type(place) is not int or not isinstance(leaves[place], Tensor):
+            found = type(leaves[place] if type(place) is int else place).__name__
             raise CaptureError(
-                f"{self.name} was called with {self.value}={type(given).__name__}; expected a tensor, the values that "
-                "its result is linear in. Name another parameter to simba_fx.register_recurrence."
+                f"{self.name} was called with {self.value}: {found}; expected a tensor, the values that its result is "
+                "linear in. Name another parameter to simba_fx.register_recurrence."
             )
-        return given
+        return place
 
     def _constant(self, leaf: Any) -> Any:
         if isinstance(leaf, nn.Module):  # `self` of a method, which does not look at it (`examine`)
@@ -109,8 +123,9 @@ class FunctionAdapter:
 
     def examine(self, args: Any, kwargs: Any) -> Any:
         """Run a call with values, and keep it for graphs if it keeps the contract. Returns: its result."""
-        own_args, own_kwargs = pytree.tree_map(_own, (args, kwargs))
-        value = self.value_of(own_args, own_kwargs)
+        leaves, own_spec = pytree.tree_flatten(pytree.tree_map(_own, (args, kwargs)))
+        place = self._place_of_values(leaves, own_spec)
+        value = leaves[place]
         result = self.function(*args, **kwargs)
         flat, spec = pytree.tree_flatten(result)
         tensors = [leaf for leaf in flat if isinstance(leaf, Tensor)]
@@ -122,40 +137,38 @@ class FunctionAdapter:
                 f"{self.name} returned {found}; expected y, of the sizes of {self.value} {tuple(value.shape)}, and "
                 "perhaps other tensors. Register a function that returns those."
             )
-        known = (*pytree.tree_flatten((own_args, own_kwargs)),)
-        key = _looks(*known)
+        key = _looks(leaves, own_spec)
         if key not in self.results:
-            self._keep(own_args, own_kwargs, value, at)
+            self._keep(leaves, own_spec, place, at)
             rows = value.shape[0]
             states = tuple((_named(leaf, rows), _name(leaf.dtype)) for i, leaf in enumerate(tensors) if i != at)
             nothing = tuple(leaf is None for leaf in flat)
             self.results[key] = _Result(spec, at, nothing, tensors[at].dtype, states)
         return result
 
-    def _keep(self, args: Any, kwargs: Any, value: Tensor, y: int) -> None:
+    def _keep(self, leaves: list[Any], spec: pytree.TreeSpec, place: int, y: int) -> None:
         """Raises: CaptureError: a call does not keep the contract."""
 
         def run(held: Tensor) -> Tensor:
-            given = pytree.tree_map_only(Tensor, lambda leaf: held if leaf is wide_value else leaf, wide)
-            found = [leaf for leaf in pytree.tree_leaves(self.function(*given[0], **given[1])) if leaf is not None]
+            args, kwargs = pytree.tree_unflatten([*given[:place], held, *given[place + 1 :]], spec)
+            found = [leaf for leaf in pytree.tree_leaves(self.function(*args, **kwargs)) if leaf is not None]
             result: Tensor = found[y]
             return result
 
-        for dtype in (torch.float64, None):  # in its own dtype, if it does not run in another
-            wide = (args, kwargs) if dtype is None else pytree.tree_map_only(Tensor, _widened, (args, kwargs))
-            wide_value = self.value_of(*wide)
+        wide = [_widened(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        for given in (wide, leaves):  # in its own dtype, if it does not run in float64
             try:
-                found = contract(run, wide_value, self.shared)
+                found = contract(run, given[place], self.shared)
                 break
             except Exception as error:
-                if dtype is None:
+                if given is leaves:
                     raise CaptureError(
                         f"{self.name} cannot be differentiated, or not be run on other values and without the module "
                         "that it is a method of, which scores need: "
                         f"{first_line(error)} Register a function of "
                         "tensors that PyTorch's operators compute, or that has a backward pass."
                     ) from error
-        if not found.kept(wide_value.dtype):
+        if not found.kept(given[place].dtype):
             raise CaptureError(f"{self.name} is not linear in {self.value}: {found} {_ADVICE}")
 
 
@@ -184,7 +197,11 @@ class Contract(NamedTuple):
 
     def kept(self, dtype: torch.dtype) -> bool:
         """Whether rounding explains the numbers: many functions compute in float32 whatever they are given."""
-        return max(self) <= max(1e-4, 8 * torch.finfo(dtype).eps)  # (NaN is not)
+        return self.worst <= max(1e-4, 8 * torch.finfo(dtype).eps)
+
+    @property
+    def worst(self) -> float:
+        return max(number if number == number else float("inf") for number in self)
 
     def __str__(self) -> str:
         return (
@@ -198,11 +215,15 @@ def contract(run: Callable[[Tensor], Tensor], value: Tensor, shared: bool = Fals
     """The three numbers of a function of its values `(B, ..., L, ...)`; the dimension of the tokens is the one in which
     they are smallest. `shared`: the coefficients of all channels are those of one."""
     found = [_contract(run, value, dim, shared) for dim in range(1, value.dim() - shared)]
-    return min(found, key=lambda numbers: max(numbers) if max(numbers) == max(numbers) else float("inf"))
+    return min(found, key=lambda numbers: numbers.worst)
 
 
-def _contract(run: Callable[[Tensor], Tensor], value: Tensor, dim: int, shared: bool) -> Contract:
-    length, worst = value.shape[dim], Contract(0.0, 0.0, 0.0)
+def _contract(run: Callable[[Tensor], Tensor], own: Tensor, dim: int, shared: bool) -> Contract:
+    """On random values (a model's `own` may be zeros), whose coefficients are compared with those of its own."""
+    length, worst = own.shape[dim], Contract(0.0, 0.0, 0.0)
+    value = torch.randn(own.shape, generator=torch.Generator().manual_seed(0)).to(own)
+    tokens = torch.arange(length, device=own.device).view([-1 if d == dim else 1 for d in range(own.dim())])
+    first_row = (torch.arange(len(own), device=own.device) == 0).view(-1, *[1] * (own.dim() - 1))
 
     def coefficients(held: Tensor, query: int) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
@@ -211,25 +232,20 @@ def _contract(run: Callable[[Tensor], Tensor], value: Tensor, dim: int, shared: 
             (c,) = torch.autograd.grad(y.sum(), held)
         return y.detach(), c
 
-    other = torch.randn(value.shape, generator=torch.Generator().manual_seed(0)).to(value)
-    other = other[..., :1] if shared else other
     for query in (length - 1, length // 2):
         y, c = coefficients(value, query)
-        parts = c * value
-        total = _off(parts.sum(dim), y, y)
-        alone = 0.0
+        parts, alone = c * value, 0.0
         for token in (0, query // 2, query):
-            mask = torch.zeros(length, dtype=value.dtype, device=value.device)
-            mask[token] = 1
-            mask = mask.view([-1 if d == dim else 1 for d in range(value.dim())])
-            mask = mask * (torch.arange(len(value), device=value.device) == 0).view(-1, *[1] * (value.dim() - 1))
-            alone = max(alone, _off(run(value * mask).select(dim, query), (parts * mask).sum(dim), y))
-        _, changed = coefficients(other, query)
-        worst = Contract(*map(_larger, worst, (total, alone, _off(changed, c, c))))
+            mask = (tokens == token) & first_row
+            lone = run(value * mask).select(dim, query)
+            alone = _larger(alone, _off(lone, (parts * mask).sum(dim), y))
+        _, changed = coefficients(own[..., :1] if shared else own, query)
+        worst = Contract(*map(_larger, worst, (_off(parts.sum(dim), y, y), alone, _off(changed, c, c))))
     return worst
 
 
 def _larger(a: float, b: float) -> float:
+    """NaN is larger than anything."""
     return b if b > a or b != b else a
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Callable
+from math import nan
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 import simba_fx
 from simba_fx.capture import lift
-from simba_fx.capture.function_adapter import contract
+from simba_fx.capture.function_adapter import Contract, contract
 from simba_fx.errors import CacheError, CaptureError, CriterionError, SimbaError
 from simba_fx.ops.function_scan import FunctionCall, known_as
 
@@ -44,7 +45,7 @@ def test_a_linear_recurrence_keeps_the_contract(name: str) -> None:
     for seed in range(3):
         operands = random(*names, seed=seed)
         found = contract(values_of(function, value, operands), operands[value])
-        assert max(found) < 1e-12
+        assert found.worst < 1e-12
         assert found.kept(torch.float64)
 
 
@@ -55,7 +56,7 @@ def test_another_function_does_not(name: str) -> None:
         operands = random(*names, seed=seed)
         found = contract(values_of(function, value, operands), operands[value])
         assert not found.kept(torch.float64)
-        assert max(found) > 1e-2 or max(found) != max(found)
+        assert found.worst > 1e-2
 
 
 def call_of(name: str, operands: dict[str, Tensor], **changes: Any) -> dict[str, Any]:
@@ -363,6 +364,35 @@ def test_a_function_that_is_not_linear_is_refused_with_the_numbers(name: str, mo
     said = refusal(function, value, monkeypatch)
     assert said.startswith(f"{function.__name__} is not linear in {value}: on a few random tokens the contributions of")
     assert "Tokens of such a function have no exact score." in said
+
+
+def test_numbers_that_are_none_keep_no_contract() -> None:
+    for numbers in ((nan, 0.0, 0.0), (0.0, nan, 0.0), (0.0, 0.0, nan)):
+        assert not Contract(*numbers).kept(torch.float64)
+    found = contract(lambda v: torch.where(v.abs() < 1e-9, nan, v).cumsum(1), torch.zeros(2, 9, 3))
+    assert not found.kept(torch.float32)
+
+
+def doubled(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
+    return known.gla(q, k, v, g)[0]
+
+
+def test_one_tensor_for_two_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The values are known by their parameter: keys that are the same tensor are held."""
+    monkeypatch.setattr(HERE, "own_scan", lambda q, k, v, g: (doubled(v, v, v, g), None))
+    simba_fx.register_recurrence(doubled, value="v", shared=True)
+    module = model()
+    sparse = simba_fx.transform(module, [1, 0.5, 0.5, 0.5], example_inputs=EXAMPLE)
+    x = torch.randn(1, 20, 12)
+    with torch.no_grad():
+        sparse(x)
+        _, _, v, g = (operand.double() for operand in module.layers[0].operands(x))
+    lost = torch.stack([
+        known.gla(v, v, v * (torch.arange(20) == t)[:, None, None], g)[0][0, -1].amax() for t in range(19)
+    ])  # fmt: skip
+    kept = simba_fx.kept(sparse)[1][0]
+    best = lost.topk(len(kept) - 1).indices
+    assert torch.equal(torch.cat((best, torch.tensor([19]))).sort().values, kept)
 
 
 def other_sizes(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:

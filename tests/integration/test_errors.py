@@ -122,8 +122,8 @@ ARGUMENTS: dict[str, tuple[dict[str, Any], type[SimbaError], str]] = {
     "criterion name": (
         {"criterion": "simbo"},
         CriterionError,
-        "Unknown criterion 'simbo': expected one of 'simba', 'simba-abs', 'no-decay', 'delta-norm', 'clip', 'removal', 'recent',"
-        " 'random', 'stride', or a callable (scan operands, query) -> (B, L).",
+        "Unknown criterion 'simbo': expected one of 'simba', 'simba-abs', 'no-decay', 'delta-norm', 'clip', 'removal',"
+        " 'recent', 'random', 'stride', or a callable (scan operands, query) -> (B, L).",
     ),
     "criterion type": (
         {"criterion": 3},
