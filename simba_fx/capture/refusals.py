@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from simba_fx.capture.examples import EXAMPLE
 from simba_fx.capture.guards import Question, is_foreign, line_of
 from simba_fx.capture.lift import CallSite
 from simba_fx.compiling import FakeTensorMode
@@ -30,9 +31,10 @@ __all__ = ["Watch", "advice", "explained", "refuse_quantised", "told_in_words"]
 
 log = logging.getLogger("simba_fx")
 _CAPTURE, _LIFT = (str(Path(__file__).with_name(name)) for name in ("export.py", "lift.py"))
-_ROUNDS, _CALLS = 20, 60
-"""A line that ran so often, in one call of a function with so many operators, loops. The example that is traced has 24
-tokens. Loops over heads, groups or taps are shorter, and a loop over blocks calls modules in between."""
+_ROUNDS, _CALLS = EXAMPLE["L"] - 1, 60
+"""A place in the code that called so often, in one call of a function with so many operators, loops over the tokens of
+the example that is traced. Loops over heads, groups or taps are shorter, as are those that refine something (20 rounds
+of Sinkhorn's in GLM-5.3), and a loop over blocks calls modules in between."""
 _SCANS = re.compile(
     "scan|delta_rule|segsum|ssd|ssm|kda|gla|lstm|rwkv|wkv|rg_?lru|linear_att|lightning|retention|recurren|chunk_", re.I
 )
@@ -55,7 +57,7 @@ class Watch(TorchFunctionMode):
         self.called: set[str] = set()
         """Functions that look like scans and ran themselves, as `module.name`."""
         self.frame: int | None = None
-        self.lines: collections.Counter[int] = collections.Counter()
+        self.places: collections.Counter[int] = collections.Counter()
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         own, inside_module = self._look_up(sys._getframe(1))
@@ -82,9 +84,9 @@ class Watch(TorchFunctionMode):
     def _count(self, frame: FrameType) -> None:
         if id(frame) != self.frame:
             self.frame = id(frame)
-            self.lines.clear()
-        self.lines[frame.f_lineno] += 1
-        if self.lines[frame.f_lineno] < _ROUNDS or self.lines.total() < _CALLS:
+            self.places.clear()
+        self.places[frame.f_lasti] += 1
+        if self.places[frame.f_lasti] < _ROUNDS or self.places.total() < _CALLS:
             return
         raise ScanNotFoundError(
             f"{self.name} calls {_name(frame)}, which loops over tokens in Python (line {frame.f_lineno}); "
