@@ -87,8 +87,7 @@ class _Trace:
         self.out_spec: Any = exported.call_spec.out_spec
         self.flat.graph.set_codegen(fx.graph.CodeGen())  # inputs and outputs flat, without pytree code around them
         graph = copy.deepcopy(self.flat.graph)  # no longer owned by a module: nodes may name attributes of ours
-        expand(graph, trace, inside)
-        return graph
+        return expand(graph, trace, self.root, inside)
 
     def look_up(self, path: str) -> Any:
         """What a `get_attr` node names. (The exported module has not the weights of blocks that were not traced.)"""

@@ -26,7 +26,7 @@ from torch.utils import _pytree as pytree
 from simba_fx.capture.alike import PLAIN, Alike, Member, alike_blocks
 from simba_fx.capture.guards import Question
 from simba_fx.capture.lift import CallSite
-from simba_fx.graph.facts import expression, is_size, operator_of, value
+from simba_fx.graph.facts import expression, is_size, look_up, operator_of, stem, value
 
 __all__ = ["Differs", "Notes", "Place", "Trace", "expand", "once_per_kind"]
 
@@ -333,8 +333,11 @@ _MARKERS = {torch.ops.simba_fx.site_enter.default: 2, torch.ops.simba_fx.site_ex
 """Which of their arguments is the number of a call site."""
 
 
-def expand(graph: fx.Graph, trace: Trace, prefix: str) -> None:
-    """Put the nodes of each stand-in's kind in its place, and take the edges away; `prefix`: of the blocks' paths.
+def expand(graph: fx.Graph, trace: Trace, root: nn.Module, prefix: str) -> fx.Graph:
+    """The graph with the nodes of each stand-in's kind in its place, and without edges.
+
+    Args:
+        root: what was traced; `prefix`: the path from it of what the blocks' paths start from.
 
     Raises:
         Differs: a tensor of a traced block is read elsewhere.
@@ -354,6 +357,8 @@ def expand(graph: fx.Graph, trace: Trace, prefix: str) -> None:
         def copied(held: fx.Node, copies: Any = copies, move: Any = move) -> Any:
             if held in copies or held.op != "get_attr" or (path := move(held.target)) == held.target:
                 return copies.get(held, held)
+            if not _has(root, path):  # a constant that the code makes
+                return held
             if path not in attributes:
                 with graph.inserting_before(held):
                     attributes[path] = graph.create_node("get_attr", path)
@@ -376,6 +381,27 @@ def expand(graph: fx.Graph, trace: Trace, prefix: str) -> None:
         graph.erase_node(node)
     for edge in edges.values():
         graph.erase_node(edge)
+    return _numbered_in_order(graph) if trace.stand_ins else graph
+
+
+def _numbered_in_order(graph: fx.Graph) -> fx.Graph:
+    """A copy whose names count up from its start to its end, as those of a whole trace do."""
+    copy = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        name = stem(node.name) if node.op == "call_function" else node.name
+        args, kwargs = (fx.node.map_arg(held, copies.__getitem__) for held in (node.args, node.kwargs))
+        copies[node] = copy.create_node(node.op, node.target, args, kwargs, name=name, type_expr=node.type)
+        copies[node].meta = node.meta
+    return copy
+
+
+def _has(root: nn.Module, path: str) -> bool:
+    try:
+        look_up(root, path)
+    except AttributeError:
+        return False
+    return True
 
 
 def _list(edge: fx.Node) -> list[fx.Node]:

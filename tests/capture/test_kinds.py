@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from graph_cases import Block, Feedforward, Plain, capture_plain
+from graph_cases import WIDTH, Block, Feedforward, Plain, capture_plain
 from models import FAMILIES, names, three_rows, tokens
 from torch import Tensor, fx, nn
 
@@ -35,9 +35,10 @@ class Counted:
             self.traces += 1
             return own(*args)
 
-        def expanded(graph: fx.Graph, blocks: kinds.Trace, prefix: str) -> None:
-            expand(graph, blocks, prefix)
-            self.stood_for += len(blocks.stand_ins)
+        def expanded(graph: fx.Graph, trace: kinds.Trace, *rest: Any) -> fx.Graph:
+            found = expand(graph, trace, *rest)
+            self.stood_for += len(trace.stand_ins)
+            return found
 
         patch.setattr(export._Trace, "_once", once)
         patch.setattr(export, "expand", expanded)
@@ -236,6 +237,17 @@ class Tagged(Block):
         return super().forward(x * self.tag[0])
 
 
+class Constant(Block):
+    """Makes tensors of plain numbers, and may hold one that is no parameter."""
+
+    def __init__(self, held: Any = 0) -> None:
+        super().__init__()
+        self.held = held
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x * torch.tensor([1.0, 2, 3, 1, 2, 3])[torch.tensor([0, 2, 1, 3, 5, 4])] + self.held)
+
+
 class Asking(Block):
     """Asks what torch answers without a guard: whoever asks before any scan asks of the input alone."""
 
@@ -267,6 +279,9 @@ OTHERS: dict[str, tuple[Callable[[], nn.Module], int]] = {
         lambda: Handed(*(Taking() for _ in range(4)), arguments=lambda i, x: x if i % 2 else x * 2),
         2,
     ),
+    "makes constants": (lambda: Plain(*(Constant() for _ in range(4))), 3),
+    "holds a tensor of its own": (lambda: Plain(*(Constant(torch.rand(WIDTH)) for _ in range(4))), 0),
+    "holds a tensor that others hold": (lambda: Plain(*map(Constant, 4 * [torch.rand(WIDTH)])), 3),
     "asks about sizes": (lambda: Plain(*(Asking() for _ in range(4))), 3),
     "holds an equal list": (lambda: Plain(*(Tagged([3]) for _ in range(4))), 3),
     "holds another list": (lambda: Plain(*(Tagged([i]) for i in range(4))), 0),
@@ -289,6 +304,15 @@ def test_a_block_that_differs_is_traced_itself(how: str, counted: Counted, monke
         block.__dict__.pop("seen", None)
     monkeypatch.setattr(export, "once_per_kind", block_by_block)
     assert found == described(capture_plain(module))
+
+
+def test_constants_are_each_blocks_own() -> None:
+    x = torch.randn(2, 20, WIDTH)
+    for held in (torch.rand(4, WIDTH), torch.rand(WIDTH).expand(4, -1), [0] * 4):
+        module = Plain(*map(Constant, held)).eval()
+        sparse = simba_fx.transform(module, [1 - i * 1e-6 for i in range(4)], example_inputs=(x,), kernels="model")
+        assert torch.equal(sparse(x), module(x))
+        simba_fx.transform(module, "linear", example_inputs=(x,))(x)
 
 
 class Short(Block):
