@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from graph_cases import WIDTH, Block, Feedforward, Plain, capture_plain
-from models import FAMILIES, names, three_rows, tokens
+from models import SPREAD, names, three_rows, tokens
 from torch import Tensor, fx, nn
 
 import simba_fx
@@ -82,11 +82,7 @@ CALLS: dict[str, Callable[[nn.Module], Any]] = {
 }
 
 
-SOME = [entry for entry in FAMILIES if entry.name not in ("falcon-mamba", "zamba2", "qwen3-5", "olmo-hybrid")]
-"""Those left out have the blocks of others."""
-
-
-@pytest.mark.parametrize("entry", SOME, ids=names(SOME))
+@pytest.mark.parametrize("entry", SPREAD, ids=names(SPREAD))
 def test_the_graph_is_that_of_a_whole_trace(entry: Any, counted: Counted, monkeypatch: pytest.MonkeyPatch) -> None:
     """Node for node, with shapes, strides, guards, call sites and what each node came from."""
     found = []

@@ -15,8 +15,8 @@ import torch
 from models import (
     BY_NAME,
     CHECKPOINT,
-    FAMILIES,
     PER_KIND,
+    SPREAD,
     VOCABULARY,
     Entry,
     dense,
@@ -39,7 +39,7 @@ from simba_fx.errors import InputError, SimbaError
 own_model: Any = importlib.import_module("own_model")
 
 every_kind = pytest.mark.parametrize("entry", PER_KIND, ids=names(PER_KIND))
-every_family = pytest.mark.parametrize("entry", FAMILIES, ids=names(FAMILIES))
+every_build = pytest.mark.parametrize("entry", SPREAD, ids=names(SPREAD))
 every_masking = pytest.mark.parametrize("masked", [False, True], ids=["no mask", "padded"])
 IGNORED = -100
 
@@ -87,7 +87,7 @@ def recompute(model: nn.Module, enable: bool, **settings: Any) -> None:
     raise AssertionError("this model cannot recompute")
 
 
-@every_family
+@every_build
 def test_recomputing_blocks_leaves_the_same_gradients_and_less_in_memory(entry: Entry) -> None:
     model = simba_fx.transform(entry.build(), linear(entry)).train()
     call = {"input_ids": tokens(1, 2, 64)}
@@ -189,7 +189,7 @@ def half() -> Iterator[None]:
         yield
 
 
-@every_family
+@every_build
 def test_everything_kept_under_autocast_is_the_dense_model(entry: Entry) -> None:
     pruned = sparse(entry.name, keep_all(n_blocks(dense(entry.name))), kernels="model")
     call = three_rows(masked=True)

@@ -22,6 +22,7 @@ from models import (
     DELTA_RULES,
     FAMILIES,
     HYBRIDS,
+    SPREAD,
     VOCABULARY,
     Entry,
     _bamba,
@@ -58,7 +59,10 @@ import simba_fx
 
 every_family = pytest.mark.parametrize("entry", FAMILIES, ids=names(FAMILIES))
 WITH_ATTENTION = (*HYBRIDS, *DELTA_RULES)
+MIXTURES = [entry for entry in SPREAD if entry in WITH_ATTENTION]
+"""For what does not depend on a family's own code."""
 every_hybrid = pytest.mark.parametrize("entry", WITH_ATTENTION, ids=names(WITH_ATTENTION))
+every_mixture = pytest.mark.parametrize("entry", MIXTURES, ids=names(MIXTURES))
 every_masking = pytest.mark.parametrize("masked", [False, True], ids=["no mask", "mask"])
 
 DRAWS = reference.Draws()
@@ -213,7 +217,7 @@ def test_any_schedule_equals_the_reference(entry: Entry, data: st.DataObject) ->
     assert_close("logits", found.logits, expected.logits, TOLERANCE[entry.dtype])
 
 
-@every_hybrid
+@every_mixture
 def test_in_bfloat16_keeping_everything_gives_the_dense_bits(entry: Entry) -> None:
     model = entry.build().to(torch.bfloat16)
     pruned = simba_fx.transform(model, keep_all(n_blocks(model)), kernels="model")
@@ -403,7 +407,7 @@ def test_the_originals_modules_are_not_hooked(entry: Entry) -> None:
 # Attention.
 
 
-@every_hybrid
+@every_mixture
 def test_the_eager_attention_of_transformers_gives_the_same(entry: Entry) -> None:
     """Masks are additive there, and never left out."""
     model = entry.make()
@@ -593,7 +597,7 @@ def test_feature_extraction_with_the_model_without_its_head(name: str) -> None:
     assert torch.equal(found.last_hidden_state[0], expected.rows[0].hidden)
 
 
-@every_hybrid
+@every_mixture
 def test_hidden_states_are_of_full_length(entry: Entry) -> None:
     model, pruned = dense(entry.name), sparse(entry.name, shares_of(entry), kernels="model")
     with torch.no_grad():

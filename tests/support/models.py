@@ -326,6 +326,10 @@ BY_NAME: dict[str, Entry] = {entry.name: entry for entry in (*REGISTRY, *HYBRIDS
 # For tests that need many captures: one float32 entry per modeling file, and one per kind of scan.
 PER_FAMILY: tuple[Entry, ...] = tuple({entry.modeling: entry for entry in FLOAT32}.values())
 FAMILIES: tuple[Entry, ...] = (*PER_FAMILY, *HYBRIDS, *DELTA_RULES)
+SPREAD: tuple[Entry, ...] = tuple(entry for entry in FAMILIES if entry.name in (
+    "mamba-residual-in-own-dtype", "mamba2-two-groups", "jamba", "zamba", "falcon-h1", "qwen3-next", "kimi-linear"
+))  # fmt: skip
+"""One of each build: scans alone, attention and experts in turns, a shared block, both side by side, delta rules."""
 PER_KIND: tuple[Entry, ...] = (BY_NAME["mamba"], BY_NAME["mamba2-two-groups"])
 
 
