@@ -77,7 +77,7 @@ def test_the_public_surface() -> None:
 
 def test_every_error_is_a_simba_error_with_a_docstring() -> None:
     found = [e for _, e in inspect.getmembers(simba_fx.errors, inspect.isclass) if issubclass(e, Exception)]
-    assert len(found) == 8
+    assert len(found) == 9
     for error in found:
         assert issubclass(error, simba_fx.errors.SimbaError)
         assert error.__doc__
