@@ -312,7 +312,7 @@ def test_a_mixer_whose_function_is_not_registered_beside_one_that_is() -> None:
 
 def test_a_python_loop_over_tokens() -> None:
     assert message(errors.CaptureError, model(loop_scan, looping_scan)) == (
-        "Plain takes the length of its input as a plain number (test_capture.py, line 41: "
+        "Plain takes the length of its input as a plain number (test_capture.py, line 42: "
         "`return torch.stack([u[:, :, : t + 1].sum(2) for t in range(u.shape[2])], 2)`); expected code for every size, "
         "because one graph serves them all. len(x), int(...), a Python loop over a dimension and a branch on it make "
         "such numbers: write x.shape[1], and tensor operations for the loop."
