@@ -250,6 +250,13 @@ def test_report_names_it_and_other_criteria_are_refused() -> None:
         simba_fx.transform(model(), "linear", example_inputs=EXAMPLE, criterion=criterion)(torch.randn(2, 20, 12))
 
 
+def test_the_dynamo_backend_refuses_it() -> None:
+    """It traces without values, on which the contract has to be kept. Dynamo puts its own words around ours."""
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match=r"is a registered recurrence, which has to run on values before it is traced"):
+        torch.compile(model(), backend="simba_fx")(torch.randn(2, 20, 12))
+
+
 def test_a_criterion_of_ones_own_sees_the_operands() -> None:
     seen = []
 
