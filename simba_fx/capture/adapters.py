@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from simba_fx.capture import lift
+from simba_fx.capture.function_adapter import first_line
 from simba_fx.capture.rows import Adapter
 from simba_fx.errors import CaptureError, OperandError
 
-__all__ = ["compare_adapters", "random_inputs", "say_not_compared"]
+__all__ = ["compare_adapters", "run_on_random_tokens", "say_not_compared"]
 
 _agreed: set[tuple[Callable[..., Any], Adapter]] = set()
 _told: set[tuple[Callable[..., Any], Adapter]] = set()
@@ -66,16 +67,14 @@ def compare_adapters(module: nn.Module, owner: nn.Module, inputs: Mapping[str, A
         return call
 
     try:
-        with torch.random.fork_rng(devices=[]), lift.lifted(owner, compared), torch.no_grad():
-            torch.manual_seed(0)
-            buffers = {name: held.clone() for name, held in module.named_buffers()}
-            torch.func.functional_call(module, buffers, kwargs=random_inputs(inputs, mask))
+        with lift.lifted(owner, compared):
+            run_on_random_tokens(module, inputs, mask)
     except _Enough:
         return ""
     except CaptureError:
         raise
     except Exception as error:  # whatever a function does that runs on another device, or on other sizes, only
-        return (str(error).strip() or type(error).__name__).splitlines()[0][:200].rstrip(".")
+        return first_line(error).rstrip(".")
     return "a run of the model did not call it"
 
 
@@ -97,12 +96,17 @@ def _not_compared(functions: Any) -> list[tuple[Callable[..., Any], Adapter]]:
     return list(dict.fromkeys(pair for pair in known if pair not in _agreed))
 
 
-def random_inputs(inputs: Mapping[str, Any], mask: str | None) -> dict[str, Any]:
-    """Inputs with values: the examples of a capture are zeros. Integers are 0 or 1, ids of every vocabulary."""
-    return {name: _random(held, name == mask) for name, held in inputs.items()}
+def run_on_random_tokens(module: nn.Module, inputs: Mapping[str, Any], mask: str | None) -> None:
+    """Run a module on inputs like these, with values. Its buffers and torch's random state stay what they are."""
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        few = {name: _random(held, name == mask) for name, held in inputs.items()}
+        buffers = {name: held.clone() for name, held in module.named_buffers()}
+        torch.func.functional_call(module, buffers, kwargs=few)
 
 
 def _random(held: Any, mask: bool) -> Any:
+    """An input with values: the examples of a capture are zeros. Integers are 0 or 1, ids of every vocabulary."""
     if not isinstance(held, Tensor) or held.is_complex():
         return held
     if held.is_floating_point() and not mask:

@@ -67,14 +67,14 @@ class FunctionAdapter:
                 f"whether it is linear in {self.value}{self.trouble}; expected the same calls as while it is traced. "
                 "Write the model so that it runs on any device, and calls it the same way every time."
             )
-        first, *others = (d for d, size in enumerate(value.shape) if isinstance(size, torch.SymInt))
-        if first != 0 or len(others) != 1:
+        symbolic = [d for d, size in enumerate(value.shape) if isinstance(size, torch.SymInt)]
+        if len(symbolic) != 2 or symbolic[0] != 0:
             raise CaptureError(
                 f"{self.name} was called with {self.value} of sizes {tuple(value.shape)}; expected the rows first and "
                 "the tokens in one other dimension, neither put together with anything else. Register a function that "
                 "takes such values."
             )
-        (dim,) = others
+        dim = symbolic[1]
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         at = sum(isinstance(leaf, Tensor) for leaf in leaves[:place])
         number = iter(range(len(tensors)))

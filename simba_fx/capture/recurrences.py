@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from simba_fx.capture import lift
-from simba_fx.capture.adapters import random_inputs
+from simba_fx.capture.adapters import run_on_random_tokens
 from simba_fx.capture.function_adapter import FunctionAdapter, first_line
 from simba_fx.errors import SimbaError
 
@@ -110,15 +110,15 @@ def keep_contract(module: nn.Module, owner: nn.Module, inputs: Mapping[str, Any]
         if not isinstance(adapter, FunctionAdapter):
             return lift.recorder(function, adapter, sites)
         met.append(adapter)
+        adapter.trouble = ""
         return lambda *args, **kwargs: adapter.examine(args, kwargs)
 
-    with lift.lifted(owner, examined), torch.random.fork_rng(devices=[]), torch.no_grad(), _undisturbed(module):
+    with lift.lifted(owner, examined):
         if not met:
             return
-        torch.manual_seed(0)
-        buffers = {name: held.clone() for name, held in module.named_buffers()}
         try:
-            torch.func.functional_call(module, buffers, kwargs=random_inputs(inputs, mask))
+            with _undisturbed(module):
+                run_on_random_tokens(module, inputs, mask)
         except SimbaError:
             raise
         except Exception as error:  # the trace meets it as well, or a call that was not examined

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from simba_fx.errors import CriterionError, OperandError, SimbaError
+from simba_fx.errors import OperandError, SimbaError
 from simba_fx.ops.inline import differentiated, inline_on_gpu, never
 from simba_fx.ops.score import checked, extreme, never_differentiable, no_gradients, query_position, until
 
@@ -30,10 +31,13 @@ _functions: dict[str, Callable[..., Any]] = {}
 
 
 def known_as(function: Callable[..., Any]) -> str:
-    """The name under which graphs call a function: where it can be imported from."""
+    """The name under which graphs call a function: where it can be imported from. Others of that name (closures, what
+    was defined again) get a number behind it: a graph that calls one of them goes on calling that one."""
     name = f"{function.__module__}:{function.__qualname__}"
-    _functions[name] = function
-    return name
+    names = itertools.chain([name], (f"{name}#{number}" for number in itertools.count(2)))
+    free = next(name for name in names if _functions.get(name, function) is function)
+    _functions[free] = function
+    return free
 
 
 @dataclass(frozen=True)
@@ -199,7 +203,7 @@ def recurrence_token_score(
     Raises:
         CriterionError: a criterion that reads other operands than the values.
     """
-    _check(tail, criterion)
+    checked("recurrence_token_score", tail, criterion, FUNCTION_CRITERIA)
     own = FunctionCall.of(call)
     rows, length = value.shape[:2]
     query = query_position(real, tail, rows=rows, length=length, device=value.device)
@@ -217,18 +221,9 @@ def recurrence_token_score(
     return torch.where(counted, score.amax(2), 0.0)
 
 
-def _check(tail: int, criterion: str) -> None:
-    checked("recurrence_token_score", tail, criterion)
-    if criterion not in FUNCTION_CRITERIA:
-        raise CriterionError(
-            f"criterion {criterion!r} reads decays or steps, and nobody knows which operands of a function those are; "
-            f"expected one of {', '.join(FUNCTION_CRITERIA)}. Pass one of those."
-        )
-
-
 @recurrence_token_score.register_fake
 def _(value: Tensor, operands: list[Tensor], call: str, real: Tensor | None, tail: int, criterion: str) -> Tensor:
-    _check(tail, criterion)
+    checked("recurrence_token_score", tail, criterion, FUNCTION_CRITERIA)
     return value.new_empty(value.shape[0], value.shape[1], dtype=torch.float32)
 
 

@@ -449,6 +449,26 @@ def short(state: Any) -> Any:
     return state, state
 
 
+def test_functions_of_one_name_are_each_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a closure that is made twice: a sparse model goes on calling the one that it was made with."""
+
+    def made(scale: float) -> Callable[..., Any]:
+        def scan(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
+            return known.gla(q, k, v, g)[0] * scale
+
+        simba_fx.register_recurrence(scan, value="v")
+        return scan
+
+    module, x, results = model(), torch.randn(2, 20, 12), []
+    everything = [1 - i * 1e-6 for i in range(4)]
+    for scale in (1.0, 2.0):
+        monkeypatch.setattr(HERE, "stranger", made(scale))
+        monkeypatch.setattr(HERE, "own_scan", lambda *operands: (stranger(*operands), None))
+        results.append((simba_fx.transform(module, everything, example_inputs=EXAMPLE), module(x)))
+    for sparse, expected in results:
+        assert torch.equal(sparse(x), expected)
+
+
 def test_a_graph_whose_function_cannot_be_imported_says_so() -> None:
     call = call_of("GLA", random(*LINEAR["GLA"][2]), function="no_such_module:scan")
     with pytest.raises(SimbaError, match="A graph calls scan of no_such_module, which cannot be imported here"):
