@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import functools
+import types
+from collections import Counter, OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -10,9 +12,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-__all__ = ["PLAIN", "Alike", "Member", "alike_blocks"]
+__all__ = ["CALLABLE", "CONTAINERS", "PLAIN", "Alike", "Member", "alike_blocks", "is_plain_object"]
 
-PLAIN = (bool, int, float, complex, str, type(None), torch.dtype, torch.device)
+PLAIN: tuple[Any, ...] = (bool, int, float, complex, str, type(None), torch.dtype, torch.device)
+CONTAINERS: frozenset[Any] = frozenset({list, tuple, set, dict})
+CALLABLE = (types.FunctionType, types.BuiltinFunctionType, functools.partial, type)
 
 
 class Member(NamedTuple):
@@ -109,17 +113,31 @@ def _look_alike(a: Tensor | None, b: Tensor | None) -> bool:
 
 def _same(a: Any, b: Any) -> bool:
     """Whether two values are the same to whatever reads them."""
+    kind = type(a)
     if a is b:
         return True
-    if type(a) is not type(b):
+    if kind is not type(b):
         return False
-    if isinstance(a, PLAIN):
+    if kind in PLAIN:
         return bool(a == b)
-    if isinstance(a, list | tuple):
+    if kind in (list, tuple):
         return len(a) == len(b) and all(map(_same, a, b))
-    if isinstance(a, dict):
+    if kind in (dict, OrderedDict):
         return [*a] == [*b] and all(map(_same, a.values(), b.values()))
-    if isinstance(a, set | frozenset):
+    if kind is set:
         return a == b and all(isinstance(held, PLAIN) for held in a)
-    state = getattr(a, "__dict__", None)
-    return bool(state) and not isinstance(a, nn.Module | Tensor) and not callable(a) and _same(state, vars(b))
+    holds_more = isinstance(a, tuple(CONTAINERS))  # than its attributes
+    return not holds_more and is_plain_object(a) and _same(vars(a), vars(b))
+
+
+def is_plain_object(value: Any) -> bool:
+    """Whether an object holds plain values alone, as configurations do."""
+    state = getattr(value, "__dict__", None)
+    return bool(state) and not isinstance(value, (nn.Module, Tensor, types.MethodType, *CALLABLE)) and _is_plain(state)
+
+
+def _is_plain(value: Any) -> bool:
+    kind = type(value)
+    if kind is dict:
+        return all(map(_is_plain, value)) and all(map(_is_plain, value.values()))
+    return all(map(_is_plain, value)) if kind in CONTAINERS else kind in PLAIN

@@ -17,9 +17,10 @@ import torch
 from torch import nn
 
 from simba_fx.capture import lift
+from simba_fx.capture.alike import PLAIN, is_plain_object
 from simba_fx.capture.normalise import Captured
 from simba_fx.graph.facts import tensor_paths
-from simba_fx.runtime.fingerprint import PLAIN, Identity, Snapshot, is_plain_object
+from simba_fx.runtime.fingerprint import Identity, Snapshot
 from simba_fx.runtime.fsdp import dense_class, without_memory
 
 __all__ = ["captured", "share", "stored_with"]

@@ -9,7 +9,6 @@ mode, a hook inside a block change what the model computes, and ask for another 
 from __future__ import annotations
 
 import enum
-import functools
 import itertools
 import operator
 import types
@@ -19,16 +18,14 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
+from simba_fx.capture.alike import CALLABLE, CONTAINERS, PLAIN, is_plain_object
 from simba_fx.runtime.fsdp import dense_class, dtype_in_forward, is_hook, is_sharded, state_of
 
-__all__ = ["PLAIN", "Fingerprint", "Identity", "Snapshot", "hooks_of", "is_plain_object", "snapshot"]
+__all__ = ["Fingerprint", "Identity", "Snapshot", "hooks_of", "snapshot"]
 
-_PLAIN: frozenset[Any] = frozenset({bool, int, float, complex, str, type(None), torch.dtype, torch.device})
-PLAIN = tuple(_PLAIN)
-_CONTAINERS = frozenset({list, tuple, set, dict})
+_PLAIN = frozenset(PLAIN)
 _INTERNAL = frozenset({*nn.Module().__dict__, "gradient_checkpointing"} - {"training"})
 """Attributes that say nothing about what a forward computes."""
 _BY_CALL = frozenset({"use_cache", "return_dict", "output_hidden_states", "output_attentions"})
@@ -186,7 +183,7 @@ class Fingerprint:
             )
 
 
-_USUAL = _PLAIN | _CONTAINERS
+_USUAL = _PLAIN | CONTAINERS
 _END = (object(),)
 _look = operator.attrgetter("shape", "dtype", "device")
 _WATCHED = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
@@ -196,7 +193,7 @@ def _views(attributes: dict[str, Any]) -> Iterator[Iterable[Any]]:
     """What an object holds, and what the containers among that hold, at whatever time it is looked at."""
     yield attributes.values()
     for name, held in attributes.items():
-        if name in _WATCHED or (type(held) in _CONTAINERS and name not in _INTERNAL):
+        if name in _WATCHED or (type(held) in CONTAINERS and name not in _INTERNAL):
             yield from _contents(held)
 
 
@@ -204,7 +201,7 @@ def _contents(container: Any) -> Iterator[Iterable[Any]]:
     values = container.values() if isinstance(container, dict) else container
     yield values
     for held in values:
-        if type(held) in _CONTAINERS:
+        if type(held) in CONTAINERS:
             yield from _contents(held)
 
 
@@ -240,7 +237,7 @@ def _values(attributes: Mapping[str, Any], looks: dict[int, Any]) -> tuple[tuple
         if kind in _PLAIN:
             if "fsdp" not in name:  # FSDP's own notes
                 found.append((name, value))
-        elif kind in _CONTAINERS:
+        elif kind in CONTAINERS:
             found.append((name, _frozen(value)))
         elif name == "_hf_hook":  # of accelerate: weights may be elsewhere
             found.append((name, kind))
@@ -254,7 +251,6 @@ def _values(attributes: Mapping[str, Any], looks: dict[int, Any]) -> tuple[tuple
 
 _NOT_COMPUTED = ("forward", "_gradient_checkpointing_func")
 """The first is looked at apart; the second does not change what is computed."""
-_CALLABLE = (types.FunctionType, types.BuiltinFunctionType, functools.partial, type)
 
 
 def _look_of(value: Any) -> Any:
@@ -264,22 +260,9 @@ def _look_of(value: Any) -> Any:
         return value
     if isinstance(value, types.MethodType):  # of a clone it is bound to the clone
         return Identity(value.__func__)
-    if isinstance(value, _CALLABLE):
+    if isinstance(value, CALLABLE):
         return Identity(value)
     return (type(value), _frozen(vars(value))) if is_plain_object(value) else None
-
-
-def is_plain_object(value: Any) -> bool:
-    """Whether an object holds plain values alone, as configurations do."""
-    state = getattr(value, "__dict__", None)
-    return bool(state) and not isinstance(value, (nn.Module, Tensor, types.MethodType, *_CALLABLE)) and _is_plain(state)
-
-
-def _is_plain(value: Any) -> bool:
-    kind = type(value)
-    if kind is dict:
-        return all(map(_is_plain, value)) and all(map(_is_plain, value.values()))
-    return all(map(_is_plain, value)) if kind in _CONTAINERS else kind in _PLAIN
 
 
 def _frozen(value: Any) -> Any:

@@ -251,6 +251,22 @@ class Asking(Block):
         return super().forward(x * 2 if x.shape[1] == 1 else x)
 
 
+class Circle:
+    def __init__(self) -> None:
+        self.itself = self
+
+    def __getitem__(self, _: int) -> int:
+        return 3
+
+
+class Listed(list[int]):
+    """Two of these have the same attributes, and other numbers."""
+
+    def __init__(self, numbers: list[int]) -> None:
+        super().__init__(numbers)
+        self.name = "numbers"
+
+
 def tied() -> Plain:
     module = Plain(*(Block() for _ in range(4)))
     module.layers[3].norm = module.layers[0].norm
@@ -280,6 +296,8 @@ OTHERS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "holds a tensor that others hold": (lambda: Plain(*map(Constant, 4 * [torch.rand(WIDTH)])), 3),
     "asks about sizes": (lambda: Plain(*(Asking() for _ in range(4))), 3),
     "holds an equal list": (lambda: Plain(*(Tagged([3]) for _ in range(4))), 3),
+    "holds an object that holds itself": (lambda: Plain(*(Tagged(Circle()) for _ in range(4))), 0),
+    "holds a list with more to it": (lambda: Plain(*(Tagged(Listed([i])) for i in range(4))), 0),
     "holds another list": (lambda: Plain(*(Tagged([i]) for i in range(4))), 0),
     "shares a module": (tied, 1),
     "has hooks inside": (hooked, 0),
