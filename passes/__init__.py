@@ -64,14 +64,14 @@ def preparation(kernels: str = "auto") -> tuple[Any, ...]:
     return (EraseSites(), ChannelLast(), DropCasts()) if kernels == "auto" else ()
 
 
-def pipeline(cuts: tuple[Cut, ...], *, criterion: str = "simba", floor: int = 4, seed: int = 0, output: str = "full",
-             sites: tuple[Any, ...] = (), kernels: str = "auto", query: int | None = None,
+def pipeline(cuts: tuple[Cut, ...], *, criterion: str = "simba", floor: int = 4, seed: int = 0, span: int = 1,
+             output: str = "full", sites: tuple[Any, ...] = (), kernels: str = "auto", query: int | None = None,
              protect: tuple[int, ...] = (), trailing: bool = False) -> tuple[Any, ...]:  # fmt: skip
     """The passes of one transform behind those, up to outlining, first to last."""
     return (
         TrackTokens(trailing),
         *((ProtectTokens(query, protect),) if query is not None or protect else ()),
-        ScoreTokens(cuts, criterion, floor, seed),
+        ScoreTokens(cuts, criterion, floor, seed, span),
         SelectTokens(cuts, floor),
         HoistPositions(output),
         GatherSurvivors(output),

@@ -33,13 +33,15 @@ class ScoreTokens:
     only ("recent", "random", "stride") reads no scan. 4. A user's criterion is the graph's submodule `criterion`.
     5. A scan that runs against the input's order is scored at its own end, the row's first real token, and its scores
     are flipped back. 6. With a `query` position every scan is scored there; a token is scored by the scans that carry
-    it to the query: forward ones before it, reversed ones behind it. 7. Protected tokens get +inf.
+    it to the query: forward ones before it, reversed ones behind it. 7. Protected tokens get +inf. 8. With a
+    `span`, each scan's scores are pooled over so many neighbours.
     """
 
     cuts: tuple[Cut, ...]
     criterion: str = "simba"
     floor: int = 4
     seed: int = 0
+    span: int = 1
 
     name = "score-tokens"
 
@@ -111,6 +113,12 @@ class ScoreTokens:
         return real, tail
 
     def _score(self, insert: Insert, scan: fx.Node, real: fx.Node | None, tail: Any, val: Any) -> fx.Node:
+        score = self._by_scan(insert, scan, real, tail, val)
+        if self.span == 1:
+            return score
+        return insert(torch.ops.simba_fx.pool_scores.default, score, real, tail, self.span, val=val)
+
+    def _by_scan(self, insert: Insert, scan: fx.Node, real: fx.Node | None, tail: Any, val: Any) -> fx.Node:
         if self.criterion == "custom":
             args = (str(operator_of(scan)._opname), list(scan.args), real, tail)
             return insert("criterion", *args, val=val, like=scan, op="call_module")

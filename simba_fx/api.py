@@ -30,7 +30,7 @@ ScheduleLike = str | float | Fraction | Sequence[Any] | Mapping[int, Any] | Call
 
 def transform(model: nn.Module, schedule: ScheduleLike = "linear", *, criterion: str | Criterion = "simba",
               output: Literal["full", "kept"] = "full", floor: int = 4, kernels: Literal["auto", "model"] = "auto",
-              compile: Literal["blocks", "whole"] = "blocks", seed: int = 0, query: int | None = None,
+              compile: Literal["blocks", "whole"] = "blocks", seed: int = 0, span: int = 1, query: int | None = None,
               protect: Sequence[int] = (), labels: Literal["all", "kept"] = "all",
               tail: Literal["last", "labels"] = "last", pad_token_id: int | None = None,
               mask: str | Literal[False] | None = None, mask_marks: Literal["real", "padding"] = "real",
@@ -47,14 +47,16 @@ def transform(model: nn.Module, schedule: ScheduleLike = "linear", *, criterion:
         schedule: share of the tokens that enters each block: a name ("linear", "cosine", "constant", "dense"), a share
             for all blocks, one share per block, a mapping block → share, a callable `n_blocks -> shares`, or an object
             such as `Linear(final=0.1, every=1, start=0)` or `Budget(0.5)`.
-        criterion: "simba", "simba-abs", "no-decay", "delta-norm", "clip", "random", "stride", "recent", or a callable
-            `(scan operands, query (B,)) -> (B, L)`, higher = keep.
+        criterion: "simba", "simba-abs", "simba-l2", "no-decay", "delta-norm", "clip", "random", "stride", "recent", or
+            a callable `(scan operands, query (B,)) -> (B, L)`, higher = keep.
         output: "full": results of the input's length, a dropped token with the hidden state it left with; "kept":
             survivors only, see `kept`.
         floor: least number of tokens kept before the tail; raised to the number of positions named below.
         kernels: "auto": the fastest scan there is for the device; "model": the model's own scan functions.
         compile: how `torch.compile(result)` works: "blocks" compiles each kind of block once; "whole" gives one graph.
         seed: of criterion "random".
+        span: an odd number of neighbours: a token is worth as much as the best of the `span` tokens around it that are
+            still there, so that what stays are spans. 1: by itself. Of every criterion but those by position.
         query: the position at which every scan is scored, for models that read a class token or run both ways: an int
             that counts a row's real tokens, 0 the first, -1 the last. It is kept in every block, and there is no tail
             (`tail` may still protect one; it does not move the query). A token is scored by the scans that carry it to
@@ -115,8 +117,8 @@ def transform(model: nn.Module, schedule: ScheduleLike = "linear", *, criterion:
             "Transform the model first, and apply fully_shard to the blocks and to the model around them afterwards."
         )
     named: Any = protect  # checked, and made a tuple, in Options
-    options = Options(as_schedule(schedule), criterion, output, floor, kernels, compile, seed, query, named, labels,
-                      tail, pad_token_id, mask, mask_marks)  # fmt: skip
+    options = Options(as_schedule(schedule), criterion, output, floor, kernels, compile, seed, span, query, named,
+                      labels, tail, pad_token_id, mask, mask_marks)  # fmt: skip
     frontend = frontend_of(model)
     refuse_foreign_options(frontend, model, options, example_inputs)
     return frontend.install(model, options, example_inputs)

@@ -31,6 +31,7 @@ class Options:
     kernels: Literal["auto", "model"] = "auto"
     compile: Literal["blocks", "whole"] = "blocks"
     seed: int = 0
+    span: int = 1
     query: int | None = None
     protect: tuple[int, ...] = ()
     labels: Literal["all", "kept"] = "all"
@@ -86,6 +87,16 @@ class Options:
                 raise SimbaError(
                     f"transform expects {name} to be {kind}; found {number!r}. Write for example {name}=4."
                 )
+        if not _is_position(self.span) or not 1 <= self.span <= ops.pool.MOST or self.span % 2 == 0:
+            raise SimbaError(
+                "transform expects span to be an odd number of tokens whose best score each gets, from 1 (none) to "
+                f"{ops.pool.MOST}; found {self.span!r}. Write for example span=31."
+            )
+        if self.span > 1 and self.criterion in ops.POSITION_CRITERIA:
+            raise CriterionError(
+                f"span={self.span} pools the scores of scans; criterion {self.criterion!r} looks at positions only and "
+                "has none. Leave span out, or pass criterion='simba-l2'."
+            )
         if self.query is not None and not _is_position(self.query):
             raise SimbaError(
                 "transform expects query to be a position in the row, an int (0 the first token, -1 the last), or "

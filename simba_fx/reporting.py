@@ -97,6 +97,8 @@ class Report:
     """The whole call: with the head (the LM head; in a plain module, what follows the last block)."""
     schedule: str
     criterion: str
+    span: int
+    """Tokens whose scores are pooled; 1: none."""
     output: str
     kernels: str
     """What ran the scans."""
@@ -105,6 +107,10 @@ class Report:
     notes: tuple[str, ...] = ()
     positions: tuple[Tensor, ...] = field(default=(), repr=False, compare=False)
     """`simba_fx.kept` of the call, on the CPU: for each block the original positions `(B, k_i)` that entered it."""
+
+    @property
+    def _spans(self) -> str:
+        return "" if self.span == 1 else f" over spans of {self.span}"
 
     @property
     def mean_share(self) -> float:
@@ -132,7 +138,7 @@ class Report:
     def __str__(self) -> str:
         head = [
             f"{len(self.blocks)} blocks, {self.rows} x {self.length} tokens, tail {self.tail}",
-            f"schedule {self.schedule}, criterion {self.criterion}, output {self.output}",
+            f"schedule {self.schedule}, criterion {self.criterion}{self._spans}, output {self.output}",
             f"kernels: {self.kernels}",
             f"{self.machine}, torch {self.torch_version}",
         ]
@@ -219,7 +225,9 @@ class Report:
         counts.set_ylabel("tokens that enter the block")
         for side in (*axes.spines.values(), *counts.spines.values()):
             side.set_visible(False)
-        axes.set_title(f"{self.schedule}, {self.criterion}: mean share of tokens {self.mean_share:.2f}", loc="left")
+        axes.set_title(
+            f"{self.schedule}, {self.criterion}{self._spans}: mean share of tokens {self.mean_share:.2f}", loc="left"
+        )
         names = {1: (KEPT, "enters the block"), 0: (DROPPED, "left before"), 2: (PADDING, "padding")}
         present = [entry for value, entry in names.items() if bool((state == value).any())]
         patches = [Patch(facecolor=colour, label=name) for colour, name in present]
@@ -289,6 +297,7 @@ def report(sparse: nn.Module, *args: Any, **kwargs: Any) -> Report:
         total=Total(blocks.dense + head[0], blocks.sparse + head[1], scorer),
         schedule=_schedule(runtime, built),
         criterion=criterion if custom is None else _name(custom.function),
+        span=runtime.options.span,
         output=output,
         kernels=_kernels(built, device),
         machine=_machine(device),

@@ -168,7 +168,13 @@ def options_to_json(options: Options, shares: tuple[Fraction, ...]) -> dict[str,
 def options_from_json(written: Mapping[str, Any], criterion: Criterion | None = None) -> Options:
     """Options again. Raises: SimbaError, by what is wrong with them."""
     if isinstance(written, Mapping):
-        newer = {"mask": None, "mask_marks": "real", "tail": "last", "pad_token_id": None}  # than the oldest files
+        newer = {
+            "span": 1,
+            "mask": None,
+            "mask_marks": "real",
+            "tail": "last",
+            "pad_token_id": None,
+        }  # than the oldest files
         written = newer | dict(written)
     _expect_keys(written, {field.name for field in dataclasses.fields(Options)}, "options")
     given = dict(written)

@@ -111,10 +111,10 @@ def selective_scan_backward(dy: Tensor, dlast: Tensor, scan: SelectiveScan) -> t
     return run(dy, dlast, scan)
 
 
-def selective_score(scan: SelectiveScan, C_query: Tensor, query: Tensor, absolute: bool) -> Tensor:
-    """Largest contribution over the channels `(B, L)`, anything after the query; `C_query` `(B, G, N)`."""
+def selective_score(scan: SelectiveScan, C_query: Tensor, query: Tensor, criterion: str) -> Tensor:
+    """The score of the contributions `(B, L)`, anything after the query; `C_query` `(B, G, N)`."""
     run = native.selective_score if _native_scan(scan) else chunked.selective_score
-    return run(scan, C_query, query, absolute)
+    return run(scan, C_query, query, criterion)
 
 
 def ssd_scan(scan: SSDScan) -> tuple[Tensor, Tensor]:

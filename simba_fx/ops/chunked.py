@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from simba_fx.ops.contributions import reduced
 from simba_fx.ops.operands import CausalConv, SelectiveScan, step_size
 
 _WINDOW_ELEMENTS = 1 << 20
@@ -193,8 +194,8 @@ def _vanishing_exp_(x: Tensor) -> Tensor:
     return x.clamp_(min=-87).exp_().masked_fill_(gone, 0.0)
 
 
-def selective_score(scan: SelectiveScan, C_query: Tensor, query: Tensor, absolute: bool) -> Tensor:
-    """Largest contribution over the channels `(B, L)`, anything after the query.
+def selective_score(scan: SelectiveScan, C_query: Tensor, query: Tensor, criterion: str) -> Tensor:
+    """The score of the contributions to all channels `(B, L)`, anything after the query.
 
     B is `(B, G, N, L)`, `C_query` `(B, G, N)`, `query` `(B,)` int64.
     Windows are walked backwards from the last token, so `R_t` is carried as a suffix sum.
@@ -214,5 +215,5 @@ def selective_score(scan: SelectiveScan, C_query: Tensor, query: Tensor, absolut
         weight = (scan.B[..., at].float() * C_query.unsqueeze(3)).permute(0, 3, 1, 2).contiguous()
         response = (_vanishing_exp_(after.unsqueeze(-1) * decay) @ weight.unsqueeze(-1)).squeeze(-1).flatten(2)
         share = dt * u[:, :, at].transpose(1, 2).float() * response
-        score[:, at] = (share.abs_() if absolute else share).amax(2)
+        score[:, at] = reduced(share, criterion)
     return score

@@ -22,13 +22,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from simba_fx.ops.contributions import over_channels
 from simba_fx.ops.inline import differentiated, inline_on_gpu, never
 from simba_fx.ops.operands import DeltaScan
 from simba_fx.ops.score import (
     CRITERIA,
     at_query,
     checked,
-    extreme,
     never_differentiable,
     no_gradients,
     query_position,
@@ -177,9 +177,8 @@ def delta_token_score(
 ) -> Tensor:  # fmt: skip
     """Scores the tokens of a `delta_scan` with the same operands: `(B, L)` float32, zero after the query.
 
-    A token's contribution is `c_t v_t` with one c for each head: its best channel is where v is largest, or smallest
-    where c is negative. `real`, `tail` as in `selective_token_score`; `criterion`: one of `DELTA_CRITERIA`.
-    "delta-norm" is the norm of beta.
+    A token's contribution is `c_t v_t` with one c for each head. `real`, `tail` as in `selective_token_score`;
+    `criterion`: one of `DELTA_CRITERIA`. "delta-norm" is the norm of beta.
 
     Raises:
         CriterionError: for an unknown criterion.
@@ -199,9 +198,7 @@ def delta_token_score(
         v = _run(*scan.arguments)[2]
     else:
         weight = weight * beta.float()
-    low, high = v.aminmax(dim=3)
-    score = extreme(weight, low.float(), high.float(), criterion == "simba-abs").amax(2)
-    return torch.where(counted, score, 0.0)
+    return torch.where(counted, over_channels(weight, v, criterion), 0.0)
 
 
 def _reads(scan: DeltaScan, query: Tensor, counted: Tensor, decays: bool) -> Tensor:

@@ -20,12 +20,13 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from simba_fx.errors import OperandError, SimbaError
+from simba_fx.ops.contributions import CONTRIBUTIONS, over_channels, reduced
 from simba_fx.ops.inline import differentiated, inline_on_gpu, never
-from simba_fx.ops.score import checked, extreme, never_differentiable, no_gradients, query_position, until
+from simba_fx.ops.score import checked, never_differentiable, no_gradients, query_position, until
 
 __all__ = ["FUNCTION_CRITERIA", "FunctionCall", "coefficients", "known_as", "recurrence", "recurrence_token_score"]
 
-FUNCTION_CRITERIA = ("simba", "simba-abs", "clip")
+FUNCTION_CRITERIA = (*CONTRIBUTIONS, "clip")
 """The others read decays and steps, and nobody knows which of a function's arguments those are."""
 _functions: dict[str, Callable[..., Any]] = {}
 
@@ -213,12 +214,11 @@ def recurrence_token_score(
         return torch.where(counted, y.float().clamp(min=0).mean(2), 0.0)
     c = coefficients(own, value, operands, query).float()
     if own.shared:
-        low, high = value.float().aminmax(dim=-1, keepdim=True)
-        score = extreme(c, low, high, criterion == "simba-abs").reshape(rows, length, -1)
+        heads = value.reshape(rows, length, -1, value.shape[-1])
+        score = over_channels(c.reshape(rows, length, -1), heads, criterion)
     else:
-        score = c.reshape(rows, length, -1) * channels.float()
-        score = score.abs() if criterion == "simba-abs" else score
-    return torch.where(counted, score.amax(2), 0.0)
+        score = reduced(c.reshape(rows, length, -1) * channels.float(), criterion)
+    return torch.where(counted, score, 0.0)
 
 
 @recurrence_token_score.register_fake

@@ -2,8 +2,9 @@
 
 Song et al. 2025 (Simba), section 3, exactly as the recurrence has it: with `R_t` the sum of the steps after t up to
 the query q, token t's share of `y_q` is `dt_t u_t sum_n C_q[n] B_t[n] exp(A[n] R_t)`, and its score is the largest
-share over the channels. `R_t` is a suffix sum walked backwards from q, never `total - prefix`, which loses digits
-where they matter. Scores are float32 and never differentiable. Higher = keep. Letters: see `simba_fx.ops`.
+share over the channels, or the l2 norm of all. `R_t` is a suffix sum walked backwards from q, never `total - prefix`,
+which loses digits where they matter. Scores are float32 and never differentiable. Higher = keep. Letters: see
+`simba_fx.ops`.
 """
 
 from __future__ import annotations
@@ -17,12 +18,13 @@ from torch import Tensor
 from simba_fx.errors import CriterionError
 from simba_fx.ops import backends, checks
 from simba_fx.ops.chunked import split_groups
+from simba_fx.ops.contributions import CONTRIBUTIONS, over_channels
 from simba_fx.ops.inline import inline_on_gpu
 from simba_fx.ops.operands import SelectiveScan, SSDScan
 
-CRITERIA = ("simba", "simba-abs", "no-decay", "delta-norm", "clip")
-"""What a scan's operands can be scored by: Song et al. 2025; its absolute value; its response without the decay;
-the l2 norm of the step sizes (DeciMamba, Ben-Kish et al. 2024); the clipped output (UTRC, Zhan et al. 2024)."""
+CRITERIA = (*CONTRIBUTIONS, "no-decay", "delta-norm", "clip")
+"""What a scan's operands can be scored by: its contributions; the largest of them without the decay; the l2 norm of the
+step sizes (DeciMamba, Ben-Kish et al. 2024); the clipped output (UTRC, Zhan et al. 2024)."""
 
 
 def query_position(
@@ -59,13 +61,6 @@ def until(query: Tensor, length: int) -> Tensor:
     return torch.arange(length, device=query.device) <= query.unsqueeze(1)
 
 
-def extreme(weight: Tensor, low: Tensor, high: Tensor, absolute: bool) -> Tensor:
-    """Largest `weight * v` (or its absolute value) for v ranging over `[low, high]`'s ends, elementwise."""
-    if absolute:
-        return weight.abs() * torch.maximum(low.abs(), high.abs())
-    return weight * torch.where(weight >= 0, high, low)
-
-
 @torch.library.custom_op("simba_fx::selective_token_score", mutates_args=())
 def selective_token_score(
     u: Tensor,
@@ -92,8 +87,8 @@ def selective_token_score(
     checked("selective_token_score", tail, criterion)
     scan = SelectiveScan(u, delta, A, B, C, None, None, delta_bias, delta_softplus)
     scan = scan.checked("selective_token_score", real=real)
-    if (kernels := backends.triton_scan(scan)) is not None and criterion in ("simba", "simba-abs"):
-        fused: Tensor = kernels.score.selective_token_score(scan, real, tail, criterion == "simba-abs")
+    if (kernels := backends.triton_scan(scan)) is not None and criterion in CONTRIBUTIONS:
+        fused: Tensor = kernels.score.selective_token_score(scan, real, tail, criterion)
         return fused
     rows, _, length, groups, _ = scan.sizes
     query = query_position(real, tail, rows=rows, length=length, device=u.device)
@@ -104,11 +99,10 @@ def selective_token_score(
     elif criterion == "no-decay":
         response = (at_query(scan.C, query, 3).float() * scan.B.float()).sum(2)
         value = scan.steps() * u.transpose(1, 2).float()
-        low, high = (v.transpose(1, 2) for v in split_groups(value, 2, groups).aminmax(dim=3))
-        score = extreme(response, low, high, False).amax(1)
+        score = over_channels(response.transpose(1, 2), split_groups(value, 2, groups), criterion)
     else:
         C_query = at_query(scan.C, query, 3).squeeze(3).float()
-        score = backends.selective_score(scan, C_query, query, criterion == "simba-abs")
+        score = backends.selective_score(scan, C_query, query, criterion)
     return torch.where(until(query, length), score, 0.0)
 
 
@@ -151,8 +145,8 @@ def ssd_token_score(
 ) -> Tensor:
     """Scores the tokens of an `ssd_scan` with the same operands: `(B, L)` float32, zero after the query.
 
-    A head has one decay, so its best channel is where x is largest (or smallest, when the head's weight is negative):
-    x is read once and no contribution is materialised. `real`, `tail`, `criterion` as in `selective_token_score`.
+    A head has one decay, hence one weight for all of its channels: x is read once, no contribution is
+    materialised. `real`, `tail`, `criterion` as in `selective_token_score`.
 
     Raises:
         CriterionError: for an unknown criterion.
@@ -162,7 +156,7 @@ def ssd_token_score(
     scan = scan.checked("ssd_token_score", real=real)
     rows, length, _, _, groups, _ = scan.sizes
     query = query_position(real, tail, rows=rows, length=length, device=x.device)
-    if (kernels := backends.triton_for(x)) is not None and criterion in ("simba", "simba-abs", "no-decay"):
+    if (kernels := backends.triton_for(x)) is not None and criterion in (*CONTRIBUTIONS, "no-decay"):
         response = (at_query(C, query, 1).float() * B.float()).sum(3)
         fused: Tensor = kernels.score.ssd_token_score(scan, response, real, tail, criterion)
         return fused
@@ -176,8 +170,7 @@ def ssd_token_score(
         weight = split_groups(step, 2, groups) * (at_query(C, query, 1).float() * B.float()).sum(3, keepdim=True)
         if criterion != "no-decay":
             weight = weight * split_groups(torch.exp(remaining_steps(step, counted) * A.float()), 2, groups)
-        low, high = x.aminmax(dim=3)
-        score = extreme(weight.flatten(2), low.float(), high.float(), criterion == "simba-abs").amax(2)
+        score = over_channels(weight.flatten(2), x, criterion)
     return torch.where(counted, score, 0.0)
 
 
@@ -202,11 +195,11 @@ ssd_token_score.register_autograd(no_gradients, setup_context=never_differentiab
 
 def _selective_as_triton(*args: Any) -> bool:
     """Whether a score with these arguments, of which the criterion is the last, is made of Triton kernels."""
-    return args[-1] in ("simba", "simba-abs") and backends.triton_scan(SelectiveScan(*args[:5])) is not None
+    return args[-1] in CONTRIBUTIONS and backends.triton_scan(SelectiveScan(*args[:5])) is not None
 
 
 def _ssd_as_triton(*args: Any) -> bool:
-    return args[-1] in ("simba", "simba-abs", "no-decay") and backends.has_triton()
+    return args[-1] in (*CONTRIBUTIONS, "no-decay") and backends.has_triton()
 
 
 inline_on_gpu(selective_token_score, _selective_as_triton)

@@ -70,8 +70,9 @@ def build_program(captured: Captured, options: Options, cost: Callable[..., sche
     name = options.criterion if isinstance(options.criterion, str) else "custom"
     if not isinstance(options.criterion, str):
         attributes["criterion"] = CustomCriterion(options.criterion)
-    rewrites = passes.pipeline(cuts, criterion=name, floor=options.least_kept, seed=options.seed, output=options.output,
-                               sites=tuple(captured.sites), kernels=options.kernels, query=options.query,
+    rewrites = passes.pipeline(cuts, criterion=name, floor=options.least_kept, seed=options.seed,
+                               span=options.span, output=options.output, sites=tuple(captured.sites),
+                               kernels=options.kernels, query=options.query,
                                protect=options.protect, trailing=trailing)  # fmt: skip
     prepared, history = _prepared(captured, options.kernels)
     graph, stages = run_passes(prepared, facts, rewrites)

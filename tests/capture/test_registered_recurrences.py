@@ -86,7 +86,7 @@ def test_scores_are_what_is_lost_without_a_tokens_value(name: str, masked: bool)
     queries = [known.LENGTH - tail, known.LENGTH - tail - (3 if masked else 0)]
     run = values_of(function, value, operands)
     whole, expected = run(operands[value]), torch.zeros(known.ROWS, known.LENGTH, dtype=torch.float64)
-    largest = expected.clone()
+    largest, norm = expected.clone(), expected.clone()
     for t in range(known.LENGTH):
         without = operands[value].clone()
         without[:, t] = 0
@@ -95,8 +95,9 @@ def test_scores_are_what_is_lost_without_a_tokens_value(name: str, masked: bool)
             if t <= query:
                 expected[row, t] = lost[row, query].max()
                 largest[row, t] = lost[row, query].abs().max()
+                norm[row, t] = lost[row, query].pow(2).sum().sqrt()
     call = call_of(name, operands)
-    for criterion, wanted in (("simba", expected), ("simba-abs", largest)):
+    for criterion, wanted in (("simba", expected), ("simba-abs", largest), ("simba-l2", norm)):
         found = OPS.recurrence_token_score(**call, real=real if masked else None, tail=tail, criterion=criterion)
         assert_close("score", found.double(), wanted, 1e-6)
     clip = OPS.recurrence_token_score(**call, real=real, tail=1, criterion="clip")
@@ -106,7 +107,7 @@ def test_scores_are_what_is_lost_without_a_tokens_value(name: str, masked: bool)
 @pytest.mark.parametrize("name", ["GLA", "DeltaNet", "DeltaProduct", "RWKV-7", "mLSTM"])
 def test_channels_that_share_a_coefficient_are_scored_by_one(name: str) -> None:
     operands = random(*LINEAR[name][2], seed=5)
-    for criterion in ("simba", "simba-abs"):
+    for criterion in ("simba", "simba-abs", "simba-l2"):
         each = OPS.recurrence_token_score(**call_of(name, operands), real=None, tail=1, criterion=criterion)
         one = OPS.recurrence_token_score(**call_of(name, operands, shared=True), real=None, tail=1, criterion=criterion)
         assert_close("score", one, each, 1e-6)
@@ -244,7 +245,7 @@ def test_report_names_it_and_other_criteria_are_refused() -> None:
     sparse = simba_fx.transform(model(), "linear", example_inputs=EXAMPLE)
     assert "registered recurrence" in str(simba_fx.report(sparse, torch.randn(2, 20, 12)))
     for criterion in ("no-decay", "delta-norm"):
-        with pytest.raises(CriterionError, match="expected one of simba, simba-abs, clip, one by position"):
+        with pytest.raises(CriterionError, match="expected one of simba, simba-abs, simba-l2, clip, one by position"):
             simba_fx.transform(model(), "linear", example_inputs=EXAMPLE, criterion=criterion)
     for criterion in ("simba-abs", "clip", "recent", "stride"):
         simba_fx.transform(model(), "linear", example_inputs=EXAMPLE, criterion=criterion)(torch.randn(2, 20, 12))

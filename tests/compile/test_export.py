@@ -391,7 +391,7 @@ class EveryOperator(nn.Module):
         y, last = ops.selective_scan(*scan, None, u, None, True)
         score = ops.selective_token_score(*scan, None, True, None, 2, "simba")
         named = ops.row_positions(positions, real, [0, -1])
-        score = ops.protect_tokens(score, positions, named)
+        score = ops.protect_tokens(ops.pool_scores(score, None, 2, 3), positions, named)
         kept, dropped, kept_at, dropped_at = ops.select_tokens(score, positions, length, 2, 1, 2, 4)
         tokens = y.transpose(1, 2)
         stays, leaves = tokens.gather(1, kept[:, :, None].expand(-1, -1, width)), ops.take_tokens(tokens, dropped)

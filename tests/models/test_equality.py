@@ -226,14 +226,22 @@ def test_our_kernels_give_their_own_dense_graphs_bits(entry: Entry) -> None:
 
 
 def check_against_reference(
-    entry: Entry, shares: Any, ids: Tensor, tail: int, *, kernels: str, criterion: str = "simba", exact: bool = False
+    entry: Entry,
+    shares: Any,
+    ids: Tensor,
+    tail: int,
+    *,
+    kernels: str,
+    criterion: str = "simba",
+    span: int = 1,
+    exact: bool = False,
 ) -> None:
     model = dense(entry.name)
     with torch.no_grad():
         # with a cache, as the transformed model runs by default: dense models round differently without one
-        expected = reference.run(model, ids, shares, criterion=criterion, tail=tail, use_cache=True)
+        expected = reference.run(model, ids, shares, criterion=criterion, span=span, tail=tail, use_cache=True)
     assume(DRAWS.clear(expected))
-    pruned = sparse(entry.name, shares, kernels=kernels, criterion=criterion)
+    pruned = sparse(entry.name, shares, kernels=kernels, criterion=criterion, span=span)
     with torch.no_grad(), simba_fx.tail(pruned, tail):
         found = pruned(input_ids=ids)
     assert_kept_equal(pruned, expected)
@@ -288,6 +296,18 @@ def test_every_criterion_equals_the_reference(entry: Entry, criterion: str, data
     ids = tokens(data.draw(domain.seeds), 2, length)
     tail = data.draw(domain.tails(length))
     check_against_reference(entry, shares, ids, tail, kernels="auto", criterion=criterion)
+
+
+@every_kind
+@pytest.mark.parametrize(("criterion", "span"), [("simba-l2", 5), ("simba", 3)])
+@domain.examples(8)
+@given(data=st.data())
+def test_spans_equal_the_reference(entry: Entry, criterion: str, span: int, data: st.DataObject) -> None:
+    shares = schedules(n_blocks(dense(entry.name)))["linear"]
+    length = data.draw(domain.lengths)
+    ids = tokens(data.draw(domain.seeds), 2, length)
+    tail = data.draw(domain.tails(length))
+    check_against_reference(entry, shares, ids, tail, kernels="auto", criterion=criterion, span=span)
 
 
 @pytest.mark.parametrize("criterion", ["random", "stride"])

@@ -170,10 +170,13 @@ def test_kept_says_which_token_each_slot_of_a_kept_output_is(entry: Entry, left:
         assert_close(f"row {b}", found[b, row >= 0], whole[b, survivors], TOLERANCE[entry.dtype])
 
 
-@pytest.mark.parametrize("criterion", ["random", "stride", "no-decay", "clip"])
+@pytest.mark.parametrize(
+    ("criterion", "span"),
+    [("random", 1), ("stride", 1), ("no-decay", 1), ("clip", 1), ("simba-l2", 1), ("simba-l2", 7), ("simba", 5)],
+)
 @every_kind
-def test_other_criteria_keep_in_a_batch_what_they_keep_alone(entry: Entry, criterion: str) -> None:
-    pruned = sparse(entry.name, schedules(n_blocks(dense(entry.name)))["linear"], criterion=criterion)
+def test_other_criteria_keep_in_a_batch_what_they_keep_alone(entry: Entry, criterion: str, span: int) -> None:
+    pruned = sparse(entry.name, schedules(n_blocks(dense(entry.name)))["linear"], criterion=criterion, span=span)
     rows, left = [tokens(31, 40), tokens(32, 29), tokens(33, 33)], [0, 11, 3]
     ids, mask = padded(rows, left, [0, 0, 4])
     batch = call(pruned, ids, mask).logits

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 Array = NDArray[np.float64]
 
-CRITERIA = ("simba", "simba-abs", "no-decay", "delta-norm", "clip", "recent")
+CRITERIA = ("simba", "simba-abs", "simba-l2", "no-decay", "delta-norm", "clip", "recent")
 Criterion = str | Callable[["Scan", int], Array]
 """A name, or a function `(scan, query) -> scores of the tokens 0…q`, higher = keep."""
 
@@ -261,6 +261,9 @@ def score(scan: Scan | DeltaRule, q: int, criterion: Criterion) -> tuple[Array, 
     if not isinstance(criterion, str):
         found = criterion(scan, q)
         return found, np.abs(found)
+    if criterion == "simba-l2":
+        values, sizes = contributions(scan, q, decay=True)
+        return np.linalg.norm(values, axis=-1), np.linalg.norm(sizes, axis=-1)
     if criterion in ("simba", "simba-abs", "no-decay"):
         values, sizes = contributions(scan, q, decay=criterion != "no-decay")
         if criterion == "simba-abs":
@@ -303,15 +306,27 @@ def choose(scores: Sequence[float], k: int) -> list[int]:
     return sorted(order[:k])
 
 
-def margin(scores: Array, sizes: Array, kept: Sequence[int]) -> float:
+def pooled(scores: Array, span: int) -> Array:
+    """For each token the one among the `span` around it whose score it gets; of two equal ones the later."""
+    half = span // 2
+    around = [range(max(0, t - half), min(len(scores), t + half + 1)) for t in range(len(scores))]
+    return np.array([max(near, key=lambda t: (scores[t], t)) for near in around], dtype=np.int64)
+
+
+def margin(scores: Array, sizes: Array, kept: Sequence[int], source: Array | None = None) -> float:
     """The gap between the worst kept and the best dropped score, relative to the terms they are summed from.
 
-    Scores that float32 cannot tell from zero count as equal.
+    Scores that float32 cannot tell from zero count as equal. `source`: the tokens whose scores these are. Where the
+    worst kept and the best dropped have the score of one, the gap is the one to the next other score.
     """
     dropped = np.setdiff1d(np.arange(len(scores)), kept)
     if not len(dropped) or not len(kept):
         return float("inf")
     low, high = min(kept, key=lambda t: scores[t]), max(dropped, key=lambda t: scores[t])
+    if source is not None and source[low] == source[high]:
+        others = np.flatnonzero(source != source[low])
+        gaps = np.abs(scores[others] - scores[low]) / np.maximum(np.maximum(sizes[others], sizes[low]), 1e-30)
+        return float(gaps.min(initial=np.inf))
     return float((scores[low] - scores[high]) / max(sizes[low], sizes[high], 1e-30))
 
 
@@ -420,20 +435,21 @@ class Pruning:
     named: frozenset[int] = frozenset()  # positions that are kept in every block
     query: int | None = None  # where scans are scored; None: at the first token of the tail
     seed: int = 0
+    span: int = 1
     chosen: Sequence[Sequence[int]] | None = None  # per block, positions to go on with whatever the scores say
     carried: Tensor | None = None  # (1, L, H): for every token, the hidden state of the last block it went through
 
     @classmethod
     def start(cls, calls: list[dict[str, Any]], result: Row, length: int, shares: Sequence[Fraction | float], *,
               criterion: Criterion = "simba", tail: int = 1, floor: int = 4, query: int | None = None,
-              protect: Sequence[int] = (), seed: int = 0,
+              protect: Sequence[int] = (), seed: int = 0, span: int = 1,
               chosen: Sequence[Sequence[int]] | None = None) -> Pruning:  # fmt: skip
         """Before the first block; `query` and `protect` count from either end of the row."""
         wanted = {*protect, *(() if query is None else (query,))}
         assert (1 if query is None else 0) <= tail <= length
         return cls(counts(length, shares, tail, max(floor, len(wanted))), criterion, tail, calls, result,
                    list(range(length)), frozenset(position % length for position in wanted),
-                   None if query is None else query % length, seed, chosen)  # fmt: skip
+                   None if query is None else query % length, seed, span, chosen)  # fmt: skip
 
     def leave(self, i: int, hidden: Tensor) -> Tensor:
         """What the next block sees of block i's output; behind the last one, every token's last hidden state."""
@@ -452,6 +468,8 @@ class Pruning:
             return list(range(len(self.positions)))
         rival = len(self.positions) - self.tail
         scores, sizes = self.score(i, rival)
+        source = pooled(scores, self.span)
+        scores, sizes = scores[source], sizes[source]
         sure = [j for j in range(rival) if self.positions[j] in self.named]
         ranked = scores[:rival].copy()
         ranked[sure] = np.inf
@@ -468,7 +486,8 @@ class Pruning:
         self.result.cuts += 1
         self.result.others += stay != best
         rivals = np.setdiff1d(np.arange(rival), sure)
-        closest = margin(ranked[rivals], sizes[rivals], np.flatnonzero(np.isin(rivals, stay)).tolist())
+        closest = margin(ranked[rivals], sizes[rivals], np.flatnonzero(np.isin(rivals, stay)).tolist(),
+                         source[rivals] if self.span > 1 else None)  # fmt: skip
         if not isinstance(self.criterion, str) or self.criterion not in ("random", "stride", "recent"):
             self.result.margin = min(self.result.margin, closest)
         elif stay != best:  # a matter of positions: nothing is rounded
@@ -507,6 +526,7 @@ def run_row(
     query: int | None = None,
     protect: Sequence[int] = (),
     seed: int = 0,
+    span: int = 1,
     embeds: bool = False,
     chosen: Sequence[Sequence[int]] | None = None,
 ) -> Row:
@@ -530,7 +550,7 @@ def run_row(
     hook = backbone.register_forward_hook(after_the_norm)
     with recorded_scans(model) as calls:
         row = Pruning.start(calls, result, len(ids), shares, criterion=criterion, tail=tail, floor=floor, query=query,
-                            protect=protect, seed=seed, chosen=chosen)  # fmt: skip
+                            protect=protect, seed=seed, span=span, chosen=chosen)  # fmt: skip
         assert len(row.planned) == len(blocks), "one share per block"
         try:
             backbone.layers = nn.ModuleList(Pruned(block, i, row) for i, block in enumerate(blocks))

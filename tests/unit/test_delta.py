@@ -59,7 +59,7 @@ def test_low_precision(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("side", ["none", "left", "right"])
-@pytest.mark.parametrize("criterion", ["simba", "simba-abs", "no-decay"])
+@pytest.mark.parametrize("criterion", ["simba", "simba-abs", "simba-l2", "no-decay"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_scores(shape: dict[str, Any], criterion: str, side: str) -> None:
     operands = delta_operands(**shape)
@@ -74,7 +74,9 @@ def test_scores(shape: dict[str, Any], criterion: str, side: str) -> None:
         query = ops.query_position(real, tail, rows=rows, length=length)
         got = ops.delta_token_score(*operands.values(), 4, real, tail, criterion)
         shares = reference.delta_contributions_ref(*scored.values(), query.clamp(min=0)).flatten(2)
-        best = (shares.abs() if criterion == "simba-abs" else shares).amax(2)
+        best = {"simba-abs": shares.abs().amax(2), "simba-l2": shares.pow(2).sum(2).sqrt()}.get(
+            criterion, shares.amax(2)
+        )
         assert_close("score", got, torch.where(torch.arange(length) <= query[:, None], best, 0.0))
 
 
@@ -110,7 +112,9 @@ def test_a_token_that_only_erases_counts_by_removal_alone() -> None:
 def test_other_scans_have_no_removal() -> None:
     operands = selective_operands()
     five = [operands[name] for name in ("u", "delta", "A", "B", "C")]
-    with pytest.raises(CriterionError, match="this scan can be scored by simba, simba-abs, no-decay, delta-norm, clip"):
+    with pytest.raises(
+        CriterionError, match="this scan can be scored by simba, simba-abs, simba-l2, no-decay, delta-norm, clip"
+    ):
         OPS.selective_token_score(*five, None, True, None, 1, "removal")
 
 

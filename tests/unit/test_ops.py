@@ -316,6 +316,7 @@ def sample_arguments() -> dict[str, tuple[Any, ...]]:
         "causal_conv1d_backward": (dy, plain[0], weight, bias, "silu"),
         "selective_token_score": (*scan, True, real, 1, "simba"),
         "ssd_token_score": (*ssd, True, 0.0, 2.0, real, 1, "simba"),
+        "pool_scores": (score, real, 1, 3),
         "select_tokens": (score, positions, *count),
         "select_real_tokens": (score, positions, real, real.sum(1), *count),
         "position_score": (positions, real, real.sum(1), *count, "random", 3),
@@ -342,7 +343,7 @@ def test_opcheck_of_absent_operands() -> None:
 
 
 def test_every_operator_is_checked_and_documented() -> None:
-    modules = (ops.scan, ops.score, ops.select)
+    modules = (ops.scan, ops.score, ops.pool, ops.select)
     defined = {op._name for module in modules for op in vars(module).values() if isinstance(op, CustomOpDef)}
     assert defined == set(sample_arguments())
     for name in ops.__all__:
@@ -440,6 +441,7 @@ def expected_score(criterion: str, contribution: Tensor, step: Tensor, y: Tensor
     return {
         "simba": contribution.amax(1),
         "simba-abs": contribution.abs().amax(1),
+        "simba-l2": contribution.pow(2).sum(1).sqrt(),
         "no-decay": undecayed.amax(1),
         "delta-norm": step.pow(2).sum(1).sqrt(),
         "clip": y.clamp(min=0).mean(1),
@@ -510,6 +512,28 @@ def test_a_padded_row_scores_as_it_does_alone(side: str, criterion: str, backend
     assert_close("score", ssd_score(h, real, tail, criterion)[1:, at], ssd_score(alone, None, tail, criterion))
 
 
+@pytest.mark.parametrize("span", [1, 3, 7, 99])
+@pytest.mark.parametrize("tail", [1, 4])
+@pytest.mark.parametrize("side", ["none", "left", "right"])
+def test_a_token_is_worth_the_best_around_it(span: int, tail: int, side: str) -> None:
+    score = torch.randn(3, 20, generator=torch.Generator().manual_seed(span))
+    score[0, 5], score[1, 9], score[2, 11] = torch.nan, torch.inf, -torch.inf
+    at = {"none": slice(None), "left": slice(6, None), "right": slice(0, 14)}[side]
+    real = torch.zeros(3, 20, dtype=torch.bool)
+    real[:, at] = True
+    found = ops.pool_scores(score, None if side == "none" else real, tail, span)
+    finite = torch.finfo(torch.float32)
+    for row, own in zip(found, score[:, at]):
+        before = len(own) - tail + 1
+        worth = [-torch.inf if x != x else x for x in own[:before].tolist()]
+        best = [max(worth[max(0, t - span // 2) : t + span // 2 + 1]) for t in range(before)]
+        assert torch.equal(
+            row[at][:before].clamp(finite.min, finite.max), torch.tensor(best).clamp(finite.min, finite.max)
+        )
+        assert (row[at][before:] == 0).all()
+        assert (row[~real[0]] == 0).all()
+
+
 def test_scores_let_gradients_of_the_rest_pass() -> None:
     operands = selective_operands()
     u = grad(operands["u"])
@@ -520,7 +544,7 @@ def test_scores_let_gradients_of_the_rest_pass() -> None:
 
 
 def test_unknown_criteria_are_refused_with_the_known_ones() -> None:
-    with pytest.raises(CriterionError, match="simba, simba-abs, no-decay, delta-norm, clip"):
+    with pytest.raises(CriterionError, match="simba, simba-abs, simba-l2, no-decay, delta-norm, clip"):
         selective_score(selective_operands(), None, 1, "best")
     with pytest.raises(CriterionError, match="recent, random, stride"):
         ops.position_score(torch.zeros(1, 1, dtype=torch.int64), None, None, 1, 1, 1, 2, 1, "best", 0)
@@ -556,6 +580,7 @@ def test_flops_are_counted() -> None:
     ("criterion", "selective", "ssd"),
     [
         ("simba-abs", 3 * 16, 2 * (3 * 6 + 12)),
+        ("simba-l2", 3 * 16, 2 * (3 * 6 + 12)),
         ("no-decay", 2 * (4 + 4), 2 * (3 * 6 + 12)),
         ("delta-norm", 2 * 4, 2 * 3),
         ("clip", 6 * 16 + 2 * 4, 5 * 72 + 2 * 12),

@@ -44,9 +44,12 @@ def padding(rows: int, length: int, side: str) -> Tensor:
     return slots < count if side == "right" else slots >= length - count
 
 
-def expected_score(contributions: Tensor, query: Tensor, absolute: bool) -> Tensor:
+def expected_score(contributions: Tensor, query: Tensor, criterion: str) -> Tensor:
     """`(B, D, L)` float64 contributions to `(B, L)`."""
-    best = (contributions.abs() if absolute else contributions).amax(1)
+    if criterion == "simba-l2":
+        best = contributions.pow(2).sum(1).sqrt()
+    else:
+        best = (contributions.abs() if criterion == "simba-abs" else contributions).amax(1)
     return torch.where(torch.arange(best.shape[1]) <= query.unsqueeze(1), best, 0.0)
 
 
@@ -61,7 +64,7 @@ def expected_score(contributions: Tensor, query: Tensor, absolute: bool) -> Tens
     ],
     ids=str,
 )
-@pytest.mark.parametrize("criterion", ["simba", "simba-abs"])
+@pytest.mark.parametrize("criterion", ["simba", "simba-abs", "simba-l2"])
 @pytest.mark.parametrize("side", ["none", "right", "left"])
 def test_the_selective_score(shape: dict[str, Any], criterion: str, side: str, gpu: None) -> None:
     operands = selective_operands(**shape)
@@ -72,7 +75,7 @@ def test_the_selective_score(shape: dict[str, Any], criterion: str, side: str, g
         query = ops.query_position(real, tail, rows=rows, length=length)
         got = ops.selective_token_score(*scan, True, real, tail, criterion)
         contributions = reference.selective_contributions_ref(*scan, True, query)
-        assert_close(f"tail {tail}", got, expected_score(contributions, query, criterion == "simba-abs"))
+        assert_close(f"tail {tail}", got, expected_score(contributions, query, criterion))
         assert got.dtype == torch.float32
 
 
@@ -85,7 +88,7 @@ def test_the_selective_score(shape: dict[str, Any], criterion: str, side: str, g
     ],
     ids=str,
 )
-@pytest.mark.parametrize("criterion", ["simba", "simba-abs", "no-decay"])
+@pytest.mark.parametrize("criterion", ["simba", "simba-abs", "simba-l2", "no-decay"])
 @pytest.mark.parametrize("side", ["none", "right", "left"])
 def test_the_ssd_score(shape: dict[str, Any], criterion: str, side: str, gpu: None) -> None:
     operands = ssd_operands(**shape)
@@ -98,7 +101,7 @@ def test_the_ssd_score(shape: dict[str, Any], criterion: str, side: str, gpu: No
         query = ops.query_position(real, tail, rows=rows, length=length)
         got = ops.ssd_token_score(*scan, True, 0.01, 1.5, real, tail, criterion)
         contributions = reference.ssd_contributions_ref(*scan, True, 0.01, 1.5, query).flatten(2).transpose(1, 2)
-        assert_close(f"tail {tail}", got, expected_score(contributions, query, criterion == "simba-abs"))
+        assert_close(f"tail {tail}", got, expected_score(contributions, query, criterion))
 
 
 SCORES: dict[str, Callable[..., Tensor]] = {

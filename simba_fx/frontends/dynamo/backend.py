@@ -56,10 +56,10 @@ def simba_fx(gm: fx.GraphModule, example_inputs: list[Any], *, options: Mapping[
 
     Args:
         gm, example_inputs: as Dynamo gives them to a backend.
-        options: of `torch.compile`. "schedule", "criterion", "floor", "seed", "query", "protect", "mask", "mask_marks"
-            as in `transform`; "tail": trailing tokens that are kept, scored at the first of them (1; with a query 0);
-            "backend": the inner one, a name or a function ("inductor"); "mode" and "options": of `torch.compile`, for
-            the inner backend.
+        options: of `torch.compile`. "schedule", "criterion", "floor", "seed", "span", "query", "protect", "mask",
+            "mask_marks" as in `transform`; "tail": trailing tokens that are kept, scored at the first of them (1; with
+            a query 0); "backend": the inner one, a name or a function ("inductor"); "mode" and "options": of
+            `torch.compile`, for the inner backend.
         mode: of `torch.compile`, for the inner backend.
 
     Raises:
@@ -107,7 +107,7 @@ substitutes.keep_fresh(simba_fx)
 
 # --- options -----------------------------------------------------------------------------------------------------
 
-_PRUNING = ("schedule", "criterion", "floor", "seed", "query", "protect", "mask", "mask_marks")
+_PRUNING = ("schedule", "criterion", "floor", "seed", "span", "query", "protect", "mask", "mask_marks")
 _KNOWN = (*_PRUNING, "tail", "backend", "mode", "options")
 _ELSEWHERE = {
     "compile": "torch.compile makes one graph, and the inner backend compiles it. Leave the option out",

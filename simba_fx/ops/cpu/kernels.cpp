@@ -357,11 +357,14 @@ inline float largest(Lanes v) {
   return most;
 }
 
-// Largest contribution of each token over a tile, walking backwards from the query. States whose decay has reached 0 in
+enum Reduction : int64_t { kLargest, kLargestAbsolute, kSquares };
+
+// Largest contribution of each token over a tile, or the sum of squares, walking backwards from the query. States whose decay has reached 0 in
 // every channel are left out from the last one down; where none is left the walk is over. `weight` (L, N) is C_q * B_t.
-void score_tile(const Selective& s, Tile tile, const float* weight, int64_t query, bool absolute, Lanes* best) {
+void score_tile(const Selective& s, Tile tile, const float* weight, int64_t query, Reduction reduction, Lanes* best) {
   SelectiveTile w(s, tile);
-  Lanes remaining = {};
+  Lanes remaining = {}, once = {};  // lanes beyond the tile repeat its last channel: squares count it once
+  for (int i = 0; i < tile.count; ++i) once[i] = 1.0f;
   int64_t t = query, alive = s.states;
   for (; t >= 0; --t) {
     if ((query - t) % kLanes == 0) {
@@ -377,11 +380,16 @@ void score_tile(const Selective& s, Tile tile, const float* weight, int64_t quer
     }
     if (n < alive) even += exp2(remaining * w.rate[n]) * at[n];
     Lanes share = dt * w.input(t) * (even + odd);
-    if (absolute) share = max(share, -share);
-    best[t] = max(best[t], share);
+    if (reduction == kSquares) {
+      best[t] += share * share * once;
+    } else {
+      if (reduction == kLargestAbsolute) share = max(share, -share);
+      best[t] = max(best[t], share);
+    }
     remaining += dt;
   }
-  for (; t >= 0; --t) best[t] = max(best[t], lanes(0.0f));
+  if (reduction != kSquares)
+    for (; t >= 0; --t) best[t] = max(best[t], lanes(0.0f));
 }
 
 }  // namespace
@@ -466,8 +474,9 @@ void simba_selective_scan_backward(const Selective* s, const Tokens* dy, const f
   }
 }
 
-// C (B, G, N) at the query; query (B,); score (B * G * blocks, L), -inf on entry, untouched after the query.
-void simba_selective_score(const Selective* s, const float* C, const int64_t* query, int64_t absolute, float* score,
+// C (B, G, N) at the query; query (B,); score (B * G * blocks, L), on entry -inf, or 0 for sums of squares, untouched
+// after the query.
+void simba_selective_score(const Selective* s, const float* C, const int64_t* query, Reduction reduction, float* score,
                            int64_t blocks, int threads) {
   const int64_t tasks = s->rows * s->groups * blocks;
 #pragma omp parallel num_threads(threads)
@@ -480,13 +489,16 @@ void simba_selective_score(const Selective* s, const float* C, const int64_t* qu
       const float *B = s->B + task / blocks * s->length * s->states, *at_query = C + task / blocks * s->states;
       for (int64_t t = 0; t <= query[row]; ++t)
         for (int64_t n = 0; n < s->states; ++n) weight[t * s->states + n] = at_query[n] * B[t * s->states + n];
-      std::fill(best.begin(), best.end(), lanes(-std::numeric_limits<float>::infinity()));
+      const bool squares = reduction == kSquares;
+      std::fill(best.begin(), best.end(), lanes(squares ? 0.0f : -std::numeric_limits<float>::infinity()));
       each_tile(*s, task, blocks, [&](Tile tile) {
-        score_tile(*s, tile, weight.data(), query[row], absolute != 0, best.data());
+        score_tile(*s, tile, weight.data(), query[row], reduction, best.data());
       });
       for (int64_t t = 0; t <= query[row]; ++t)
-        for (int i = 0; i < kLanes; ++i)
-          score[task * s->length + t] = std::max(score[task * s->length + t], best[t][i]);
+        for (int i = 0; i < kLanes; ++i) {
+          float& found = score[task * s->length + t];
+          found = squares ? found + best[t][i] : std::max(found, best[t][i]);
+        }
     }
   }
 }

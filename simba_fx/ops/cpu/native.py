@@ -334,24 +334,25 @@ def selective_scan_backward(
     )
 
 
-def selective_score(scan: SelectiveScan, C_query: Tensor, query: Tensor, absolute: bool) -> Tensor:
+def selective_score(scan: SelectiveScan, C_query: Tensor, query: Tensor, criterion: str) -> Tensor:
     """As `chunked.selective_score`."""
     rows, channels, length, groups, _ = scan.sizes
     blocks = _blocks(channels, groups)
     call = _Call()
     operands = _selective(call, scan, reads=False)
-    score = torch.full((rows, groups * blocks, length), -torch.inf, **_FLOAT)
+    squares = criterion == "simba-l2"
+    score = torch.full((rows, groups * blocks, length), 0.0 if squares else -torch.inf, **_FLOAT)
     query = query.clamp(max=length - 1).contiguous()
     _library().simba_selective_score(
         ctypes.byref(operands),
         ctypes.c_void_p(call.dense(C_query)),
         _pointer(query),
-        ctypes.c_int64(int(absolute)),
+        ctypes.c_int64(("simba", "simba-abs", "simba-l2").index(criterion)),
         _pointer(score),
         ctypes.c_int64(blocks),
         torch.get_num_threads(),
     )
-    return score.amax(1)
+    return score.sum(1).sqrt() if squares else score.amax(1)
 
 
 def ssd_scan(scan: SSDScan) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,8 @@
 Time is cut into chunks, walked backwards from every row's query. Two small launches find the steps that lie between a
 chunk's end and the query; then all chunks of all channels are scored at once. Mamba-1: a thread owns whole channels
 and reads `B_t` once for all of them; states that have decayed to nothing in all channels of a program are left out;
-what its channels hold largest is merged by an atomic maximum, whose result does not depend on the order. Mamba-2: a
+what its channels hold largest is merged by an atomic maximum, whose result does not depend on the order; their sums of
+squares are written apart, and added up in one order. Mamba-2: a
 program sees all heads of its tokens, so that nothing is merged.
 """
 
@@ -119,8 +120,9 @@ def selective_score_kernel(
     u_row, u_channel, u_token, delta_row, delta_channel, delta_token, A_channel, A_state,
     B_row, B_group, B_state, B_token, C_row, C_group, C_state, C_token,
     states: tl.constexpr, SOFTPLUS: tl.constexpr, BIAS: tl.constexpr, REAL: tl.constexpr, ABSOLUTE: tl.constexpr,
-    FEW: tl.constexpr, BLOCK_D: tl.constexpr,
+    SQUARES: tl.constexpr, FEW: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    """`score` `(B, L)`, which is raised; of SQUARES `(tiles, B, L)` zeros, of which each tile writes its own."""
     row = tl.program_id(2).to(tl.int64)
     group, d, exists = tile(channels, groups, BLOCK_D)
     wide = d.to(tl.int64)
@@ -131,6 +133,8 @@ def selective_score_kernel(
     delta += row * delta_row + wide * delta_channel
     B += row * B_row + group * B_group
     C += row * C_row + group * C_group + tl.maximum(query, 0).to(tl.int64) * C_token
+    if SQUARES:
+        score += tl.program_id(0).to(tl.int64) * tl.num_programs(2) * length
     score += row * length
     shift = tl.zeros((BLOCK_D,), tl.float32)
     if BIAS:
@@ -173,31 +177,37 @@ def selective_score_kernel(
                             response += vanishing_exp2(rates[n] * remaining) * weight
             remaining += dt
             share = dt * value * response
-            if ABSOLUTE:
-                share = tl.abs(share)
-            best = tl.max(tl.where(exists, share, float("-inf")), axis=0)
-            # the maximum compares bits: a zero must have no sign
-            tl.atomic_max(score + t, tl.where(best == 0.0, 0.0, best), sem="relaxed")
-    else:
+            if SQUARES:
+                tl.store(score + t, tl.sum(tl.where(exists, share * share, 0.0), axis=0))
+            else:
+                if ABSOLUTE:
+                    share = tl.abs(share)
+                best = tl.max(tl.where(exists, share, float("-inf")), axis=0)
+                # the maximum compares bits: a zero must have no sign
+                tl.atomic_max(score + t, tl.where(best == 0.0, 0.0, best), sem="relaxed")
+    elif not SQUARES:
         for start in range(first, last + 1, 64):
             slot = start + tl.arange(0, 64)
             tl.atomic_max(score + slot, tl.zeros((64,), tl.float32), mask=slot <= last, sem="relaxed")
 
 
-def selective_token_score(scan: SelectiveScan, real: Tensor | None, tail: int, absolute: bool) -> Tensor:
-    """`ops.selective_token_score` by "simba" or "simba-abs", with B and C `(B, G, N, L)`: `(B, L)` float32."""
+def selective_token_score(scan: SelectiveScan, real: Tensor | None, tail: int, criterion: str) -> Tensor:
+    """`ops.selective_token_score` by the contributions, with B and C `(B, G, N, L)`: `(B, L)` float32."""
     u, delta, A, B, C, bias = scan.u, scan.delta, scan.A, scan.B, scan.C, scan.delta_bias
     rows, channels, length, groups, states = scan.sizes
     real = None if real is None else real.contiguous()
     behind, score = _steps_behind(delta.transpose(1, 2), bias, scan.delta_softplus, None, real, tail, CHUNK)
     tiles = groups * triton.cdiv(channels // groups, TILE)
+    squares = criterion == "simba-l2"
+    if squares:
+        score = u.new_zeros(tiles, rows, length, dtype=torch.float32)
     launch(selective_score_kernel, u)[tiles, triton.cdiv(length, CHUNK), rows](
         u, delta, A, B, C, A if bias is None else bias, A if real is None else real, behind, score,
         tail, length, CHUNK, channels, groups, *u.stride(), *delta.stride(), *A.stride(), *B.stride(), *C.stride(),
         states=states, SOFTPLUS=scan.delta_softplus, BIAS=bias is not None, REAL=real is not None,
-        ABSOLUTE=absolute, FEW=FEW, BLOCK_D=TILE, num_warps=1,
+        ABSOLUTE=criterion == "simba-abs", SQUARES=squares, FEW=FEW, BLOCK_D=TILE, num_warps=1,
     )  # fmt: skip
-    return score
+    return score.sum(0).sqrt() if squares else score
 
 
 @triton.jit(do_not_specialize=["dt_min", "dt_max", "tail", "length"])
@@ -205,7 +215,7 @@ def ssd_score_kernel(
     x, dt, A, bias, weights, real, behind, score, dt_min, dt_max, tail, length, heads, width, groups,
     x_row, x_token, x_head, x_channel, dt_row, dt_token, dt_head, A_head,
     BLOCK_T: tl.constexpr, BLOCK_P: tl.constexpr, SOFTPLUS: tl.constexpr, BIAS: tl.constexpr, REAL: tl.constexpr,
-    ABSOLUTE: tl.constexpr, DECAY: tl.constexpr, BLOCK_H: tl.constexpr,
+    ABSOLUTE: tl.constexpr, SQUARES: tl.constexpr, DECAY: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """A program scores a chunk of BLOCK_T tokens; `weights` `(B, L, G)` float32 hold `C_q . B_t`."""
     row = tl.program_id(1).to(tl.int64)
@@ -221,7 +231,7 @@ def ssd_score_kernel(
     dt += row * dt_row
     weights += (row * length + far) * groups
     behind += (row * tl.num_programs(0) + tl.program_id(0)) * heads
-    best = tl.full((BLOCK_T,), float("-inf"), tl.float32)
+    best = tl.full((BLOCK_T,), 0.0 if SQUARES else float("-inf"), tl.float32)
     for head in range(0, heads, BLOCK_H):
         h = head + tl.arange(0, BLOCK_H)
         exists = h < heads
@@ -243,19 +253,26 @@ def ssd_score_kernel(
         mask = both[:, :, None] & (p < width)[None, None, :]
         at = x + (far[:, None] * x_token + h.to(tl.int64)[None, :] * x_head)[:, :, None] + p[None, None, :] * x_channel
         value = tl.load(at, mask=mask, other=0.0).to(tl.float32)
-        if ABSOLUTE:
+        if SQUARES:
+            share = weight * weight * tl.sum(value * value, axis=2)
+        elif ABSOLUTE:
             share = tl.abs(weight) * tl.max(tl.abs(value), axis=2)
         else:
             in_width = (p < width)[None, None, :]  # what is masked otherwise counts as 0: no infinity is multiplied
             high_value = tl.max(tl.where(in_width, value, float("-inf")), axis=2)
             low_value = tl.min(tl.where(in_width, value, float("inf")), axis=2)
             share = weight * tl.where(weight >= 0.0, high_value, low_value)
-        best = tl.maximum(best, tl.max(tl.where(both, share, float("-inf")), axis=1))
+        if SQUARES:
+            best += tl.sum(tl.where(both, share, 0.0), axis=1)
+        else:
+            best = tl.maximum(best, tl.max(tl.where(both, share, float("-inf")), axis=1))
+    if SQUARES:
+        best = tl.sqrt(best)
     tl.store(score + row * length + t, tl.where(counts, best, 0.0), mask=t < length)
 
 
 def ssd_token_score(scan: SSDScan, weights: Tensor, real: Tensor | None, tail: int, criterion: str) -> Tensor:
-    """`ops.ssd_token_score` by "simba", "simba-abs" or "no-decay": `(B, L)` float32.
+    """`ops.ssd_token_score` by the contributions, or by "no-decay": `(B, L)` float32.
 
     `weights` `(B, L, G)` float32: the dot product of each token's `B_t` with C at the row's query.
     """
@@ -271,6 +288,7 @@ def ssd_token_score(scan: SSDScan, weights: Tensor, real: Tensor | None, tail: i
         x, dt, A, A if bias is None else bias, weights.contiguous(), A if real is None else real, behind, score,
         *limits, tail, length, heads, width, groups, *x.stride(), *dt.stride(), *A.stride(),
         BLOCK_T=SSD_CHUNK, BLOCK_P=triton.next_power_of_2(width), SOFTPLUS=scan.dt_softplus, BIAS=bias is not None,
-        REAL=real is not None, ABSOLUTE=criterion == "simba-abs", DECAY=decay, BLOCK_H=SSD_HEADS,
+        REAL=real is not None, ABSOLUTE=criterion == "simba-abs", SQUARES=criterion == "simba-l2",
+        DECAY=decay, BLOCK_H=SSD_HEADS,
     )  # fmt: skip
     return score
