@@ -11,7 +11,7 @@ from common import DRY, add_mamba
 def main() -> int:
     if os.environ.get("MAMBA") == "1" and not DRY:
         add_mamba()
-    from simba_fx.bench.cli import main as bench
+    from simba_fx.cli import main as bench
 
     return bench(sys.argv[1:])
 

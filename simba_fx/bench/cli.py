@@ -1,15 +1,15 @@
-"""The command `simba-fx`: `simba-fx bench`, `simba-fx compile-modes`. Nothing heavy is imported to parse or to help."""
+"""The commands `simba-fx bench` and `simba-fx compile-modes`. Nothing heavy is imported to parse or to help."""
 
 from __future__ import annotations
 
 import argparse
-import os
 import sys
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from simba_fx.bench.options import MODES, PEERS, BenchError, Options
-from simba_fx.errors import SimbaError
+
+__all__ = ["add_commands", "bench_options", "device_of"]
 
 _MODES = "\n".join(f"  {mode.name:18} {mode.says}" for mode in MODES.values())
 _EPILOG = f"""
@@ -23,9 +23,7 @@ schedules are written as in Python: linear, 0.5, "Linear(0.1, every=4)", "Budget
 """
 
 
-def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="simba-fx", description="Benchmarks of simba_fx on this machine.")
-    commands = top.add_subparsers(dest="command", required=True)
+def add_commands(commands: Any) -> None:
     bench = commands.add_parser(
         "bench", help="dense against sparse against peers: time, memory, FLOPs, parts",
         description="Time a model dense, sparse and as its peers, in turns, in one process.", epilog=_EPILOG,
@@ -56,7 +54,8 @@ def parser() -> argparse.ArgumentParser:
     modes.add_argument("--schedule", default="linear")
     modes.add_argument("--repeats", type=int, default=10)
     modes.add_argument("--ways", nargs="+", metavar="W", help="a selection, by the names in the table")
-    return top
+    for command, run in ((bench, _bench), (modes, _compile_modes)):
+        command.set_defaults(run=run)
 
 
 def _common(command: argparse.ArgumentParser) -> None:
@@ -71,22 +70,16 @@ def _common(command: argparse.ArgumentParser) -> None:
     add("--out", type=Path, default=Path("bench-out"), metavar="FOLDER", help="where results go (bench-out)")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    given = parser().parse_args(arguments)
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else the profiler says at every use that it starts and stops
-    try:
-        if given.list:
-            from simba_fx.bench.models import NAMED
+def _list() -> int:
+    from simba_fx.bench.models import NAMED
 
-            print("\n".join(f"{name:14} {kind}, {blocks} blocks" for name, (kind, blocks, _) in NAMED.items()))
-            return 0
-        return _bench(given) if given.command == "bench" else _compile_modes(given)
-    except SimbaError as error:
-        print(f"simba-fx: {error}", file=sys.stderr)
-        return 2
+    print("\n".join(f"{name:14} {kind}, {blocks} blocks" for name, (kind, blocks, _) in NAMED.items()))
+    return 0
 
 
 def _bench(given: argparse.Namespace) -> int:
+    if given.list:
+        return _list()
     options = bench_options(given)
     options.check()
     from simba_fx.bench.plots import draw
@@ -110,7 +103,7 @@ def _bench(given: argparse.Namespace) -> int:
 
 def bench_options(given: argparse.Namespace) -> Options:
     """The options with the defaults of the device."""
-    device = _device(given.device)
+    device = device_of(given.device)
     gpu = device == "cuda"
     models = given.model or ["mamba-130m"]
     layers = given.layers if given.model or gpu else given.layers or 6
@@ -137,7 +130,7 @@ def bench_options(given: argparse.Namespace) -> Options:
     )
 
 
-def _device(asked: str | None) -> str:
+def device_of(asked: str | None) -> str:
     """Raises: BenchError where CUDA is asked for and there is none."""
     import torch
 
@@ -150,6 +143,8 @@ def _device(asked: str | None) -> str:
 
 
 def _compile_modes(given: argparse.Namespace) -> int:
+    if given.list:
+        return _list()
     from simba_fx.bench import compile_modes
 
-    return compile_modes.run(given, _device(given.device))
+    return compile_modes.run(given, device_of(given.device))

@@ -22,7 +22,10 @@ from simba_fx.bench import utrc
 from simba_fx.bench.options import BenchError, Mode, Options, parse_schedule
 from simba_fx.flops import ModelFlops, model_flops, surroundings_of
 
-__all__ = ["Peer", "dense_flops", "fewer_blocks", "measured_flops", "peers_of"]
+__all__ = [
+    "Peer", "blocks_for", "dense_flops", "expect_equal_blocks", "fewer_blocks", "measured_flops", "peers_of",
+    "tokens_for",
+]  # fmt: skip
 
 Arguments = dict[str, Any]
 
@@ -95,16 +98,7 @@ def _utrc(model: Any, dense: Any, mode: Mode, options: Options) -> Peer:
 
 def _left(model: Any, dense: Any, mode: Mode, options: Options) -> Peer:
     def aim(flops: ModelFlops, ids: Tensor, target: int) -> str:
-        blocks = len(flops.blocks)
-
-        def cost(tokens: int) -> int:
-            return flops.stack([tokens] * blocks) + flops.head(ids.shape[1] if options.head == "last" else tokens)
-
-        low, high = 2, ids.shape[1]
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if cost(middle) <= target else (low, middle)
-        peer.tokens = min((low, high), key=lambda tokens: abs(cost(tokens) - target))
+        peer.tokens = tokens_for(flops, ids.shape[1], target, options.head == "last")
         return f"the last {peer.tokens} tokens"
 
     peer = Peer("left-truncation", "the dense model on the last tokens alone", dense, aim)
@@ -112,12 +106,11 @@ def _left(model: Any, dense: Any, mode: Mode, options: Options) -> Peer:
 
 
 def _layers(model: Any, dense: Any, mode: Mode, options: Options) -> Peer:
-    _expect_equal_blocks(model)
+    expect_equal_blocks(model)
 
     def aim(flops: ModelFlops, ids: Tensor, target: int) -> str:
-        length, blocks = ids.shape[1], len(flops.blocks)
-        rest = flops.before(length) + flops.head(length)
-        count = min(blocks, max(2, round((target - rest) / max(1, flops.blocks[0](length)))))
+        blocks = len(flops.blocks)
+        count = blocks_for(flops, ids.shape[1], target)
         if count != len(peer.module.base_model.layers):
             peer.module = simba_fx.transform(fewer_blocks(model, count), "dense", compile=mode.compile)  # type: ignore[arg-type]
         return f"{count} of {blocks} blocks"
@@ -126,13 +119,34 @@ def _layers(model: Any, dense: Any, mode: Mode, options: Options) -> Peer:
     return peer
 
 
-def _expect_equal_blocks(model: Any) -> None:
+def tokens_for(flops: ModelFlops, length: int, target: int, head_is_fixed: bool) -> int:
+    """How many tokens the dense model can read for so many FLOPs; `head_is_fixed`: its head costs what it costs."""
+    blocks = len(flops.blocks)
+
+    def cost(tokens: int) -> int:
+        return flops.stack([tokens] * blocks) + flops.head(length if head_is_fixed else tokens)
+
+    low, high = 2, length
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if cost(middle) <= target else (low, middle)
+    return min((low, high), key=lambda tokens: abs(cost(tokens) - target))
+
+
+def blocks_for(flops: ModelFlops, length: int, target: int) -> int:
+    """How many equal blocks can be run for so many FLOPs."""
+    rest = flops.before(length) + flops.head(length)
+    return min(len(flops.blocks), max(2, round((target - rest) / max(1, flops.blocks[0](length)))))
+
+
+def expect_equal_blocks(model: Any) -> None:
+    """Raises: BenchError for a hybrid."""
     layers = model.base_model.layers
     kinds = {tuple((name, *p.shape) for name, p in layer.named_parameters()) for layer in layers}
     if len(kinds) > 1 or not hasattr(model.base_model, "norm_f"):
         raise BenchError(
             f"layer-drop is measured on models whose blocks are all alike; found {type(model).__name__}, a hybrid. "
-            "Leave it out of --peers."
+            "Leave it out."
         )
 
 

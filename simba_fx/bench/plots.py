@@ -37,11 +37,11 @@ def draw(found: dict[str, Any], folder: Path) -> list[str]:
         down = math.ceil(len(panels) / across)
         figure = Figure(figsize=(6.4 * across + 1.2, 4.3 * down + 0.5), layout="constrained")
         FigureCanvasAgg(figure)
-        grid = figure.subplots(down, across, squeeze=False).flat
+        grid = list(figure.subplots(down, across, squeeze=False).flat)
         for axes, ((model, mode, batch), held) in zip(grid, panels.items()):
             painter(axes, held)
             axes.set_title(f"{model}, {mode}, batch {batch}", loc="left", fontsize=10)
-        for axes in list(grid)[len(panels) :]:
+        for axes in grid[len(panels) :]:
             axes.set_axis_off()
         where = found["environment"]
         figure.suptitle(f"{where['machine']}, torch {where['versions']['torch']}, {found['options']['dtype']}",

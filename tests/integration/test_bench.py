@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 import simba_fx
-from simba_fx.bench import cli, compile_modes, measure, models, parts, peers, results, tables, utrc
+from simba_fx import cli
+from simba_fx.bench import compile_modes, measure, models, parts, peers, results, tables, utrc
 from simba_fx.bench.options import MODES, BenchError, Mode, parse_schedule
 from simba_fx.bench.variants import compiler_settings
 
@@ -338,7 +339,7 @@ def test_schedules_are_written_as_in_python() -> None:
 
 def test_asking_for_help_imports_nothing_heavy() -> None:
     heavy = {"torch", "transformers", "matplotlib"}
-    code = f"import sys\nfrom simba_fx.bench import cli\ncli.parser()\nprint(sorted({heavy} & set(sys.modules)))"
+    code = f"import sys\nfrom simba_fx import cli\ncli.parser()\nprint(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

@@ -15,7 +15,7 @@ import simba_fx
 HOUSE = Path(simba_fx.__file__).parent
 PASSES = Path(importlib.import_module("simba_fx.passes").__file__ or "").parent
 LAYERS = ("errors versions schedule", "ops", "compiling options", "graph", "capture", "passes", "runtime",
-          "flops untrusted", "frontends", "api", "saving reporting", "bench")  # fmt: skip
+          "flops untrusted", "frontends", "api", "saving reporting", "bench", "evaluation", "cli")  # fmt: skip
 """What is on a line may import what is on it and on those before."""
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names.split()}
 COMPILER = ("simba_fx.compiling", "simba_fx.ops.inline", "simba_fx.frontends.dynamo.internals", "simba_fx.bench")

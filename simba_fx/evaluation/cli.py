@@ -1,0 +1,93 @@
+"""The command `simba-fx eval`. Nothing heavy is imported to parse or to help."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from simba_fx.bench.cli import device_of
+from simba_fx.evaluation.options import BASELINES, STYLES, Options
+
+__all__ = ["add_command"]
+
+
+def add_command(commands: Any) -> None:
+    command = commands.add_parser(
+        "eval", help="quality against compute, on a model and texts of your own",
+        description="Loss of the last tokens after long contexts, and needles found in them: dense, sparse and rivals.",
+    )  # fmt: skip
+    add = command.add_argument
+    add("model", help="folder with a transformers checkpoint; its tokenizer, if it has one, else bytes")
+    add("--text", nargs="+", required=True, metavar="FILE", help="files, or folders whose files are read")
+    add("--lengths", type=int, nargs="+", default=[1024, 2048], metavar="L", help="tokens of context (1024 2048)")
+    add("--last", type=int, default=100, metavar="M", help="tokens whose loss is read (100)")
+    add("--windows", type=int, default=16, metavar="N", help="windows of text (16)")
+    add("--schedules", nargs="*", default=["linear", "0.3", "0.5", "0.7"], metavar="S", help="(linear 0.3 0.5 0.7)")
+    add("--criteria", nargs="+", metavar="C", default=["simba", "simba-l2/31", "random", "recent"],
+        help="names, a span behind a slash (simba simba-l2/31 random recent)")  # fmt: skip
+    add("--baselines", nargs="*", choices=BASELINES, default=["left-truncation"], metavar="B",
+        help=f"at the FLOPs of each schedule, of {', '.join(BASELINES)}")  # fmt: skip
+    add("--against", nargs="*", default=[], metavar="MODEL", help="other models that read the same tokens, dense")
+    add("--near", type=int, default=128, metavar="K", help="context that far tokens have to do without (128)")
+    add("--gain", type=float, default=1.0, metavar="NATS", help="by which the whole context helps far tokens (1)")
+    add("--needles", type=int, default=0, metavar="N", help="needles searched at each length and depth (none)")
+    add("--depths", type=float, nargs="+", default=[0.0, 0.25, 0.5, 0.75, 1.0], metavar="D")
+    add("--pairs", type=int, default=4, metavar="P", help="keys and values planted in each haystack (4)")
+    add("--style", choices=STYLES, default="code", help="of planted lines")
+    add("--device", help="cpu or cuda; cuda where there is one")
+    add("--dtype", choices=("bfloat16", "float32", "float16"), default="float32")
+    add("--batch", type=int, default=8192, metavar="T", help="tokens of a call, over its rows (8192)")
+    add("--seed", type=int, default=0)
+    add("--threads", type=int, help="threads on a CPU")
+    add("--out", type=Path, default=Path("eval-out"), metavar="FOLDER",
+        help="where results go (eval-out); a run that was stopped goes on there")  # fmt: skip
+    command.set_defaults(run=_run)
+
+
+def _run(given: argparse.Namespace) -> int:
+    options = options_of(given)
+    options.check()
+    from simba_fx.evaluation.plots import draw
+    from simba_fx.evaluation.runner import Run
+    from simba_fx.evaluation.tables import markdown
+
+    options.out.mkdir(parents=True, exist_ok=True)
+    try:
+        found = Run(options)()
+    except KeyboardInterrupt:
+        print(f"\nstopped: the same command goes on from {options.out}", file=sys.stderr)
+        return 130
+    text = markdown(found)
+    (options.out / "table.md").write_text(text)
+    print(text)
+    pictures = draw(found, options.out)
+    print(f"written to {options.out}: {', '.join(('results.json', 'table.md', *pictures))}", file=sys.stderr)
+    return 0
+
+
+def options_of(given: argparse.Namespace) -> Options:
+    return Options(
+        model=given.model,
+        texts=tuple(given.text),
+        lengths=tuple(sorted(set(given.lengths))),
+        last=given.last,
+        windows=given.windows,
+        schedules=tuple(given.schedules),
+        criteria=tuple(given.criteria),
+        baselines=tuple(given.baselines),
+        against=tuple(given.against),
+        near=given.near,
+        gain=given.gain,
+        needles=given.needles,
+        depths=tuple(given.depths),
+        pairs=given.pairs,
+        style=given.style,
+        device=device_of(given.device),
+        dtype=given.dtype,
+        batch=given.batch,
+        seed=given.seed,
+        threads=given.threads,
+        out=given.out,
+    )

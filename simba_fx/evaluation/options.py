@@ -1,0 +1,115 @@
+"""What an evaluation is asked to do, checked before anything heavy starts. Nothing here imports torch."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from simba_fx.bench.options import parse_schedule
+from simba_fx.errors import SimbaError
+
+__all__ = ["BASELINES", "STYLES", "Criterion", "EvalError", "Options"]
+
+BASELINES = ("left-truncation", "layer-drop")
+STYLES = ("code", "prose")
+
+
+class EvalError(SimbaError, ValueError):
+    """Options of an evaluation that cannot be run."""
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """A criterion as it is written on the command line: `simba`, or `simba-l2/31` with a span."""
+
+    name: str
+    span: int = 1
+
+    @staticmethod
+    def parse(text: str) -> Criterion:
+        """Raises: EvalError."""
+        name, slash, span = text.partition("/")
+        if slash and not span.isdecimal():
+            raise EvalError(
+                f"--criteria expects names, with a span behind a slash where scores are pooled; found {text!r}. Write "
+                "for example simba-l2/31."
+            )
+        return Criterion(name, int(span) if slash else 1)
+
+    def __str__(self) -> str:
+        return self.name if self.span == 1 else f"{self.name}/{self.span}"
+
+
+@dataclass(frozen=True)
+class Options:
+    """One run of `simba-fx eval`."""
+
+    model: str
+    texts: tuple[str, ...]
+    """Files, and folders whose files are read."""
+    lengths: tuple[int, ...]
+    """Tokens of context, ascending."""
+    last: int
+    """Tokens at the end of each window whose loss is read; they choose nothing of what is kept."""
+    windows: int
+    schedules: tuple[str, ...]
+    criteria: tuple[str, ...]
+    baselines: tuple[str, ...]
+    against: tuple[str, ...]
+    """Other models, dense."""
+    near: int
+    """Tokens of context that a token which needs a longer one has to do without."""
+    gain: float
+    """Nats by which the longer context helps such a token."""
+    needles: int
+    """Searches at each depth; 0: none."""
+    depths: tuple[float, ...]
+    pairs: int
+    """Keys and values in a haystack, of which one is asked for."""
+    style: str
+    device: str
+    dtype: str
+    batch: int
+    """Tokens of a call, over all of its rows."""
+    seed: int
+    threads: int | None
+    out: Path
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"out": self.out.name, "texts": len(self.texts)}
+
+    def check(self) -> None:
+        """Raises: EvalError, BenchError, ScheduleError, CriterionError for what cannot be run, in a sentence."""
+        from simba_fx.options import Options as Transformed
+
+        if importlib.util.find_spec("transformers") is None:
+            raise EvalError("Models are read with transformers; install it: pip install simba-fx[hf].")
+        if not self.texts:
+            raise EvalError("--text expects files, or folders, to read; found none. Name what your model is used on.")
+        for text in self.schedules:
+            schedule = parse_schedule(text)
+            for criterion in map(Criterion.parse, self.criteria):
+                Transformed(schedule, criterion.name, span=criterion.span)
+        _at_least("--lengths", self.lengths, 8)
+        _at_least("--last", (self.last,), 1)
+        _at_least("--windows", (self.windows,), 2)
+        _at_least("--near", (self.near,), 1)
+        _at_least("--needles", (self.needles,), 0)
+        _at_least("--pairs", (self.pairs,), 1)
+        if short := [length for length in self.lengths if length <= self.last]:
+            raise EvalError(
+                f"--lengths are tokens of context and scored ones together: expected more than --last {self.last}, "
+                f"found {short[0]}."
+            )
+        if wrong := [depth for depth in self.depths if not 0 <= depth <= 1]:
+            raise EvalError(f"--depths expects shares of the context, from 0 (its beginning) to 1; found {wrong[0]}.")
+        if self.baselines and not self.schedules:
+            raise EvalError("--baselines are given the FLOPs of each schedule; found no schedule. Name one.")
+
+
+def _at_least(name: str, values: Sequence[int], least: int) -> None:
+    if wrong := [value for value in values if value < least]:
+        raise EvalError(f"{name} expects whole numbers of at least {least}; found {wrong[0]}.")

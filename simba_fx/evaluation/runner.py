@@ -1,0 +1,163 @@
+"""The loop of `simba-fx eval`: every measurement is on disk as soon as it is made, and is not made twice."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from simba_fx.bench import measure, models, results
+from simba_fx.bench.runner import DTYPES
+from simba_fx.evaluation import statistics
+from simba_fx.evaluation.needles import Search, searches
+from simba_fx.evaluation.options import Options
+from simba_fx.evaluation.records import Records
+from simba_fx.evaluation.rivals import Rival, rivals_of
+from simba_fx.evaluation.texts import documents, encoder_of, windows
+
+__all__ = ["Run"]
+
+
+class Run:
+    """One run: `Run(options)()` gives everything that was measured, as JSON holds it."""
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self.begun = time.perf_counter()
+        self.done = 0
+
+    def __call__(self) -> dict[str, Any]:
+        o = self.options
+        if o.threads is not None:
+            torch.set_num_threads(o.threads)
+        models.quiet()
+        device = torch.device(o.device)
+        self.say(f"reading {o.model} and the texts")
+        model = models.build(o.model, device, DTYPES[o.dtype])
+        encode = encoder_of(o.model, model.config.vocab_size)
+        texts = documents(o.texts, encode, o.lengths[-1] + 1)
+        rows = windows(texts, o.windows, o.lengths[-1] + 1, o.seed)
+        self.rivals = rivals_of(model, o)
+        self.records = Records(o.out / "measured.jsonl", self._subject(rows))
+        near = sum(length > o.near + o.last for length in o.lengths)
+        self.total = (len(o.lengths) * len(self.rivals) + near) * len(rows)
+        self.total += len(o.lengths) * len(self.rivals) * o.needles * len(o.depths)
+        found: dict[str, Any] = {
+            "environment": measure.environment(device),
+            "options": o.to_dict(),
+            "model": {"name": models.title(o.model), "parameters": models.weights(model)},
+            "windows": len(rows),
+            "text": [],
+            "needles": [],
+        }
+        for length in o.lengths:
+            found["text"] += self._text(length, rows[:, -length - 1 :].to(device))
+            results.save(found, o.out / "results.json")
+        for length in o.lengths if o.needles else ():
+            drawn = list(searches(texts, encode, length, o.depths, o.needles, o.pairs, o.style, o.seed))
+            found["needles"] += self._needles(length, drawn, device)
+            results.save(found, o.out / "results.json")
+        return found
+
+    def _subject(self, rows: Tensor) -> dict[str, Any]:
+        o = self.options
+        text = hashlib.sha256(rows.numpy().tobytes()).hexdigest()[:16]
+        return {"model": models.title(o.model), "text": text, "last": o.last, "seed": o.seed, "dtype": o.dtype,
+                "pairs": o.pairs, "style": o.style}  # fmt: skip
+
+    def say(self, text: str) -> None:
+        print(f"[{time.perf_counter() - self.begun:6.1f} s] {text}", file=sys.stderr, flush=True)
+
+    def _advance(self, steps: int, what: str, last: bool) -> None:
+        """`last`: of what is measured; a file, unlike a terminal, gets one line for it."""
+        self.done += steps
+        if not (last or sys.stderr.isatty()):
+            return
+        spent, share = time.perf_counter() - self.begun, self.done / self.total
+        bar = "█" * int(24 * share)
+        end = "\r" if sys.stderr.isatty() and self.done < self.total else "\n"
+        line = f"[{bar:24}] {100 * share:5.1f} %  {spent:5.0f} s, {spent / share - spent:5.0f} s to go  {what}"
+        print(f"{line:110}", end=end, file=sys.stderr, flush=True)
+
+    def _aimed(self, rival: Rival, ids: Tensor, last: int) -> None:
+        """Give a baseline the FLOPs of its schedule."""
+        if rival.aim is not None:
+            rival.tokens = None
+            leader = next(other for other in self.rivals if other.kind == "sparse" and other.schedule == rival.schedule)
+            rival.says = rival.aim(rival, ids, last, leader.cost(ids, last))
+            rival.flops.clear()
+
+    # --- loss on text ---------------------------------------------------------------------------------------------
+
+    def _losses(self, rival: Rival, length: int, ids: Tensor, name: str) -> tuple[Tensor, dict[str, Any]]:
+        """`(windows, last)` and what else is known of it."""
+        last = self.options.last
+        known = self.records.get("text", name, length)
+        if known is None:
+            self._aimed(rival, ids, last)
+            parts = torch.split(ids, max(1, self.options.batch // length))
+            measured = []
+            for rows in parts:
+                measured.append(rival.scores(rows, last)[0].cpu())
+                self._advance(len(rows), f"{name}, {length} tokens", rows is parts[-1])
+            losses = [[round(x, 5) for x in row] for row in torch.cat(measured).tolist()]
+            known = self.records.put("text", name, length, losses=losses, flops=rival.cost(ids, last), says=rival.says)
+        else:
+            self._advance(len(ids), f"{name}, {length} tokens", True)
+        return torch.tensor(known["losses"]), known
+
+    def _text(self, length: int, ids: Tensor) -> Iterator[dict[str, Any]]:
+        o, dense = self.options, self.rivals[0]
+        base, about = self._losses(dense, length, ids, "dense")
+        chosen = torch.zeros_like(base, dtype=torch.bool)
+        if length > o.near + o.last:
+            near = self._losses(dense, o.near + o.last, ids[:, -o.near - o.last - 1 :], "dense, near")[0]
+            chosen = (near - base > o.gain) & (base < o.gain)
+        for rival in self.rivals:
+            losses, known = (base, about) if rival is dense else self._losses(rival, length, ids, rival.name)
+            row = {
+                "length": length, "name": rival.name, "kind": rival.kind, "schedule": rival.schedule,
+                "criterion": rival.criterion, "says": known["says"], "flops": known["flops"],
+                "share": known["flops"] / about["flops"], "loss": float(losses.mean()),
+                "more": _told(statistics.paired(losses, base)), "far": _told(statistics.paired(losses, base, chosen)),
+                "far_share": float(chosen.double().mean()),
+                "far_loss": float(losses[chosen].mean()) if chosen.any() else None,
+            }  # fmt: skip
+            yield row
+
+    # --- needles ----------------------------------------------------------------------------------------------------
+
+    def _needles(self, length: int, drawn: list[Search], device: torch.device) -> Iterator[dict[str, Any]]:
+        depths = torch.tensor([search.depth for search in drawn])
+        for rival in self.rivals:
+            known = self.records.get("needles", rival.name, length)
+            if known is None:
+                hits: list[bool] = []
+                for search in drawn:
+                    ids = search.ids.to(device)
+                    if rival.aim is not None and not hits:
+                        self._aimed(rival, ids, search.answer)
+                    hits.append(bool(rival.scores(ids, search.answer)[1].all()))
+                    self._advance(1, f"needles, {rival.name}, {length} tokens", search is drawn[-1])
+                cost = rival.cost(ids, search.answer)
+                known = self.records.put("needles", rival.name, length, found=hits, flops=cost, says=rival.says)
+            else:
+                self._advance(len(drawn), f"needles, {rival.name}, {length} tokens", True)
+            hits_tensor = torch.tensor(known["found"])
+            dense = self.records.get("needles", "dense", length)
+            assert dense is not None  # it comes first
+            yield {
+                "length": length, "name": rival.name, "kind": rival.kind, "schedule": rival.schedule,
+                "criterion": rival.criterion, "says": known["says"], "share": known["flops"] / dense["flops"],
+                "accuracy": _told(statistics.share(hits_tensor)),
+                "by_depth": {str(d): float(hits_tensor[depths == d].double().mean()) for d in self.options.depths},
+            }  # fmt: skip
+
+
+def _told(estimate: statistics.Estimate | None) -> dict[str, float] | None:
+    return None if estimate is None else vars(estimate)
