@@ -129,10 +129,12 @@ def keep_contract(module: nn.Module, owner: nn.Module, inputs: Mapping[str, Any]
 @contextlib.contextmanager
 def _undisturbed(module: nn.Module) -> Iterator[None]:
     """What modules write on themselves meanwhile is gone afterwards."""
-    before = {inner: dict(vars(inner)) for inner in module.modules()}
+    dicts = [vars(inner) for inner in module.modules()]
+    dicts += [held for inner in dicts for held in inner.values() if isinstance(held, dict)]  # hooks stand in these
+    before = [(held, dict(held)) for held in dicts]
     try:
         yield
     finally:
-        for inner, held in before.items():
-            vars(inner).clear()
-            vars(inner).update(held)
+        for held, items in before:
+            held.clear()
+            held.update(items)

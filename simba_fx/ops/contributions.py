@@ -32,8 +32,9 @@ def over_channels(weight: Tensor, values: Tensor, criterion: str) -> Tensor:
 
 def _norm(values: Tensor) -> Tensor:
     """Over the last dimension, in float32, without a copy in float32."""
-    found: Tensor = torch.linalg.vector_norm(values, dim=-1, dtype=torch.float32)
-    return found
+    wide = values.dtype if values.dtype.itemsize > 4 else torch.float32
+    found: Tensor = torch.linalg.vector_norm(values, dim=-1, dtype=wide)
+    return found.float()
 
 
 def reduced(contributions: Tensor, criterion: str) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import recurrences as known
 import torch
-from models import VOCABULARY, tokens
+from models import BY_NAME, VOCABULARY, tokens
 from recurrences import LINEAR, OTHERS, random
 from reference import assert_close
 from torch import Tensor, nn
@@ -474,3 +474,12 @@ def test_a_graph_whose_function_cannot_be_imported_says_so() -> None:
     call = call_of("GLA", random(*LINEAR["GLA"][2]), function="no_such_module:scan")
     with pytest.raises(SimbaError, match="A graph calls scan of no_such_module, which cannot be imported here"):
         OPS.recurrence(**call)
+
+
+@pytest.mark.parametrize("name", ["bamba", "qwen3-next"])
+def test_the_run_that_examines_functions_leaves_nothing_on_the_model(name: str) -> None:
+    """transformers puts hooks on modules for hidden states; those of the run before a trace counted twice in it."""
+    model = BY_NAME[name].make().eval()
+    sparse = simba_fx.transform(model, "linear")
+    found = sparse(input_ids=tokens(1, 2, 37), output_hidden_states=True).hidden_states
+    assert len(found) == model.config.num_hidden_layers + 1
