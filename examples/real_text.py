@@ -1,4 +1,7 @@
-"""Python source that the example checkpoint has never seen, read from installed packages when it is asked for."""
+"""Python source that the example checkpoint has never seen, read from installed packages when it is asked for.
+
+simba-fx eval examples/mamba-py-3m --text $(python examples/real_text.py)
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,12 @@ from torch import Tensor
 UNSEEN = ("pip", "pytest", "_pytest", "hypothesis", "jinja2")
 """Installed packages outside the checkpoint's training list; jinja2 comes with torch."""
 SHORTEST = 2000  # bytes: shorter files are mostly licence headers and imports
+
+
+def folders(packages: tuple[str, ...] = UNSEEN) -> list[Path]:
+    """Where those packages that are installed stand."""
+    found = (PathFinder.find_spec(package) for package in packages)  # not importlib.util: it runs setuptools' finder
+    return [Path(spec.origin).parent for spec in found if spec is not None and spec.origin is not None]
 
 
 def sources(packages: tuple[str, ...] = UNSEEN) -> list[bytes]:
@@ -35,3 +44,7 @@ def windows(count: int, length: int, seed: int = 0) -> Tensor:
     if len(rows) < count:
         raise SystemExit(f"found {len(rows)} source files longer than {length} bytes in {UNSEEN}, expected {count}")
     return torch.stack(rows)
+
+
+if __name__ == "__main__":
+    print(*folders())

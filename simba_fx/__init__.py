@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from simba_fx.api import answer, explain, kept, lengths, program, reached, tail, transform
     from simba_fx.capture.lift import register_scan
     from simba_fx.capture.recurrences import LinearRecurrence, register_recurrence
+    from simba_fx.evaluation.calibration import calibrate
     from simba_fx.ops.operands import DeltaScan, SelectiveScan, SSDScan
     from simba_fx.reporting import report
     from simba_fx.saving import load, save
@@ -36,6 +37,7 @@ __all__ = [
     "SelectiveScan",
     "Stages",
     "answer",
+    "calibrate",
     "errors",
     "explain",
     "kept",
@@ -55,6 +57,7 @@ _HOMES = {
     "api": ("answer", "explain", "kept", "lengths", "program", "reached", "tail", "transform"),
     "capture.lift": ("register_scan",),
     "capture.recurrences": ("LinearRecurrence", "register_recurrence"),
+    "evaluation.calibration": ("calibrate",),
     "ops.operands": ("DeltaScan", "SSDScan", "SelectiveScan"),
     "reporting": ("report",),
     "saving": ("load", "save"),

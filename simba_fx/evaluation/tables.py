@@ -17,8 +17,8 @@ def markdown(found: dict[str, Any]) -> str:
         "",
         f"* model: {found['model']['name']}, {found['model']['parameters'] / 1e6:.3g} M parameters, {o['dtype']}",
         f"* {where['machine']}, torch {where['versions']['torch']}; {where['date']}",
-        f"* text: {found['windows']} windows; loss in nats of the last {o['last']} tokens, which choose nothing of what "
-        "is kept",
+        f"* text: {found['windows']} windows; loss in nats of the last {o['last']} tokens, which choose nothing of "
+        "what is kept",
         "* differences are to the dense model, window by window, ± one standard error over windows",
         f"* *far*: tokens that cost the dense model less than {o['gain']:g} nats with the whole context, and more than "
         f"{o['gain']:g} nats more with {o['near']} to {o['near'] + o['last']} of its tokens",

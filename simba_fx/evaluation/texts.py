@@ -46,7 +46,11 @@ def documents(paths: Iterable[str], encode: Callable[[str], list[int]], least: i
     for path in map(Path, paths):
         if not path.exists():
             raise EvalError(f"--text expects files or folders; found nothing at {path}.")
-        files += sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+        files += (
+            sorted(file for file in path.rglob("*") if file.is_file() and file.suffix != ".pyc")
+            if path.is_dir()
+            else [path]
+        )
     found = []
     for file in files:
         if file.stat().st_size <= least:  # a token is a byte, or more
