@@ -40,7 +40,7 @@ def add_commands(commands: Any) -> None:
     add("--warmup", type=int, default=3, help="untimed calls before them (3)")
     add("--head", choices=("last", "all"), default="last", help="logits of the last token, as a prompt needs them (the "
         "default), or of all tokens")  # fmt: skip
-    add("--criterion", default="simba", help="what tokens are scored by (simba)")
+    add("--criterion", default="simba", help="what tokens are scored by, a span behind a slash: simba-l2/31 (simba)")
     add("--original", action="store_true", help="time the model as transformers runs it as well (slow on a CPU)")
     add("--decode", type=int, default=0, metavar="N", help="generate N tokens and time each")
     add("--fresh-cache", action="store_true", help="every first call compiles with an empty cache")

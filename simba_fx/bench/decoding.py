@@ -36,7 +36,8 @@ class _Times:
 def decode(model: Any, name: str, ids: Tensor, options: Options) -> list[Row]:
     """Time greedy `generate`, uncompiled, dense and with the first schedule in turns; the first round warms up."""
     schedules: dict[str, Any] = {"dense": "dense"} | {text: parse_schedule(text) for text in options.schedules[:1]}
-    models = {text: simba_fx.transform(model, plan, criterion=options.criterion) for text, plan in schedules.items()}
+    scored = options.scored()
+    models = {text: simba_fx.transform(model, plan, **scored) for text, plan in schedules.items()}
     seconds: dict[str, list[float]] = {text: [] for text in models}
     for round_ in range(3):
         for text, one in models.items():

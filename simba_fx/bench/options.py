@@ -11,11 +11,38 @@ from typing import Any
 
 from simba_fx.errors import SimbaError
 
-__all__ = ["MODES", "PEERS", "BenchError", "Mode", "Options", "parse_schedule"]
+__all__ = ["MODES", "PEERS", "BenchError", "Criterion", "Mode", "Options", "parse_schedule"]
 
 
 class BenchError(SimbaError, ValueError):
     """Options of a benchmark that cannot be run."""
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """A criterion as it is written on a command line: `simba`, or `simba-l2/31` with a span."""
+
+    name: str
+    span: int = 1
+
+    @staticmethod
+    def parse(text: str) -> Criterion:
+        """Raises: BenchError, CriterionError, SimbaError for what `transform` refuses."""
+        from simba_fx.options import Options as Transformed
+        from simba_fx.schedule import Dense
+
+        name, slash, span = text.partition("/")
+        if slash and not span.isdecimal():
+            raise BenchError(
+                "A criterion is a name, with a span behind a slash where scores are pooled; found "
+                f"{text!r}. Write for example simba-l2/31."
+            )
+        found = Criterion(name, int(span) if slash else 1)
+        Transformed(Dense(), found.name, span=found.span)
+        return found
+
+    def __str__(self) -> str:
+        return self.name if self.span == 1 else f"{self.name}/{self.span}"
 
 
 @dataclass(frozen=True)
@@ -82,13 +109,17 @@ class Options:
     threads: int | None
     out: Path
 
+    def scored(self) -> dict[str, Any]:
+        """How tokens are scored, as options of `transform`."""
+        criterion = Criterion.parse(self.criterion)
+        return {"criterion": criterion.name, "span": criterion.span}
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self) | {"out": self.out.name}
 
     def check(self) -> None:
         """Raises: BenchError for what cannot be run, in a sentence."""
         from simba_fx.bench.models import PURE, check_model
-        from simba_fx.options import CRITERIA
 
         for name in self.models:
             kind = check_model(name, self.layers)
@@ -97,8 +128,7 @@ class Options:
                     f"--peers {pure[0]} is measured on models whose blocks are all alike ({', '.join(PURE)}); found "
                     f"{name}, a {kind}. Leave it out."
                 )
-        if self.criterion not in CRITERIA:
-            raise BenchError(f"--criterion expects one of {', '.join(CRITERIA)}; found {self.criterion!r}.")
+        Criterion.parse(self.criterion)
         for text in self.schedules:
             parse_schedule(text)
         if importlib.util.find_spec("transformers") is None:

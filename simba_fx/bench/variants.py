@@ -79,7 +79,7 @@ def variants_of(model: Any, mode: Mode, options: Options) -> list[Variant]:
     found = [Variant("dense", "dense", "every token enters every block", dense, compiled(dense, mode))]
     for text in options.schedules:
         schedule = parse_schedule(text)
-        sparse = simba_fx.transform(model, schedule, criterion=options.criterion, compile=mode.compile)  # type: ignore[arg-type]
+        sparse = simba_fx.transform(model, schedule, **options.scored(), compile=mode.compile)  # type: ignore[arg-type]
         found.append(Variant(text, "schedule", repr(schedule), sparse, compiled(sparse, mode)))
     if options.original:
         says = "the model as transformers runs it, without simba_fx"

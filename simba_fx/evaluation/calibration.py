@@ -36,7 +36,7 @@ class Calibration:
     predicted: float
     """Nats per token over the dense model that the solved schedule was expected to lose."""
     candidates: dict[str, tuple[Explicit, float, statistics.Estimate]]
-    """"solved", and the simple schedules of the same cost: the schedule, its FLOPs over the dense model's (head and scorer
+    """"solved", and simple schedules of the same cost: the schedule, its FLOPs over the dense model's (head and scorer
     included), and the loss over the dense model's that was measured."""
     damage: dict[int, dict[float, float]]
     """Block -> share -> nats per token lost if so many tokens enter this block and all behind it, and all before it."""

@@ -18,10 +18,10 @@ from simba_fx.evaluation.options import EvalError
 __all__ = ["Search", "searches"]
 
 _TEMPLATES = {
-    "code": ('TOKEN_{key} = "{value}"\n', 'assert TOKEN_{key} == "', "0123456789abcdef"),
+    "code": ('TOKEN_{key} = "{value}"\n', '\nassert TOKEN_{key} == "', "0123456789abcdef"),
     "prose": (
         "The special magic number for {key} is: {value}.\n",
-        "What is the special magic number for {key}? The special magic number for {key} is: ",
+        "\nWhat is the special magic number for {key}? The special magic number for {key} is: ",
         "0123456789",
     ),
 }

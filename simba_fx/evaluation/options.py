@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from simba_fx.bench.options import parse_schedule
+from simba_fx.bench.options import Criterion, parse_schedule
 from simba_fx.errors import SimbaError
 
-__all__ = ["BASELINES", "STYLES", "Criterion", "EvalError", "Options"]
+__all__ = ["BASELINES", "STYLES", "EvalError", "Options"]
 
 BASELINES = ("left-truncation", "layer-drop")
 STYLES = ("code", "prose")
@@ -19,28 +19,6 @@ STYLES = ("code", "prose")
 
 class EvalError(SimbaError, ValueError):
     """Options of an evaluation that cannot be run."""
-
-
-@dataclass(frozen=True)
-class Criterion:
-    """A criterion as it is written on the command line: `simba`, or `simba-l2/31` with a span."""
-
-    name: str
-    span: int = 1
-
-    @staticmethod
-    def parse(text: str) -> Criterion:
-        """Raises: EvalError."""
-        name, slash, span = text.partition("/")
-        if slash and not span.isdecimal():
-            raise EvalError(
-                f"--criteria expects names, with a span behind a slash where scores are pooled; found {text!r}. Write "
-                "for example simba-l2/31."
-            )
-        return Criterion(name, int(span) if slash else 1)
-
-    def __str__(self) -> str:
-        return self.name if self.span == 1 else f"{self.name}/{self.span}"
 
 
 @dataclass(frozen=True)
@@ -83,16 +61,14 @@ class Options:
 
     def check(self) -> None:
         """Raises: EvalError, BenchError, ScheduleError, CriterionError for what cannot be run, in a sentence."""
-        from simba_fx.options import Options as Transformed
-
         if importlib.util.find_spec("transformers") is None:
             raise EvalError("Models are read with transformers; install it: pip install simba-fx[hf].")
         if not self.texts:
             raise EvalError("--text expects files, or folders, to read; found none. Name what your model is used on.")
         for text in self.schedules:
-            schedule = parse_schedule(text)
-            for criterion in map(Criterion.parse, self.criteria):
-                Transformed(schedule, criterion.name, span=criterion.span)
+            parse_schedule(text)
+        for text in self.criteria:
+            Criterion.parse(text)
         _at_least("--lengths", self.lengths, 8)
         _at_least("--last", (self.last,), 1)
         _at_least("--windows", (self.windows,), 2)

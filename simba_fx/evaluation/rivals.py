@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 
 import simba_fx
 from simba_fx.bench import models
-from simba_fx.bench.options import parse_schedule
+from simba_fx.bench.options import Criterion, parse_schedule
 from simba_fx.bench.peers import (
     blocks_for,
     dense_flops,
@@ -26,7 +26,7 @@ from simba_fx.bench.peers import (
     measured_flops,
     tokens_for,
 )
-from simba_fx.evaluation.options import Criterion, EvalError, Options
+from simba_fx.evaluation.options import EvalError, Options
 
 __all__ = ["Rival", "rivals_of"]
 

@@ -20,7 +20,10 @@ from simba_fx.evaluation.records import Records
 from simba_fx.evaluation.rivals import Rival, rivals_of
 from simba_fx.evaluation.texts import documents, encoder_of, windows
 
-__all__ = ["Run"]
+__all__ = ["KNOWN", "Run"]
+
+KNOWN = 2.0
+"""Nats below which the dense model knows a token, given the whole context (LongPPL, Fang et al. 2024)."""
 
 
 class Run:
@@ -117,7 +120,7 @@ class Run:
         chosen = torch.zeros_like(base, dtype=torch.bool)
         if length > o.near + o.last:
             near = self._losses(dense, o.near + o.last, ids[:, -o.near - o.last - 1 :], "dense, near")[0]
-            chosen = (near - base > o.gain) & (base < o.gain)
+            chosen = (near - base > o.gain) & (base < KNOWN)
         for rival in self.rivals:
             losses, known = (base, about) if rival is dense else self._losses(rival, length, ids, rival.name)
             row = {

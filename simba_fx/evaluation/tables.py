@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from simba_fx.bench.tables import table
+from simba_fx.evaluation.runner import KNOWN
 
 __all__ = ["markdown"]
 
@@ -20,7 +21,7 @@ def markdown(found: dict[str, Any]) -> str:
         f"* text: {found['windows']} windows; loss in nats of the last {o['last']} tokens, which choose nothing of "
         "what is kept",
         "* differences are to the dense model, window by window, ± one standard error over windows",
-        f"* *far*: tokens that cost the dense model less than {o['gain']:g} nats with the whole context, and more than "
+        f"* *far*: tokens that cost the dense model less than {KNOWN:g} nats with the whole context, and more than "
         f"{o['gain']:g} nats more with {o['near']} to {o['near'] + o['last']} of its tokens",
         "* FLOPs: of one row over those of the dense model, scorer included, counted on the call",
         "",

@@ -306,7 +306,7 @@ def test_named_models_have_their_published_sizes(name: str, millions: int) -> No
         (["--fresh-cache", "--modes", "eager"], "only uncompiled modes"),
         (["--peers", "utrc", "--schedules"], "found no schedule"),
         (["--model", "bamba-tiny", "--peers", "utrc"], "whose blocks are all alike"),
-        (["--criterion", "best"], "--criterion expects one of simba"),
+        (["--criterion", "best"], "Unknown criterion 'best': expected one of 'simba'"),
         (["--repeats", "1"], "--repeats expects whole numbers of at least 2; found 1"),
         (["--decode", "2"], "at least 3 tokens"),
         (["--device", "tpu"], "--device expects cpu or cuda"),

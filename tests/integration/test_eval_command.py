@@ -1,0 +1,264 @@
+"""`simba-fx eval` and `calibrate`: every number against one that is computed here, on the trained checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from models import CHECKPOINT
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import MambaForCausalLM
+
+import simba_fx
+from simba_fx import cli
+from simba_fx.errors import SimbaError
+from simba_fx.evaluation import statistics, tables
+from simba_fx.evaluation.needles import searches
+from simba_fx.evaluation.texts import windows
+from simba_fx.schedule import Explicit
+
+TEXT = Path(__file__).parent.parent
+LENGTH, LAST, WINDOWS, NEAR = 160, 20, 4, 32
+ARGUMENTS = ["eval", str(CHECKPOINT), "--text", str(TEXT / "unit"), "--lengths", str(LENGTH), "--last", str(LAST),
+             "--windows", str(WINDOWS), "--schedules", "0.5", "--criteria", "simba-l2/5", "recent", "--near", str(NEAR),
+             "--gain", "0.2", "--baselines", "left-truncation", "layer-drop", "--device", "cpu"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out: Path = tmp_path_factory.mktemp("eval")
+    assert cli.main([*ARGUMENTS, "--needles", "2", "--depths", "0", "1", "--pairs", "2", "--out", str(out)]) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def results(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "results.json").read_text())
+    return found
+
+
+@pytest.fixture(scope="module")
+def rows() -> Tensor:
+    files = sorted(file for file in (TEXT / "unit").rglob("*") if file.is_file() and file.suffix != ".pyc")
+    texts = [torch.tensor(list(file.read_bytes())) for file in files if file.stat().st_size > LENGTH + 1]
+    return windows(texts, WINDOWS, LENGTH + 1, 0)
+
+
+def losses(model: torch.nn.Module, rows: Tensor) -> Tensor:
+    with torch.no_grad():
+        logits = model(rows[:, :-1]).logits[:, -LAST:]
+    return cross_entropy(logits.transpose(1, 2), rows[:, -LAST:], reduction="none")
+
+
+def of(results: dict[str, Any], name: str) -> dict[str, Any]:
+    return next(row for row in results["text"] if row["name"] == name)
+
+
+def test_losses_are_those_of_the_models_themselves(results: dict[str, Any], rows: Tensor) -> None:
+    model = MambaForCausalLM.from_pretrained(CHECKPOINT).eval()
+    dense = losses(model, rows)
+    assert of(results, "dense")["loss"] == pytest.approx(float(dense.mean()), abs=1e-4)
+    sparse = simba_fx.transform(model, 0.5, criterion="simba-l2", span=5)
+    with simba_fx.tail(sparse, LAST):
+        over = (losses(sparse, rows) - dense).mean(1).numpy()
+    row = of(results, "0.5, simba-l2/5")
+    assert row["more"]["value"] == pytest.approx(over.mean(), abs=1e-4)
+    assert row["more"]["error"] == pytest.approx(over.std(ddof=1) / np.sqrt(WINDOWS), abs=1e-4)
+    short = of(results, "left-truncation at the cost of 0.5")
+    tokens = int(short["says"].split()[6])
+    assert LAST < tokens < LENGTH
+    over = (losses(model, rows[:, -tokens - 1 :]) - dense).mean(1).numpy()
+    assert short["more"]["value"] == pytest.approx(over.mean(), abs=1e-4)
+
+
+def test_far_tokens_are_chosen_by_the_dense_model(results: dict[str, Any], rows: Tensor) -> None:
+    model = MambaForCausalLM.from_pretrained(CHECKPOINT).eval()
+    dense, near = losses(model, rows), losses(model, rows[:, -NEAR - LAST - 1 :])
+    chosen = (near - dense > 0.2) & (dense < 2)
+    assert 0 < int(chosen.sum()) < chosen.numel()
+    sparse = simba_fx.transform(model, 0.5, criterion="recent")
+    with simba_fx.tail(sparse, LAST):
+        over = losses(sparse, rows) - dense
+    row = of(results, "0.5, recent")
+    assert row["far_share"] == pytest.approx(float(chosen.double().mean()))
+    assert row["far"]["n"] == int(chosen.sum())
+    assert row["far"]["value"] == pytest.approx(float(over[chosen].mean()), abs=1e-3)
+
+
+def test_rivals_cost_what_the_first_criterion_costs(results: dict[str, Any]) -> None:
+    leader = of(results, "0.5, simba-l2/5")
+    assert 0.4 < leader["share"] < 0.7
+    assert of(results, "left-truncation at the cost of 0.5")["share"] == pytest.approx(leader["share"], abs=0.01)
+    blocks = of(results, "layer-drop at the cost of 0.5")
+    assert blocks["share"] == pytest.approx(leader["share"], abs=0.06)  # a twelfth is a block
+    assert of(results, "0.5, recent")["share"] < leader["share"], "it has no scorer"
+    sparse = simba_fx.transform(MambaForCausalLM.from_pretrained(CHECKPOINT).eval(), 0.5, criterion="simba-l2", span=5)
+    with simba_fx.tail(sparse, LAST):
+        total = simba_fx.report(sparse, torch.ones(1, LENGTH, dtype=torch.int64), logits_to_keep=LAST).total
+    assert leader["flops"] == pytest.approx(total.sparse_with_scorer, rel=0.01)
+
+
+def test_tables_and_pictures_are_written(folder: Path, results: dict[str, Any]) -> None:
+    text = (folder / "table.md").read_text()
+    assert text == tables.markdown(results)
+    for row in results["text"][1:]:
+        assert f"| {row['name']} | {row['share']:.3f} |" in text
+    assert "4 windows" in text
+    assert "one needle of 2 asked for: accuracy over 4 searches" in text
+    for picture in ("compute.png", "needles.png"):
+        assert (folder / picture).stat().st_size > 10_000
+
+
+def test_a_run_that_was_stopped_goes_on(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = folder / "measured.jsonl"
+    whole, before = log.read_text(), (folder / "results.json").read_text()
+    lines = whole.splitlines(keepends=True)
+    log.write_text("".join(lines[:4]) + lines[4][:30])  # the last line was cut off
+    assert cli.main([*ARGUMENTS, "--needles", "2", "--depths", "0", "1", "--pairs", "2", "--out", str(folder)]) == 0
+    after = json.loads((folder / "results.json").read_text())
+    assert after["text"] == json.loads(before)["text"]
+    assert after["needles"] == json.loads(before)["needles"]
+    assert sorted(log.read_text().splitlines()) == sorted(whole.splitlines())
+    capsys.readouterr()
+    assert cli.main([*ARGUMENTS, "--seed", "1", "--out", str(folder)]) == 2
+    assert "measurements of another run (text, seed" in capsys.readouterr().err
+
+
+def test_needles_stand_where_they_should() -> None:
+    text = torch.tensor(list(("x" * 19 + "\n").encode() * 100))
+    encode = lambda text: list(text.encode())  # noqa: E731
+    for search in searches([text], encode, 400, [0.0, 0.5, 1.0], 3, 3, "code", 0):
+        ids = bytes(search.ids[0].tolist())
+        assert len(ids) == 400 + search.answer
+        question, answer = ids[: -search.answer], ids[-search.answer :].decode()
+        line = question.rpartition(b"\n")[2].decode()
+        assert line.startswith("assert TOKEN_")
+        assert line.endswith(' == "')
+        planted = f'TOKEN_{line[13]} = "{answer}"\n'.encode()
+        assert question.count(planted) == 1
+        assert question.count(b"TOKEN_") == 4
+        assert question.index(planted) / len(question) == pytest.approx(search.depth, abs=0.2)
+    with pytest.raises(SimbaError, match="texts of at least 4000 tokens; found none"):
+        list(searches([text], encode, 4000, [0.0], 1, 1, "code", 0))
+
+
+def test_windows_do_not_overlap_and_come_from_all_texts() -> None:
+    texts = [torch.arange(1000 * i, 1000 * i + 95) for i in range(4)]
+    found = windows(texts, 100, 30, seed=3)
+    assert len(found) == 12
+    assert len(found.unique()) == 12 * 30
+    assert {int(row[0]) // 1000 for row in found[:4]} == {0, 1, 2, 3}
+    with pytest.raises(SimbaError, match="holds 0 windows of 200 tokens; expected at least 2"):
+        windows(texts, 4, 200, seed=0)
+
+
+def test_the_error_of_a_ratio_is_that_of_repeated_draws() -> None:
+    """Against the spread of the ratio over many samples of windows, which have few and many such tokens."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(n: int) -> tuple[Tensor, Tensor]:
+        counts = torch.randint(0, 9, (n,), generator=generator)
+        centre = 0.3 + 0.1 * torch.randn(n, generator=generator, dtype=torch.float64)
+        return centre * counts, counts
+
+    estimates = [statistics.ratio(*draw(40)) for _ in range(2000)]
+    values = np.array([e.value for e in estimates if e])
+    assert np.mean([e.error for e in estimates if e]) == pytest.approx(values.std(), rel=0.1)
+    assert statistics.ratio(torch.tensor([1.0, 0.0]), torch.tensor([3, 0])) is None
+    half = statistics.share(torch.tensor([True, False] * 50))
+    assert (half.value, half.n) == (0.5, 100)
+    assert half.error == pytest.approx(0.05)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (["--criteria", "simba/x"], "with a span behind a slash where scores are pooled; found 'simba/x'"),
+        (["--criteria", "simba-l3"], "Unknown criterion 'simba-l3'"),
+        (["--criteria", "recent/5"], "span=5 pools the scores of scans; criterion 'recent'"),
+        (["--lengths", "20"], "expected more than --last 20, found 20"),
+        (["--windows", "1"], "--windows expects whole numbers of at least 2; found 1"),
+        (["--text", "nowhere"], "--text expects files or folders; found nothing at nowhere"),
+        (["--schedules", "1.5"], "1.5"),
+        (["--against", "mamba-tiny"], "has a vocabulary of 61, the model one of 256"),
+        (["--depths", "2"], "--depths expects shares of the context"),
+        (["--lengths", "9000000"], "holds 0 windows of 9000001 tokens"),
+    ],
+)
+def test_what_cannot_be_run_is_refused(
+    change: list[str], told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main([*ARGUMENTS, *change, "--out", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert told in said
+    assert "Traceback" not in said
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = "import sys; from simba_fx import cli; cli.parser(); print({'torch', 'transformers'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
+
+
+# --- calibrate -------------------------------------------------------------------------------------------------------
+
+
+def test_calibrate_measures_solves_and_checks(rows: Tensor) -> None:
+    model = MambaForCausalLM.from_pretrained(CHECKPOINT).eval()
+    found = simba_fx.calibrate(model, rows, 0.7, last=LAST, shares=(0.6, 0.3), span=5)
+    dense = losses(model, rows)
+    assert found.dense_loss == pytest.approx(float(dense.mean()), abs=1e-4)
+    assert list(found.damage) == list(range(1, 12))
+    sparse = simba_fx.transform(model, Explicit([1] * 7 + [0.3] * 5), criterion="simba-l2", span=5)
+    with simba_fx.tail(sparse, LAST):
+        assert found.damage[7][0.3] == pytest.approx(float((losses(sparse, rows) - dense).mean()), abs=1e-4)
+    for name, (schedule, cost, loss) in found.candidates.items():
+        assert cost <= 0.7
+        assert name in str(found)
+        sparse = simba_fx.transform(model, schedule, criterion="simba-l2", span=5)
+        with simba_fx.tail(sparse, LAST):
+            told = simba_fx.report(sparse, rows[:1, :-1], logits_to_keep=LAST)
+            assert loss.value == pytest.approx(float((losses(sparse, rows) - dense).mean()), abs=1e-4), name
+        assert cost == pytest.approx(told.total.share, abs=0.005), name
+    assert found.schedule == min(found.candidates.values(), key=lambda held: held[2].value)[0]
+
+
+def test_the_solved_schedule_is_the_best_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against every non-increasing choice of shares, on a cost and damages that are made up."""
+    import itertools
+
+    from simba_fx.evaluation import calibration
+
+    draw = np.random.default_rng(0)
+    shares = (1.0, 0.6, 0.3)
+    flops = dataclasses.make_dataclass("Flops", ["blocks", "scores", "before", "head"])(
+        [lambda n, w=w: int(w * n) for w in (5, 9, 2, 7, 4)], [lambda n: n] * 5, lambda n: 0, lambda n: 3 * n
+    )
+    cost = calibration._Cost(flops, 100000, 1, 5, 1)
+    monkeypatch.setattr(calibration._Cost, "dense", lambda self: 27 * 100000 + 3 * 100000)
+    for budget in (0.56, 0.7, 0.9):
+        damage = {place: dict(zip(shares[1:], sorted(draw.random(2)))) for place in range(1, 5)}
+        lost, chosen = calibration._solve(damage, cost, shares, budget)
+        every = []
+        for choice in itertools.product(shares, repeat=4):
+            if list(choice) == sorted(choice, reverse=True) and cost.places(choice) <= budget:
+                held = [{1.0: 0.0, **damage[place]} for place in range(1, 5)]
+                steps = zip((1.0, *choice), choice, held)
+                every.append(sum(max(0.0, harm[after] - harm[before]) for before, after, harm in steps))
+        assert cost.places(chosen) <= budget
+        assert lost == pytest.approx(min(every), abs=0.02)
+
+
+def test_calibrate_refuses_what_it_cannot_do(rows: Tensor) -> None:
+    model = MambaForCausalLM.from_pretrained(CHECKPOINT).eval()
+    with pytest.raises(SimbaError, match=r"windows \(n, L \+ 1\), n at least 2"):
+        simba_fx.calibrate(model, rows[:1])
+    with pytest.raises(SimbaError, match=r"no schedule within budget=0\.2; the least of shares=0\.7 costs 0\.7"):
+        simba_fx.calibrate(model, rows, 0.2, last=LAST, shares=(0.7,))
