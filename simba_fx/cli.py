@@ -1,4 +1,4 @@
-"""The command `simba-fx`: `bench`, `compile-modes`, `eval`. Nothing heavy is imported to parse or to help."""
+"""The command `simba-fx`: `bench`, `compile-modes`, `eval`, `page`. Nothing heavy is imported to parse or to help."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import os
 import sys
 from collections.abc import Sequence
 
-from simba_fx.bench.cli import add_commands
+from simba_fx.bench import cli as bench
 from simba_fx.errors import SimbaError
-from simba_fx.evaluation.cli import add_command
+from simba_fx.evaluation import cli as evaluation
 
 __all__ = ["main", "parser"]
 
@@ -19,8 +19,8 @@ def parser() -> argparse.ArgumentParser:
         prog="simba-fx", description="What simba_fx gains and costs: on this machine, for a model."
     )
     commands = top.add_subparsers(dest="command", required=True)
-    add_commands(commands)
-    add_command(commands)
+    bench.add_commands(commands)
+    evaluation.add_commands(commands)
     return top
 
 

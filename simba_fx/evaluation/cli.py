@@ -1,4 +1,4 @@
-"""The command `simba-fx eval`. Nothing heavy is imported to parse or to help."""
+"""The commands `simba-fx eval` and `simba-fx page`. Nothing heavy is imported to parse or to help."""
 
 from __future__ import annotations
 
@@ -8,12 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from simba_fx.bench.cli import device_of
-from simba_fx.evaluation.options import BASELINES, STYLES, Options
+from simba_fx.bench.options import Criterion, parse_schedule
+from simba_fx.evaluation.options import BASELINES, STYLES, EvalError, Options
 
-__all__ = ["add_command"]
+__all__ = ["add_commands"]
 
 
-def add_command(commands: Any) -> None:
+def add_commands(commands: Any) -> None:
+    _add_eval(commands)
+    _add_page(commands)
+
+
+def _add_eval(commands: Any) -> None:
     command = commands.add_parser(
         "eval", help="quality against compute, on a model and texts of your own",
         description="Loss of the last tokens after long contexts, and needles found in them: dense, sparse and rivals.",
@@ -44,6 +50,45 @@ def add_command(commands: Any) -> None:
     add("--out", type=Path, default=Path("eval-out"), metavar="FOLDER",
         help="where results go (eval-out); a run that was stopped goes on there")  # fmt: skip
     command.set_defaults(run=_run)
+
+
+def _add_page(commands: Any) -> None:
+    command = commands.add_parser(
+        "page", help="a text as a page of HTML, each token coloured by how far it travelled",
+        description="Run a sparse model on the beginning of a text, and write a page that needs nothing but itself.",
+    )  # fmt: skip
+    add = command.add_argument
+    add("model", help="folder with a transformers checkpoint; its tokenizer, if it has one, else bytes")
+    add("--text", required=True, metavar="FILE")
+    add("--tokens", type=int, default=1024, metavar="L", help="of the text, from its beginning (1024)")
+    add("--schedule", default="linear", help="as in Python (linear)")
+    add("--criterion", default="simba", help="a span behind a slash: simba-l2/31 (simba)")
+    add("--device", help="cpu or cuda; cuda where there is one")
+    add("--out", type=Path, default=Path("page.html"), metavar="FILE")
+    command.set_defaults(run=_page)
+
+
+def _page(given: argparse.Namespace) -> int:
+    criterion, schedule = Criterion.parse(given.criterion), parse_schedule(given.schedule)
+    if not Path(given.text).is_file():
+        raise EvalError(f"--text expects a file; found none at {given.text}.")
+    import torch
+
+    import simba_fx
+    from simba_fx.bench import models
+    from simba_fx.evaluation.page import write_page
+    from simba_fx.evaluation.texts import encoder_of, shown
+
+    models.quiet()
+    model = models.build(given.model, torch.device(device_of(given.device)), torch.float32)
+    ids = encoder_of(given.model, model.config.vocab_size)(Path(given.text).read_text(errors="replace"))[: given.tokens]
+    sparse = simba_fx.transform(model, schedule, criterion=criterion.name, span=criterion.span)
+    with torch.no_grad():
+        sparse(torch.tensor([ids], device=model.device), use_cache=False)
+    title = f"{models.title(given.model)}: {given.schedule}, {criterion}"
+    write_page(sparse, shown(given.model, ids), given.out, title=title)
+    print(f"written to {given.out}", file=sys.stderr)
+    return 0
 
 
 def _run(given: argparse.Namespace) -> int:

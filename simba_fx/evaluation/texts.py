@@ -13,7 +13,7 @@ from torch import Tensor
 
 from simba_fx.evaluation.options import EvalError
 
-__all__ = ["documents", "encoder_of", "windows"]
+__all__ = ["documents", "encoder_of", "shown", "windows"]
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
@@ -34,6 +34,15 @@ def encoder_of(name: str, vocabulary: int) -> Callable[[str], list[int]]:
             f"{vocabulary}. Save the tokenizer in the model's folder."
         )
     return lambda text: list(text.encode())
+
+
+def shown(name: str, ids: Sequence[int]) -> list[str]:
+    """Each token as text."""
+    if any((Path(name) / file).is_file() for file in _TOKENIZERS):
+        transformers: Any = importlib.import_module("transformers")
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        return [tokenizer.decode([token]) for token in ids]
+    return [bytes([token]).decode("latin-1") for token in ids]
 
 
 def documents(paths: Iterable[str], encode: Callable[[str], list[int]], least: int) -> list[Tensor]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +24,7 @@ from simba_fx import cli
 from simba_fx.errors import SimbaError
 from simba_fx.evaluation import statistics, tables
 from simba_fx.evaluation.needles import searches
+from simba_fx.evaluation.page import write_page
 from simba_fx.evaluation.texts import windows
 from simba_fx.schedule import Explicit
 
@@ -262,3 +265,56 @@ def test_calibrate_refuses_what_it_cannot_do(rows: Tensor) -> None:
         simba_fx.calibrate(model, rows[:1])
     with pytest.raises(SimbaError, match=r"no schedule within budget=0\.2; the least of shares=0\.7 costs 0\.7"):
         simba_fx.calibrate(model, rows, 0.2, last=LAST, shares=(0.7,))
+
+
+# --- the page --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out: Path = tmp_path_factory.mktemp("page") / "page.html"
+    source = out.with_name("text.py")
+    source.write_text('def f(x):\n    return "</script><b>&amp;" + x  # é\n' * 6)
+    model = ["page", str(CHECKPOINT), "--text", str(source), "--tokens", "200", "--device", "cpu", "--out", str(out)]
+    assert cli.main([*model, "--schedule", "Linear(0.2)", "--criterion", "simba-l2/5"]) == 0
+    return out
+
+
+def told(page: Path) -> list[list[Any]]:
+    """What the page's script was given."""
+    line = page.read_text().partition("const tokens = ")[2]
+    tokens: list[list[Any]] = json.JSONDecoder().raw_decode(line)[0]
+    return tokens
+
+
+def test_a_page_says_how_far_each_token_travelled(page: Path) -> None:
+    text = page.with_name("text.py").read_bytes()[:200]
+    sparse = simba_fx.transform(
+        MambaForCausalLM.from_pretrained(CHECKPOINT).eval(), simba_fx.Linear(0.2), criterion="simba-l2", span=5
+    )
+    with torch.no_grad():
+        sparse(torch.tensor([list(text)]), use_cache=False)
+    blocks = simba_fx.kept(sparse)
+    for place, (token, depth) in enumerate(told(page)):
+        assert token.encode("latin-1") == text[place : place + 1]
+        assert depth == sum(place in entered[0].tolist() for entered in blocks)
+    with pytest.raises(SimbaError, match="one text for each of the 200 tokens of the last call; found 3"):
+        write_page(sparse, list("abc"), page)
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="no browser")
+def test_a_browser_shows_the_page(page: Path, tmp_path: Path) -> None:
+    switches = ("headless", "no-sandbox", "disable-gpu", "no-first-run", "disable-background-networking")
+    command = [
+        "chromium",
+        *(f"--{name}" for name in switches),
+        "--virtual-time-budget=2000",
+        f"--user-data-dir={tmp_path}",
+        "--dump-dom",
+        page.as_uri(),
+    ]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
+    body = shown.partition('<div id="text"')[2].partition("</div>")[0]
+    assert body.count("<span") == 200
+    assert "&lt;/script&gt;&lt;b&gt;&amp;amp;" in "".join(re.findall(r">([^<]*)</span>", body))
+    assert "0: 200 of 200" in shown
