@@ -34,7 +34,8 @@ class ScoreTokens:
     5. A scan that runs against the input's order is scored at its own end, the row's first real token, and its scores
     are flipped back. 6. With a `query` position every scan is scored there; a token is scored by the scans that carry
     it to the query: forward ones before it, reversed ones behind it. 7. Protected tokens get +inf. 8. With a
-    `span`, each scan's scores are pooled over so many neighbours.
+    `span`, each scan's scores are pooled over so many neighbours. 9. Of several
+    criteria, `"simba-l2+write"`, a token has its best rank among the scores of a scan.
     """
 
     cuts: tuple[Cut, ...]
@@ -113,25 +114,33 @@ class ScoreTokens:
         return real, tail
 
     def _score(self, insert: Insert, scan: fx.Node, real: fx.Node | None, tail: Any, val: Any) -> fx.Node:
-        score = self._by_scan(insert, scan, real, tail, val)
-        if self.span == 1:
-            return score
-        return insert(torch.ops.simba_fx.pool_scores.default, score, real, tail, self.span, val=val)
+        """The pooled score of a scan; of several criteria the best rank."""
+        criteria, scores = self.criterion.split("+"), []
+        for criterion in criteria:
+            score = self._by_criterion(criterion, insert, scan, real, tail, val)
+            if self.span > 1:
+                score = insert(torch.ops.simba_fx.pool_scores.default, score, real, tail, self.span, val=val)
+            if len(criteria) > 1:
+                score = insert(torch.ops.simba_fx.rank_scores.default, score, real, tail, val=val)
+            scores.append(score)
+        return functools.reduce(lambda a, b: insert(_MAXIMUM, a, b, val=val), scores)
 
-    def _by_scan(self, insert: Insert, scan: fx.Node, real: fx.Node | None, tail: Any, val: Any) -> fx.Node:
-        if self.criterion == "custom":
+    def _by_criterion(
+        self, criterion: str, insert: Insert, scan: fx.Node, real: fx.Node | None, tail: Any, val: Any
+    ) -> fx.Node:
+        if criterion == "custom":
             args = (str(operator_of(scan)._opname), list(scan.args), real, tail)
             return insert("criterion", *args, val=val, like=scan, op="call_module")
         recurrence = recurrence_of(scan.target)
-        if self.criterion not in recurrence.criteria:
+        if criterion not in recurrence.criteria:
             raise CriterionError(
-                f"Criterion {self.criterion!r} is not one that a {recurrence.title} can be scored by; "
+                f"Criterion {criterion!r} is not one that a {recurrence.title} can be scored by; "
                 f"expected one of {', '.join(recurrence.criteria)}, one by position, or a function of your own. Pass "
                 "one of those as criterion."
             )
         named = recurrence.named(scan.args, scan.kwargs)
         operands = [named[name] for name in recurrence.scored]
-        return insert(recurrence.score, *operands, real, tail, self.criterion, val=val, like=scan)
+        return insert(recurrence.score, *operands, real, tail, criterion, val=val, like=scan)
 
 
 _MAXIMUM = torch.ops.aten.maximum.default

@@ -47,8 +47,9 @@ def transform(model: nn.Module, schedule: ScheduleLike = "linear", *, criterion:
         schedule: share of the tokens that enters each block: a name ("linear", "cosine", "constant", "dense"), a share
             for all blocks, one share per block, a mapping block → share, a callable `n_blocks -> shares`, or an object
             such as `Linear(final=0.1, every=1, start=0)` or `Budget(0.5)`.
-        criterion: "simba", "simba-abs", "simba-l2", "no-decay", "delta-norm", "clip", "random", "stride", "recent", or
-            a callable `(scan operands, query (B,)) -> (B, L)`, higher = keep.
+        criterion: "simba", "simba-abs", "simba-l2", "write", "no-decay", "delta-norm", "clip", "random", "stride" or
+            "recent"; several, of which a token has its best rank: "simba-l2+write"; or a callable
+            `(scan operands, query (B,)) -> (B, L)`, higher = keep.
         output: "full": results of the input's length, a dropped token with the hidden state it left with; "kept":
             survivors only, see `kept`.
         floor: least number of tokens kept before the tail; raised to the number of positions named below.

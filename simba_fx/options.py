@@ -56,10 +56,16 @@ class Options:
         return 1 if self.query is None else 0
 
     def __post_init__(self) -> None:
-        if isinstance(self.criterion, str) and self.criterion not in CRITERIA:
+        names = self.criterion.split("+") if isinstance(self.criterion, str) else []
+        if unknown := [name for name in names if name not in CRITERIA]:
             raise CriterionError(
-                f"Unknown criterion {self.criterion!r}: expected one of {', '.join(map(repr, CRITERIA))}, or a "
+                f"Unknown criterion {unknown[0]!r}: expected one of {', '.join(map(repr, CRITERIA))}, or a "
                 "callable (scan operands, query) -> (B, L)."
+            )
+        if len(names) > 1 and (plain := [name for name in names if name in ops.POSITION_CRITERIA]):
+            raise CriterionError(
+                f"{self.criterion!r} combines scores of scans; {plain[0]!r} looks at positions only and has none. "
+                "Leave it out."
             )
         if not isinstance(self.criterion, str) and not callable(self.criterion):
             raise CriterionError(

@@ -35,8 +35,9 @@ def draw(found: dict[str, Any], folder: Path) -> list[str]:
         FigureCanvasAgg(figure)
         painter(figure, rows, found)
         where = found["environment"]
-        figure.suptitle(f"{found['model']['name']}, {found['windows']} windows; {where['machine']}, torch "
-                        f"{where['versions']['torch']}", fontsize=9, color="#555555", x=0.01, ha="left")  # fmt: skip
+        about = f"{found['model']['name']}, {found['windows']} windows; hollow: schedules of several shares; "
+        about += f"{where['machine']}, torch {where['versions']['torch']}"
+        figure.suptitle(about, fontsize=9, color="#555555", x=0.01, ha="left")
         figure.savefig(folder / name, dpi=130)
     return [name for name, _, _ in pictures]
 
@@ -45,7 +46,8 @@ def _styles(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """By criterion or baseline: a colour and a mark."""
     names = list(dict.fromkeys(row["criterion"] or row["name"] for row in rows if row["kind"] != "dense"))
     return {
-        name: {"color": _COLOURS[i % len(_COLOURS)], "marker": _MARKS[i % len(_MARKS)]} for i, name in enumerate(names)
+        name: {"color": _COLOURS[i % 7], "marker": _MARKS[(i + i // 7) % 7], "linestyle": ("-", "--", ":")[i // 7 % 3]}
+        for i, name in enumerate(names)
     }
 
 
@@ -59,6 +61,7 @@ def _panels(figure: Any, rows: Sequence[dict[str, Any]]) -> list[tuple[Any, str]
         axes.set_title(title, loc="left", fontsize=10)
         axes.set_ylabel("nats per token over dense")
         axes.axhline(0, color="#999999", linewidth=0.8)
+        axes.set_yscale("symlog", linthresh=0.01)
         axes.grid(axis="y", color="#EEEEEE")
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
@@ -78,11 +81,21 @@ def _compute(figure: Any, rows: Sequence[dict[str, Any]], found: dict[str, Any])
     for axes, key in _panels(figure, rows):
         points: dict[str, list[Any]] = {}
         for row in rows:
-            if row["kind"] != "dense" and row[key] is not None:
-                points.setdefault(row["criterion"] or row["name"], []).append((row["share"], row[key]))
+            if row["kind"] == "dense" or row[key] is None:
+                continue
+            name = row["criterion"] or row["name"]
+            if row["kind"] != "sparse" or _is_share(row["schedule"]):
+                points.setdefault(name, []).append((row["share"], row[key]))
+            else:  # a schedule of another kind is no point of that line
+                styles_of = {"markerfacecolor": "none", **styles[name], "linestyle": ""}
+                axes.plot(row["share"], row[key]["value"], markersize=7, **styles_of)
         _lines(axes, points, styles)
         axes.set_xlabel(f"FLOPs over dense, {rows[0]['length']:,} tokens")
     _legend(figure)
+
+
+def _is_share(schedule: str) -> bool:
+    return schedule.replace(".", "", 1).isdecimal()
 
 
 def _context(figure: Any, rows: Sequence[dict[str, Any]], found: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ Importing this package compiles nothing and imports neither transformers nor mam
 
 from simba_fx.ops.backends import kernel_path
 from simba_fx.ops.delta import delta_scan, delta_token_score
-from simba_fx.ops.pool import pool_scores
+from simba_fx.ops.pool import pool_scores, rank_scores
 from simba_fx.ops.protect import protect_tokens, row_positions
 from simba_fx.ops.restore import restore_tokens, take_tokens
 from simba_fx.ops.scan import causal_conv1d, selective_scan, ssd_scan
@@ -40,6 +40,7 @@ __all__ = [
     "position_score",
     "protect_tokens",
     "query_position",
+    "rank_scores",
     "restore_tokens",
     "row_positions",
     "select_real_tokens",

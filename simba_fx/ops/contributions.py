@@ -23,15 +23,15 @@ def over_channels(weight: Tensor, values: Tensor, criterion: str) -> Tensor:
         `(B, L)` float32.
     """
     if criterion == "simba-l2":
-        return _norm(weight * _norm(values))
+        return norm(weight * norm(values))
     low, high = (value.float() for value in values.aminmax(dim=3))
     if criterion == "simba-abs":
         return (weight.abs() * torch.maximum(low.abs(), high.abs())).amax(2)
     return (weight * torch.where(weight >= 0, high, low)).amax(2)
 
 
-def _norm(values: Tensor) -> Tensor:
-    """Over the last dimension, in float32, without a copy in float32."""
+def norm(values: Tensor) -> Tensor:
+    """The l2 norm over the last dimension, in float32, without a copy in float32."""
     wide = values.dtype if values.dtype.itemsize > 4 else torch.float32
     found: Tensor = torch.linalg.vector_norm(values, dim=-1, dtype=wide)
     return found.float()
@@ -40,5 +40,17 @@ def _norm(values: Tensor) -> Tensor:
 def reduced(contributions: Tensor, criterion: str) -> Tensor:
     """The score of contributions `(..., D)`, as in `over_channels`; they may be overwritten."""
     if criterion == "simba-l2":
-        return _norm(contributions)
+        return norm(contributions)
     return (contributions.abs_() if criterion == "simba-abs" else contributions).amax(-1)
+
+
+def written(values: Tensor, keys: Tensor) -> Tensor:
+    """The Frobenius norm of what a token writes into the states, products of values and keys.
+
+    Args:
+        values, keys: norms of both for each state `(B, L, ...)` float32, which broadcast.
+
+    Returns:
+        `(B, L)` float32.
+    """
+    return norm((values * keys).flatten(2))

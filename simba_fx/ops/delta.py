@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from simba_fx.ops.contributions import over_channels
+from simba_fx.ops.contributions import norm, over_channels, written
 from simba_fx.ops.inline import differentiated, inline_on_gpu, never
 from simba_fx.ops.operands import DeltaScan
 from simba_fx.ops.score import (
@@ -193,6 +193,9 @@ def delta_token_score(
         return torch.where(counted, y.clamp(min=0).mean((2, 3)), 0.0)
     if criterion == "delta-norm":
         return torch.where(counted, beta.float().norm(dim=2), 0.0)
+    if criterion == "write":
+        keys = norm(k).repeat_interleave(v.shape[2] // k.shape[2], 2)
+        return torch.where(counted, written(beta.float() * norm(v), keys), 0.0)
     weight = _reads(scan, query, counted, decays=criterion != "no-decay")
     if criterion == "removal":
         v = _run(*scan.arguments)[2]

@@ -68,13 +68,16 @@ def _delta_scan_backward(
 @register_flop_formula(_OPS.delta_token_score)
 def _delta_token_score(v: Any, q: Any, k: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
     """Per token: `k . r` and one step of r in each head, a product and a comparison per channel. "removal": the scan
-    beside; "delta-norm": a square per head and its sum; "clip": the scan and a mean."""
+    beside; "write": a square and its sum of values and keys; "delta-norm": a square per head
+    and its sum; "clip": the scan and a mean."""
     criterion = args[-1]
     heads = v[:3]
     if criterion == "clip":
         return _delta_scan(v, q, k) + 2 * _tokens_times_state(v, 1)
     if criterion == "delta-norm":
         return 2 * _tokens_times_state(heads, 1)
+    if criterion == "write":
+        return 2 * _tokens_times_state(v, 1) + 2 * _tokens_times_state(k, 1)
     shares = 5 * _tokens_times_state(heads, k[3]) + 2 * _tokens_times_state(v, 1)
     return shares + (_delta_scan(v, q, k) if criterion == "removal" else 0)
 
@@ -94,21 +97,22 @@ def _causal_conv1d_backward(dy: Any, x: Any, weight: Any, *args: Any, out_shape:
 @register_flop_formula(_OPS.selective_token_score)
 def _selective_token_score(u: Any, delta: Any, A: Any, B: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
     """Per token, channel and state: A*R, the weight and its sum: 3 ("simba"). "no-decay": `C_q . B_t` per group, and
-    one product and comparison per channel; "delta-norm": a square and its sum; "clip": the scan and a mean."""
+    one product and comparison per channel; "write": a square and its sum of both; "delta-norm": a square and its
+    sum; "clip": the scan and a mean."""
     criterion = args[-1]
     if criterion == "clip":
         return _selective_scan(u, delta, A) + 2 * _tokens_times_state(u, 1)
     if criterion == "delta-norm":
         return 2 * _tokens_times_state(u, 1)
-    if criterion == "no-decay":
+    if criterion in ("no-decay", "write"):
         return 2 * _tokens_times_state(B, 1) + 2 * _tokens_times_state(u, 1)
     return 3 * _tokens_times_state(u, A[1])
 
 
 @register_flop_formula(_OPS.ssd_token_score)
 def _ssd_token_score(x: Any, dt: Any, A: Any, B: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
-    """Per token: `C_q . B_t` in each group, and one product and comparison per channel. "delta-norm": a square per head
-    and its sum; "clip": the scan and a mean."""
+    """Per token: `C_q . B_t` in each group, and one product and comparison per channel; "write": a square and its sum
+    of both. "delta-norm": a square per head and its sum; "clip": the scan and a mean."""
     criterion = args[-1]
     if criterion == "clip":
         return _ssd_scan(x, dt, A, B) + 2 * _tokens_times_state(x, 1)

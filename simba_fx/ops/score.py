@@ -18,13 +18,14 @@ from torch import Tensor
 from simba_fx.errors import CriterionError
 from simba_fx.ops import backends, checks
 from simba_fx.ops.chunked import split_groups
-from simba_fx.ops.contributions import CONTRIBUTIONS, over_channels
+from simba_fx.ops.contributions import CONTRIBUTIONS, norm, over_channels, written
 from simba_fx.ops.inline import inline_on_gpu
 from simba_fx.ops.operands import SelectiveScan, SSDScan
 
-CRITERIA = (*CONTRIBUTIONS, "no-decay", "delta-norm", "clip")
-"""What a scan's operands can be scored by: its contributions; the largest of them without the decay; the l2 norm of the
-step sizes (DeciMamba, Ben-Kish et al. 2024); the clipped output (UTRC, Zhan et al. 2024)."""
+CRITERIA = (*CONTRIBUTIONS, "write", "no-decay", "delta-norm", "clip")
+"""What a scan's operands can be scored by: its contributions; the norm of what the token writes into the state, whoever
+reads it; the largest contribution without the decay; the l2 norm of the step sizes (DeciMamba, Ben-Kish et al. 2024);
+the clipped output (UTRC, Zhan et al. 2024)."""
 
 
 def query_position(
@@ -96,6 +97,9 @@ def selective_token_score(
         score = backends.selective_scan(scan)[0].float().clamp_(min=0).mean(1)
     elif criterion == "delta-norm":
         score = scan.steps().norm(dim=2)
+    elif criterion == "write":
+        value = split_groups(scan.steps() * u.transpose(1, 2).float(), 2, groups)
+        score = written(norm(value), norm(scan.B.permute(0, 3, 1, 2)))
     elif criterion == "no-decay":
         response = (at_query(scan.C, query, 3).float() * scan.B.float()).sum(2)
         value = scan.steps() * u.transpose(1, 2).float()
@@ -165,6 +169,8 @@ def ssd_token_score(
         score = backends.ssd_scan(scan)[0].float().clamp_(min=0).mean((2, 3))
     elif criterion == "delta-norm":
         score = scan.steps().norm(dim=2)
+    elif criterion == "write":
+        score = written(split_groups(scan.steps() * norm(x), 2, groups), norm(scan.B).unsqueeze(3))
     else:
         step = scan.steps()
         weight = split_groups(step, 2, groups) * (at_query(C, query, 1).float() * B.float()).sum(3, keepdim=True)

@@ -34,7 +34,7 @@ def _kept(slots: int, length: int, tail: int, share_p: int, share_q: int, floor:
     return min(slots, count) if isinstance(slots, int) and isinstance(count, int) else count
 
 
-def _ranking(score: Tensor) -> Tensor:
+def ranking(score: Tensor) -> Tensor:
     """Slots from best to worst `(B, m)`; of equal scores the later slot first, NaN last."""
     score = score.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
     return score.shape[1] - 1 - score.flip(1).argsort(dim=1, descending=True, stable=True)
@@ -75,7 +75,7 @@ def _of_whole_rows(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     slots = score.shape[1]
     protected = torch.arange(slots, device=score.device) >= slots - tail
-    order = _ranking(score.masked_fill(protected, torch.inf))
+    order = ranking(score.masked_fill(protected, torch.inf))
     kept, dropped = _plain(order[:, :k].sort(1).values), order[:, k:].sort(1).values
     kept_positions, dropped_positions = positions.gather(1, kept), positions.gather(1, dropped)
     spare = kept.new_zeros(score.shape[0], SPARE)
@@ -145,7 +145,7 @@ def select_real_tokens(
     count = torch.maximum(torch.minimum(count, present), present - (slots - k) - 1)
 
     in_tail = real & (real.flip(1).cumsum(1).flip(1) <= tail)
-    order = _ranking(torch.where(real, score, -slot.float()))
+    order = ranking(torch.where(real, score, -slot.float()))
     order = order.gather(1, (real.long() + in_tail).gather(1, order).argsort(dim=1, descending=True, stable=True))
     rank = torch.empty_like(order).scatter_(1, order, slot.contiguous())
 

@@ -186,6 +186,7 @@ def test_the_error_of_a_ratio_is_that_of_repeated_draws() -> None:
     [
         (["--criteria", "simba/x"], "with a span behind a slash where scores are pooled; found 'simba/x'"),
         (["--criteria", "simba-l3"], "Unknown criterion 'simba-l3'"),
+        (["--criteria", "simba+recent"], "'simba+recent' combines scores of scans; 'recent' looks at positions only"),
         (["--criteria", "recent/5"], "span=5 pools the scores of scans; criterion 'recent'"),
         (["--lengths", "20"], "expected more than --last 20, found 20"),
         (["--windows", "1"], "--windows expects whole numbers of at least 2; found 1"),

@@ -310,6 +310,43 @@ def test_spans_equal_the_reference(entry: Entry, criterion: str, span: int, data
     check_against_reference(entry, shares, ids, tail, kernels="auto", criterion=criterion, span=span)
 
 
+def combined(scan: Any, query: Tensor) -> Tensor:
+    """What "simba-l2+write" with a span of 5 says, by sorting in Python."""
+    if isinstance(scan, simba_fx.SelectiveScan):
+        given = (scan.u, scan.delta, scan.A, scan.B, scan.C, scan.delta_bias, scan.delta_softplus)
+        score: Any = torch.ops.simba_fx.selective_token_score
+    else:
+        given = (scan.x, scan.dt, scan.A, scan.B, scan.C, scan.dt_bias, scan.dt_softplus, scan.dt_min, scan.dt_max)
+        score = torch.ops.simba_fx.ssd_token_score
+    ranks = []
+    for criterion in ("simba-l2", "write"):
+        found = score(*given, None, 1, criterion)
+        rows = []
+        for row in found.tolist():
+            pooled = [max(row[max(0, t - 2) : t + 3]) for t in range(len(row))]
+            order = sorted(range(len(row)), key=lambda t: (pooled[t], t), reverse=True)
+            rows.append([-float(order.index(t)) for t in range(len(row))])
+        ranks.append(torch.tensor(rows))
+    return torch.maximum(*ranks)
+
+
+@every_kind
+def test_of_several_criteria_a_token_has_its_best_rank(entry: Entry) -> None:
+    if entry.kind == "delta":
+        pytest.skip("the operands of two kinds are enough")
+    shares, ids = schedules(n_blocks(dense(entry.name)))["linear"], tokens(3, 2, 61)
+    one = sparse(entry.name, shares, criterion="simba-l2+write", span=5)
+    two = sparse(entry.name, shares, criterion=combined)
+    others = [sparse(entry.name, shares, criterion=criterion, span=5) for criterion in ("simba-l2", "write")]
+    kept = []
+    for model in (one, two, *others):
+        with torch.no_grad():
+            model(input_ids=ids)
+        kept.append([block.tolist() for block in simba_fx.kept(model)])
+    assert kept[0] == kept[1]
+    assert kept[0] not in kept[2:]
+
+
 @pytest.mark.parametrize("criterion", ["random", "stride"])
 @every_kind
 @domain.examples(8)

@@ -172,7 +172,7 @@ def test_kept_says_which_token_each_slot_of_a_kept_output_is(entry: Entry, left:
 
 @pytest.mark.parametrize(
     ("criterion", "span"),
-    [("random", 1), ("stride", 1), ("no-decay", 1), ("clip", 1), ("simba-l2", 1), ("simba-l2", 7), ("simba", 5)],
+    [("random", 1), ("stride", 1), ("no-decay", 1), ("clip", 1), ("simba-l2", 1), ("simba-l2", 7), ("simba+write", 5)],
 )
 @every_kind
 def test_other_criteria_keep_in_a_batch_what_they_keep_alone(entry: Entry, criterion: str, span: int) -> None:

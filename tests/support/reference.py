@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 Array = NDArray[np.float64]
 
-CRITERIA = ("simba", "simba-abs", "simba-l2", "no-decay", "delta-norm", "clip", "recent")
+CRITERIA = ("simba", "simba-abs", "simba-l2", "write", "no-decay", "delta-norm", "clip", "recent")
 Criterion = str | Callable[["Scan", int], Array]
 """A name, or a function `(scan, query) -> scores of the tokens 0…q`, higher = keep."""
 
@@ -69,6 +69,10 @@ class Scan:
     b: Array  # (L, D or 1, N)
     c: Array  # (L, D or 1, N)
     steps: Array  # (L, D of Mamba-1 or heads of Mamba-2): Δ before it is spread over a head's channels
+
+    def written(self) -> Array:
+        """`Σ (Δ_t u_t B_t)²` over channels and states, `(L,)`."""
+        return (((self.delta * self.u)[..., None] * self.b) ** 2).sum((1, 2))
 
 
 def _double(x: Tensor) -> Array:
@@ -142,6 +146,9 @@ class DeltaRule:
             size[t] = (self.steps[t] * np.abs(self.k[t] * r).sum(-1))[:, None] * np.abs(self.v[t])
             r = (np.exp(self.g[t]) if decay else 1.0) * (r - self.k[t] * c[:, None])
         return out.reshape(q + 1, -1), size.reshape(q + 1, -1)
+
+    def written(self) -> Array:
+        return ((self.k[..., :, None] * (self.steps[..., None] * self.v)[..., None, :]) ** 2).sum((1, 2, 3))
 
     def outputs(self) -> Array:
         state, y = np.zeros((*self.k.shape[1:], self.v.shape[2])), np.zeros_like(self.v)
@@ -264,6 +271,9 @@ def score(scan: Scan | DeltaRule, q: int, criterion: Criterion) -> tuple[Array, 
     if criterion == "simba-l2":
         values, sizes = contributions(scan, q, decay=True)
         return np.linalg.norm(values, axis=-1), np.linalg.norm(sizes, axis=-1)
+    if criterion == "write":
+        norm = np.sqrt(scan.written()[: q + 1])
+        return norm, norm
     if criterion in ("simba", "simba-abs", "no-decay"):
         values, sizes = contributions(scan, q, decay=criterion != "no-decay")
         if criterion == "simba-abs":

@@ -113,7 +113,7 @@ def test_other_scans_have_no_removal() -> None:
     operands = selective_operands()
     five = [operands[name] for name in ("u", "delta", "A", "B", "C")]
     with pytest.raises(
-        CriterionError, match="this scan can be scored by simba, simba-abs, simba-l2, no-decay, delta-norm, clip"
+        CriterionError, match="this scan can be scored by simba, simba-abs, simba-l2, write, no-decay, delta-norm, clip"
     ):
         OPS.selective_token_score(*five, None, True, None, 1, "removal")
 

@@ -317,6 +317,7 @@ def sample_arguments() -> dict[str, tuple[Any, ...]]:
         "selective_token_score": (*scan, True, real, 1, "simba"),
         "ssd_token_score": (*ssd, True, 0.0, 2.0, real, 1, "simba"),
         "pool_scores": (score, real, 1, 3),
+        "rank_scores": (score, real, 1),
         "select_tokens": (score, positions, *count),
         "select_real_tokens": (score, positions, real, real.sum(1), *count),
         "position_score": (positions, real, real.sum(1), *count, "random", 3),
@@ -436,13 +437,17 @@ def test_score_is_the_largest_jacobian_product(tail: int, backend: str) -> None:
     assert_close("score", ssd_score(h, None, tail, "simba"), ssd_expected)
 
 
-def expected_score(criterion: str, contribution: Tensor, step: Tensor, y: Tensor, undecayed: Tensor) -> Tensor:
-    """By definition, from contributions `(B, D, L)`, steps, ungated outputs and contributions without decay."""
+def expected_score(
+    criterion: str, contribution: Tensor, step: Tensor, y: Tensor, undecayed: Tensor, writes: Tensor
+) -> Tensor:
+    """By definition, from contributions `(B, D, L)`, steps, ungated outputs, contributions without decay, and what each
+    token writes into each state `(B, D, N, L)`."""
     return {
         "simba": contribution.amax(1),
         "simba-abs": contribution.abs().amax(1),
         "simba-l2": contribution.pow(2).sum(1).sqrt(),
         "no-decay": undecayed.amax(1),
+        "write": writes.pow(2).sum((1, 2)).sqrt(),
         "delta-norm": step.pow(2).sum(1).sqrt(),
         "clip": y.clamp(min=0).mean(1),
     }[criterion]
@@ -457,7 +462,9 @@ def test_every_criterion(criterion: str, length: int, tail: int, groups: int, ba
     y, _ = reference.selective_scan_ref(*ungated(s), True)
     step = torch.nn.functional.softplus(s["delta"].double() + s["delta_bias"][:, None])
     undecayed = contributions({**s, "A": torch.zeros_like(s["A"])}, query)
-    expected = expected_score(criterion, contributions(s, query), step, y, undecayed) * until
+    wide = s["B"].double().repeat_interleave(36 // groups, 1) if s["B"].dim() == 4 else s["B"].double().unsqueeze(1)
+    writes = (step * s["u"].double()).unsqueeze(2) * wide
+    expected = expected_score(criterion, contributions(s, query), step, y, undecayed, writes) * until
     score = selective_score(s, None, tail, criterion)
     assert not score.requires_grad
     assert_close("score", score, expected)
@@ -468,7 +475,10 @@ def test_every_criterion(criterion: str, length: int, tail: int, groups: int, ba
     step = torch.nn.functional.softplus(h["dt"].double() + h["dt_bias"]).clamp(0.1, 1.5).transpose(1, 2)
     undecayed = ssd_contributions({**h, "A": torch.zeros_like(h["A"])}, query)
     flat = [t.flatten(2).transpose(1, 2) for t in (ssd_contributions(h, query), y, undecayed)]
-    expected = expected_score(criterion, flat[0], step, flat[1], flat[2]) * until
+    heads = h["x"].shape[2]
+    keys = h["B"].double().repeat_interleave(heads // h["B"].shape[2], 2)  # (B, L, H, N)
+    writes = torch.einsum("bhl,blhp,blhn->bhpnl", step, h["x"].double(), keys).flatten(1, 2)
+    expected = expected_score(criterion, flat[0], step, flat[1], flat[2], writes) * until
     assert_close("score", ssd_score(h, None, tail, criterion), expected)
 
 
@@ -534,6 +544,23 @@ def test_a_token_is_worth_the_best_around_it(span: int, tail: int, side: str) ->
         assert (row[~real[0]] == 0).all()
 
 
+@pytest.mark.parametrize("tail", [1, 4])
+@pytest.mark.parametrize("side", ["none", "left", "right"])
+def test_a_rank_counts_the_better_tokens(tail: int, side: str) -> None:
+    score = torch.randint(-3, 4, (3, 20), generator=torch.Generator().manual_seed(tail)).float()
+    score[0, 8], score[1, 9], score[2, 11] = torch.nan, torch.inf, -torch.inf
+    at = {"none": slice(None), "left": slice(6, None), "right": slice(0, 14)}[side]
+    real = torch.zeros(3, 20, dtype=torch.bool)
+    real[:, at] = True
+    found = ops.rank_scores(score, None if side == "none" else real, tail)
+    for row, own in zip(found, score[:, at]):
+        before = len(own) - tail + 1
+        worth = [(-torch.inf if x != x else x, t) for t, x in enumerate(own[:before].tolist())]
+        assert row[at][:before].tolist() == [-sum(other > one for other in worth) for one in worth]
+        assert (row[at][before:] == 0).all()
+        assert (row[~real[0]] == 0).all()
+
+
 def test_scores_let_gradients_of_the_rest_pass() -> None:
     operands = selective_operands()
     u = grad(operands["u"])
@@ -544,7 +571,7 @@ def test_scores_let_gradients_of_the_rest_pass() -> None:
 
 
 def test_unknown_criteria_are_refused_with_the_known_ones() -> None:
-    with pytest.raises(CriterionError, match="simba, simba-abs, simba-l2, no-decay, delta-norm, clip"):
+    with pytest.raises(CriterionError, match="simba, simba-abs, simba-l2, write, no-decay, delta-norm, clip"):
         selective_score(selective_operands(), None, 1, "best")
     with pytest.raises(CriterionError, match="recent, random, stride"):
         ops.position_score(torch.zeros(1, 1, dtype=torch.int64), None, None, 1, 1, 1, 2, 1, "best", 0)
@@ -582,6 +609,7 @@ def test_flops_are_counted() -> None:
         ("simba-abs", 3 * 16, 2 * (3 * 6 + 12)),
         ("simba-l2", 3 * 16, 2 * (3 * 6 + 12)),
         ("no-decay", 2 * (4 + 4), 2 * (3 * 6 + 12)),
+        ("write", 2 * (4 + 4), 2 * (3 * 6 + 12)),
         ("delta-norm", 2 * 4, 2 * 3),
         ("clip", 6 * 16 + 2 * 4, 5 * 72 + 2 * 12),
     ],

@@ -104,6 +104,7 @@ CALLS: dict[str, Callable[[], dict[str, Any]]] = {
     "select_tokens": lambda: _slots(False),
     "select_real_tokens": lambda: _slots(True),
     "pool_scores": lambda: {"score": _slots(True)["score"], "real": _slots(True)["real"], "tail": 1, "span": 3},
+    "rank_scores": lambda: {"score": _slots(True)["score"], "real": _slots(True)["real"], "tail": 1},
     "position_score": lambda: _without_score(_slots(True)) | {"criterion": "stride", "seed": 0},
     "take_square": lambda: {"square": torch.randn(2, 1, 9, 9), "positions": torch.arange(4).repeat(2, 1), "real": None},
     "protect_tokens": lambda: _score_and_positions() | {"protected": torch.tensor([[0], [3]])},
