@@ -36,14 +36,11 @@ EMPHASIS = 8.0
 """How much more the loss of an answer's byte counts."""
 
 
-def window(
-    texts: list[bytes], length: int, needles: int, draw: random.Random, far: bool = False
-) -> tuple[list[int], list[int]]:
+def window(texts: list[bytes], length: int, needles: int, draw: random.Random) -> tuple[list[int], list[int]]:
     """`length + 1` bytes, and the places of the answers' bytes in them.
 
     Args:
-        needles: constants that are planted, each asked for once.
-        far: plant in the first tenth, ask at the end (an evaluation); else anywhere, asked for anywhere behind.
+        needles: constants that are planted anywhere, each asked for once, anywhere behind.
     """
     text = draw.choice([text for text in texts if len(text) > length + 1])
     start = draw.randrange(len(text) - length - 1)
@@ -53,11 +50,11 @@ def window(
     asked = [f'assert TOKEN_{key} == "{value}"\n'.encode() for key, value in zip(keys, values)]
     room = length + 1 - sum(map(len, planted + asked))
     body = text[start : start + room]
-    ends = [0, *(i + 1 for i, byte in enumerate(body) if byte == 10), len(body)]
+    ends = [0, *(i + 1 for i, byte in enumerate(body) if byte == 10)]
     events: list[tuple[int, int, bytes, bool]] = []
     for order, (plant, ask) in enumerate(zip(planted, asked)):
-        first = draw.choice([end for end in ends if not far or end <= length // 10])
-        last = len(body) if far else draw.choice([end for end in ends if end >= first])
+        first = draw.choice(ends)
+        last = draw.choice([end for end in ends if end >= first])
         events += [(first, order, plant, False), (last, order + needles, ask, True)]
     found = bytearray()
     answers: list[int] = []
@@ -73,11 +70,9 @@ def window(
     return list(found), answers
 
 
-def batch(
-    texts: list[bytes], rows: int, length: int, needles: int, draw: random.Random, far: bool = False
-) -> tuple[Tensor, Tensor]:
+def batch(texts: list[bytes], rows: int, length: int, needles: int, draw: random.Random) -> tuple[Tensor, Tensor]:
     """Bytes `(rows, length + 1)` int64, and which of them are answers, bool."""
-    drawn = [window(texts, length, needles, draw, far) for _ in range(rows)]
+    drawn = [window(texts, length, needles, draw) for _ in range(rows)]
     answers = torch.zeros(rows, length + 1, dtype=torch.bool)
     for row, (_, places) in enumerate(drawn):
         answers[row, places] = True
@@ -98,6 +93,7 @@ def main() -> None:
     parser.add_argument("--start", type=Path, default=Path(__file__).parent / "mamba-py-3m")
     parser.add_argument("--out", type=Path, default=Path("needles"))
     parser.add_argument("--minutes", type=float, default=60)
+    parser.add_argument("--steps", type=int, default=10**9, help="at most so many, of this run")
     parser.add_argument("--lengths", type=int, nargs="+", default=[128, 192, 256, 384, 512, 768, 1024, 1536, 2048])
     parser.add_argument("--tokens", type=int, default=4096, help="bytes per step")
     parser.add_argument("--rate", type=float, default=1e-3)
@@ -119,7 +115,8 @@ def main() -> None:
     draw = random.Random(step)
     options.out.mkdir(parents=True, exist_ok=True)
     begin = last = time.perf_counter()
-    while (spent := time.perf_counter() - begin) < 60 * options.minutes:
+    until = step + options.steps
+    while (spent := time.perf_counter() - begin) < 60 * options.minutes and step < until:
         length = options.lengths[stage]
         for group in optimizer.param_groups:  # a short warm-up, and down to a tenth in the last fifth of the time
             left = 1 - spent / (60 * options.minutes)
@@ -133,7 +130,8 @@ def main() -> None:
         step, known, recent = step + 1, known + ids.numel(), 0.97 * recent + 0.03 * right
         if recent > options.grow and stage + 1 < len(options.lengths):
             stage, recent = stage + 1, 0.5
-        if step % 50 == 0:
+        over = step == until or time.perf_counter() - begin >= 60 * options.minutes
+        if step % 50 == 0 or over:
             now = time.perf_counter()
             line = {"step": step, "length": length, "loss": round(loss.item(), 3), "right": round(recent, 3)}
             line |= {"bytes": known, "bytes_per_second": round(50 * ids.numel() / (now - last))}
@@ -141,7 +139,7 @@ def main() -> None:
             print(json.dumps(line), flush=True)
             with notes.open("a") as file:
                 file.write(json.dumps(line) + "\n")
-        if step % 200 == 0 or time.perf_counter() - begin >= 60 * options.minutes:
+        if step % 200 == 0 or over:
             model.save_pretrained(options.out)
             held = {"optimizer": optimizer.state_dict(), "step": step, "stage": stage, "recent": recent, "bytes": known}
             torch.save(held, state_file)

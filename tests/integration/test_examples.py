@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
+import json
+import random
 import re
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
@@ -81,3 +86,33 @@ def test_package(tmp_path: Path) -> None:
     assert [row[:3] for row in found] == [[1, 700, 71], [4, 150, 16], [3, 64, 8]]
     assert all(exported == 0 and compiled < 1e-3 for *_, exported, compiled in found), found
     assert not list(tmp_path.iterdir()), "nothing is left behind"
+
+
+def test_needles_are_planted_before_they_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    train = importlib.import_module("train_needles")
+    texts = [b"".join(f"line = {i}\n".encode() for i in range(200))]
+    for seed in range(20):
+        ids, answers = train.window(texts, 400, 3, random.Random(seed))
+        text = bytes(ids)
+        assert len(text) == 401
+        assert len(answers) == 3 * train.ANSWER
+        for begin in answers[:: train.ANSWER]:
+            value = text[begin : begin + train.ANSWER]
+            line = text[:begin].rpartition(b"\n")[2]
+            assert re.fullmatch(rb'assert TOKEN_[A-Z] == "', line)
+            planted = b'TOKEN_%c = "%s"\n' % (line[13], value)
+            assert text.count(planted) == 1
+            assert text.index(planted) < begin
+            assert answers[answers.index(begin) : answers.index(begin) + train.ANSWER] == [*range(begin, begin + 6)]
+
+
+def test_training_on_needles_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    options = ["--lengths", "64", "--tokens", "128", "--steps", "2", "--threads", "1"]
+    command = [sys.executable, str(EXAMPLES / "train_needles.py"), "--out", str(tmp_path), *options]
+    steps = []
+    for _ in range(2):
+        result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert result.returncode == 0, result.stderr
+        steps.append(json.loads(result.stdout.splitlines()[-1])["step"])
+    assert steps == [2, 4]
