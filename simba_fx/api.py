@@ -143,20 +143,27 @@ def _runtime(model: nn.Module) -> Any:
 
 
 @contextmanager
-def tail(sparse: nn.Module, tokens: int) -> Iterator[None]:
+def tail(sparse: nn.Module, tokens: int | Tensor) -> Iterator[None]:
     """Protect each row's last `tokens` real tokens inside the `with` block, and score at the first of them.
 
     Counted are the *inputs whose logits are read* (method.md section 5), the first of which chooses what is kept. An
     answer of n tokens at the end of the input is read from n + 1 of them, since the token before it predicts its first
     one: `tail(sparse, n + 1)`, or `answer(sparse, n)`. With `tail(sparse, n)` the answer chooses its own context.
 
+    Args:
+        tokens: one number for all rows, or a tensor `(B,)` of whole numbers, as in `answer`. At least 1.
+
     Raises:
-        SimbaError: `tokens` is not a whole number of at least 1.
+        SimbaError: not such a number. In a call: InputError, a row of fewer tokens.
     """
+    if isinstance(tokens, Tensor) and _are_counts(tokens) and not bool((tokens < 1).any()):
+        with _asking(sparse, answer=False, tails=tokens.to(torch.int64)):
+            yield
+        return
     if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
         raise SimbaError(
-            f"tail expects a whole number of tokens, at least 1; found {tokens!r}. Write for example "
-            "simba_fx.tail(sparse, 100)."
+            f"tail expects a whole number of tokens, at least 1, or one for each row; found {tokens!r}. Write for "
+            "example simba_fx.tail(sparse, 100)."
         )
     with _asking(sparse, tail=tokens, answer=False, tails=None):
         yield

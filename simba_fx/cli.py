@@ -1,4 +1,4 @@
-"""The command `simba-fx`: `bench`, `compile-modes`, `eval`, `page`. Nothing heavy is imported to parse or to help."""
+"""The command `simba-fx`. Nothing heavy is imported to parse or to help."""
 
 from __future__ import annotations
 
@@ -25,7 +25,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    given = parser().parse_args(arguments)
+    given, rest = parser().parse_known_args(arguments)
+    if rest and given.command != "lm-eval":
+        parser().parse_args(arguments)  # says which it does not know
+    given.rest = rest
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else the profiler says at every use that it starts and stops
     try:
         status: int = given.run(given)

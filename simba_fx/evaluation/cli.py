@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import importlib
+import importlib.util
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,10 @@ __all__ = ["add_commands"]
 def add_commands(commands: Any) -> None:
     _add_eval(commands)
     _add_page(commands)
+    harness = commands.add_parser(
+        "lm-eval", help="lm-eval-harness, with --model simba for sparse models", add_help=False
+    )
+    harness.set_defaults(run=_harness)
 
 
 def _add_eval(commands: Any) -> None:
@@ -66,6 +72,17 @@ def _add_page(commands: Any) -> None:
     add("--device", help="cpu or cuda; cuda where there is one")
     add("--out", type=Path, default=Path("page.html"), metavar="FILE")
     command.set_defaults(run=_page)
+
+
+def _harness(given: argparse.Namespace) -> int:
+    """Hand everything behind `simba-fx lm-eval` to lm-eval."""
+    if importlib.util.find_spec("lm_eval") is None:
+        raise EvalError("lm-eval-harness is not installed; expected the extra 'eval': pip install simba-fx[eval].")
+    importlib.import_module("simba_fx.evaluation.harness")
+    main: Any = importlib.import_module("lm_eval.__main__").cli_evaluate
+    sys.argv = ["lm_eval", *given.rest]
+    main()
+    return 0
 
 
 def _page(given: argparse.Namespace) -> int:

@@ -69,6 +69,11 @@ class Asked:
         object.__setattr__(self, "sizes", sizes)
 
     @property
+    def context(self) -> str:
+        """Which context said how long tails are."""
+        return "answer" if self.answer else "tail"
+
+    @property
     def shortest_row(self) -> int:
         """Real tokens that every row must have for the tail that all share; tails of their own are looked at apart."""
         return self.tail - self.answer if self.tails is None and self.first is None else 1
@@ -151,7 +156,7 @@ def check_lengths(lengths: Tensor, rows: int, length: int) -> None:
 def refuse_ragged(name: str, asked: Asked) -> None:
     """For models that are given neither lengths nor tails of their rows."""
     if asked.lengths is not None or asked.tails is not None:
-        context = "lengths" if asked.lengths is not None else "answer"
+        context = "lengths" if asked.lengths is not None else asked.context
         raise InputError(
             f"simba_fx.{context} was given a number for each row, but {name} is not a transformers model; expected "
             "rows of one length and one tail. Call the rows one by one, or state the padding mask of a plain module "
@@ -179,7 +184,7 @@ def ends_of(asked: Asked, rows: int, length: int, mask: Tensor | None, lengths: 
     stated: Any = asked.first if asked.tails is None else asked.tails
     if tuple(stated.shape) != (rows,):
         raise InputError(
-            f"simba_fx.answer expects one number of answer tokens for each of the {rows} rows; found "
+            f"simba_fx.{asked.context} expects one number of tokens for each of the {rows} rows; found "
             f"{tuple(stated.shape)}. Pass an int for all of them, or a tensor (B,)."
         )
     device = (stated if lengths is None else lengths).device if mask is None else mask.device
@@ -197,6 +202,11 @@ def ends_of(asked: Asked, rows: int, length: int, mask: Tensor | None, lengths: 
     told = torch.stack((tails, ends, ends - starts)).tolist()
     for row, (wanted, _, own) in enumerate(zip(*told)):
         if wanted - asked.answer > own:
+            if not asked.answer:
+                raise InputError(
+                    f"simba_fx.tail protects the last {wanted} tokens of row {row}, but it has {own}; expected at most "
+                    "those. Pass the number of inputs of each row whose logits are read."
+                )
             raise InputError(
                 f"simba_fx.answer says that row {row} ends with {wanted - 1} tokens of answer, but it has {own}; "
                 "expected at most those. Pass the number of answer tokens of each row."

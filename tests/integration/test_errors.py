@@ -575,7 +575,7 @@ def test_ids_and_embeddings_together_meet_the_models_own_message(sparse: Any) ->
 @pytest.mark.parametrize("tail", [0, -1, 1.5, "3", True, None])
 def test_a_tail_that_is_no_count(sparse: Any, tail: Any) -> None:
     message = (
-        f"tail expects a whole number of tokens, at least 1; found {tail!r}. Write for example"
+        f"tail expects a whole number of tokens, at least 1, or one for each row; found {tail!r}. Write for example"
         " simba_fx.tail(sparse, 100)."
     )
     with refused(SimbaError, message, sparse), simba_fx.tail(sparse, tail):

@@ -155,6 +155,64 @@ def test_where_pads_are_ends_of_sequence_the_caller_says_what_pads(harness: Call
     assert found == pytest.approx([likelihood(alone(pruned, row[:-1]), row[-ANSWER:])[0] for row in ROWS], abs=1e-4)
 
 
+@pytest.fixture
+def plugin(harness: Callable[..., Any], tokenizer: Any) -> Callable[..., Any]:
+    """Our model for `lm_eval`."""
+    from simba_fx.evaluation.harness import SimbaLM
+
+    def wrap(model: nn.Module, batch_size: int | str, **options: str) -> Any:
+        return SimbaLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_batch_size=4, max_length=48,
+                       **options)  # fmt: skip
+
+    return wrap
+
+
+def scored_alone(model: nn.Module, row: Tensor, answer: int) -> tuple[float, bool]:
+    """Of the last `answer` tokens of a row, which choose nothing of what is kept."""
+    with simba_fx.tail(model, answer):
+        return likelihood(alone(model, row[:-1]), row[-answer:])
+
+
+@pytest.mark.parametrize("batch_size", BATCHES)
+@pytest.mark.parametrize("pads", [True, False])
+def test_our_model_for_the_harness_protects_each_continuation(
+    batch_size: int | str, pads: bool, plugin: Callable[..., Any]
+) -> None:
+    """Continuations of different lengths, also of models whose pads end sequences; as each row alone."""
+    model = BY_NAME["mamba"].build() if pads else ambiguous(BY_NAME["mamba"])
+    wrapped = plugin(model, batch_size, schedule="Linear(0.2; every=2)", criterion="simba-l2+write/3")
+    pruned = simba_fx.transform(
+        BY_NAME["mamba"].build(), simba_fx.Linear(0.2, every=2), criterion="simba-l2+write", span=3
+    )
+    answers = (4, 1, 9, 2)
+    asked = requests("loglikelihood", *((words(row[:-n]), words(row[-n:])) for row, n in zip(ROWS, answers)))
+    found = wrapped.loglikelihood(asked, disable_tqdm=True)
+    expected = [scored_alone(pruned, row, n) for row, n in zip(ROWS, answers)]
+    assert [value for value, _ in found] == pytest.approx([value for value, _ in expected], abs=1e-4)
+    assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
+    assert 0.3 < wrapped.delivered < 0.95
+    assert wrapped.get_model_info()["simba_fx_mean_share"] == wrapped.delivered
+
+
+def test_our_model_for_the_harness_rolls_and_generates(plugin: Callable[..., Any]) -> None:
+    wrapped = plugin(BY_NAME["mamba"].build(), 2, schedule="0.5")
+    with pytest.warns(UserWarning, match="too short to prune: on average 100 % of the tokens entered a block"):
+        rolled = wrapped.loglikelihood_rolling(
+            requests("loglikelihood_rolling", *((words(row),) for row in ROWS)), disable_tqdm=True
+        )
+    begun = [torch.cat((torch.tensor([END]), row)) for row in ROWS]
+    dense = [likelihood(alone(BY_NAME["mamba"].build(), row[:-1]), row[1:])[0] for row in begun]
+    assert rolled == pytest.approx(dense, abs=1e-3)  # every token is scored, so that every token is kept
+    told: Any = ({"until": ["<end>"], "max_gen_toks": 5, "do_sample": False},)
+    (text,) = wrapped.generate_until(requests("generate_until", (words(ROWS[0]), *told)), disable_tqdm=True)
+    pruned: Any = simba_fx.transform(BY_NAME["mamba"].build(), 0.5)
+    new = pruned.generate(ROWS[0][None], max_new_tokens=5, do_sample=False)[0, len(ROWS[0]) :]
+    assert (
+        text.split() == [word for word in words(new).split() if word not in (f"w{PAD}", f"w{END}")][: len(text.split())]
+    )
+    assert text.split()
+
+
 # --- padding that is found, and padding that is told -----------------------------------------------------------------
 
 
