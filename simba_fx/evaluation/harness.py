@@ -71,7 +71,7 @@ class SimbaLM(HFLM):  # type: ignore[misc]  # lm-eval is untyped
         if computed and entered / computed > _HARDLY:
             warnings.warn(
                 f"These prompts are too short to prune: on average {100 * entered / computed:.0f} % of the tokens "
-                "entered a block (continuations, floor and rounding keep them). The scores are nearly the dense model's.",
+                "entered a block (continuations, floor and rounding keep them). Scores are nearly the dense model's.",
                 stacklevel=2,
             )
         return found

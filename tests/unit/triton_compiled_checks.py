@@ -46,8 +46,9 @@ def check(launch: Launch, capability: int) -> None:
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_selective_score(layout: str, capability: int) -> None:
-    check(triton_targets.selective_score(LAYOUTS[layout]), capability)
+@pytest.mark.parametrize("squares", [False, True])
+def test_the_selective_score(squares: bool, layout: str, capability: int) -> None:
+    check(triton_targets.selective_score(LAYOUTS[layout], squares=squares), capability)
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
@@ -57,8 +58,9 @@ def test_the_steps_behind_a_chunk(capability: int) -> None:
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
-def test_the_ssd_score(capability: int) -> None:
-    check(triton_targets.ssd_score(), capability)
+@pytest.mark.parametrize("squares", [False, True])
+def test_the_ssd_score(squares: bool, capability: int) -> None:
+    check(triton_targets.ssd_score(squares=squares), capability)
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)

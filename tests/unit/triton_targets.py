@@ -66,10 +66,10 @@ def _launch(kernel: Any, constants: dict[str, Any], unit: tuple[str, ...] = (), 
     return Launch(kernel, types, constants | {name: 1 for name in unit if name in names}, warps)
 
 
-def selective_score(layout: tuple[str, ...], real: bool = True) -> Launch:
+def selective_score(layout: tuple[str, ...], real: bool = True, squares: bool = False) -> Launch:
     """mamba-130m … 2.8b: N = 16."""
     switches = {"states": 16, "SOFTPLUS": True, "BIAS": True, "REAL": real, "ABSOLUTE": False, "groups": 1,
-                "FEW": score.FEW, "BLOCK_D": scan.TILE}  # fmt: skip
+                "SQUARES": squares, "FEW": score.FEW, "BLOCK_D": scan.TILE}  # fmt: skip
     return _launch(score.selective_score_kernel, switches, (*layout, "A_state"), 1, real="*i1")
 
 
@@ -83,10 +83,10 @@ def suffix() -> Launch:
     return _launch(score.suffix_kernel, {"AHEAD": 16, "BLOCK_D": 32}, warps=1)
 
 
-def ssd_score(real: bool = True) -> Launch:
+def ssd_score(real: bool = True, squares: bool = False) -> Launch:
     """mamba2-130m … 2.7b: P = 64."""
     switches = {"BLOCK_T": score.SSD_CHUNK, "BLOCK_P": 64, "SOFTPLUS": True, "BIAS": True, "REAL": real,
-                "ABSOLUTE": False, "DECAY": True, "BLOCK_H": score.SSD_HEADS}  # fmt: skip
+                "ABSOLUTE": False, "SQUARES": squares, "DECAY": True, "BLOCK_H": score.SSD_HEADS}  # fmt: skip
     return _launch(score.ssd_score_kernel, switches, ("groups", "x_channel", "dt_head", "A_head"), real="*i1")
 
 
