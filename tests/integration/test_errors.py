@@ -106,6 +106,10 @@ FLOOR = (
     "transform expects floor to be an int of at least 0 (tokens kept before the tail); found {}. Write for example"
     " floor=4."
 )
+SPAN = (
+    "transform expects span to be an odd number of tokens whose best score each gets, from 1 (none) to 1023; found {}. "
+    "Write for example span=31."
+)
 SEED = "transform expects seed to be a 32-bit int; found {}. Write for example seed=4."
 ARGUMENTS: dict[str, tuple[dict[str, Any], type[SimbaError], str]] = {
     "schedule name": (
@@ -122,7 +126,8 @@ ARGUMENTS: dict[str, tuple[dict[str, Any], type[SimbaError], str]] = {
     "criterion name": (
         {"criterion": "simbo"},
         CriterionError,
-        "Unknown criterion 'simbo': expected one of 'simba', 'simba-abs', 'no-decay', 'delta-norm', 'clip', 'removal',"
+        "Unknown criterion 'simbo': expected one of 'simba', 'simba-abs', 'simba-l2', 'write', 'no-decay', "
+        "'delta-norm', 'clip', 'removal',"
         " 'recent', 'random', 'stride', or a callable (scan operands, query) -> (B, L).",
     ),
     "criterion type": (
@@ -188,6 +193,20 @@ ARGUMENTS: dict[str, tuple[dict[str, Any], type[SimbaError], str]] = {
     "fractional floor": ({"floor": 1.5}, SimbaError, FLOOR.format("1.5")),
     "boolean floor": ({"floor": True}, SimbaError, FLOOR.format("True")),
     "seed type": ({"seed": "a"}, SimbaError, SEED.format("'a'")),
+    "even span": ({"span": 4}, SimbaError, SPAN.format("4")),
+    "span type": ({"span": True}, SimbaError, SPAN.format("True")),
+    "long span": ({"span": 1025}, SimbaError, SPAN.format("1025")),
+    "span of positions": (
+        {"criterion": "recent", "span": 5},
+        CriterionError,
+        "span=5 pools the scores of scans; criterion 'recent' looks at positions only and has none. Leave span out, or "
+        "pass criterion='simba-l2'.",
+    ),
+    "positions among scores": (
+        {"criterion": "simba+recent"},
+        CriterionError,
+        "'simba+recent' combines scores of scans; 'recent' looks at positions only and has none. Leave it out.",
+    ),
     "boolean seed": ({"seed": True}, SimbaError, SEED.format("True")),
 }
 
@@ -694,7 +713,8 @@ def test_a_criterion_of_another_recurrence() -> None:
         simba_fx.transform(dense("mamba"), "linear", criterion="removal")
     assert str(caught.value) == (
         "Criterion 'removal' is not one that a selective scan can be scored by; expected one of simba, simba-abs, "
-        "no-decay, delta-norm, clip, one by position, or a function of your own. Pass one of those as criterion."
+        "simba-l2, write, no-decay, delta-norm, clip, one by position, or a function of your own. Pass one of those "
+        "as criterion."
     )
     with torch.no_grad():
         simba_fx.transform(dense("qwen3-next"), "linear", criterion="removal")(input_ids=tokens(1, 2, 20))

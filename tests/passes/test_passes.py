@@ -682,7 +682,7 @@ def test_a_pass_prints_as_its_configuration() -> None:
         "ChannelLast()",
         "DropCasts()",
         "TrackTokens(trailing=False)",
-        "ScoreTokens(cuts=(0→3/4, 1→1/2), criterion='simba', floor=4, seed=0)",
+        "ScoreTokens(cuts=(0→3/4, 1→1/2), criterion='simba', floor=4, seed=0, span=1)",
         "SelectTokens(cuts=(0→3/4, 1→1/2), floor=4)",
         "HoistPositions(output='full')",
         "GatherSurvivors(output='full')",
