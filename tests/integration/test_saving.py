@@ -176,6 +176,7 @@ def test_the_file_is_meant_to_be_read(tmp_path: Path) -> None:
             "kernels": "auto",
             "compile": "blocks",
             "seed": 0,
+            "span": 1,
             "query": None,
             "protect": [],
             "labels": "all",
@@ -502,7 +503,7 @@ def copy(saved: Path, tmp_path: Path) -> Path:
 KEYS = "class, dtype, format, implementations, library, options"
 INNER = (
     "compile, criterion, floor, kernels, labels, mask, mask_marks, output, pad_token_id, protect, query, schedule, "
-    "seed, tail"
+    "seed, span, tail"
 )
 FIX = "Correct the file, or use the version of simba_fx that wrote it."
 SPOILT: dict[str, tuple[dict[str, Any], str]] = {
