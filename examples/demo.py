@@ -24,7 +24,7 @@ import simba_fx
 from simba_fx.evaluation.needles import searches
 
 SCORED = 100  # bytes at the end whose loss is read
-HAYSTACK = 512  # bytes that a needle is searched in
+HAYSTACK = 1024  # bytes that a needle is searched in
 HERE = Path(__file__).resolve().parent
 
 
@@ -54,8 +54,8 @@ def in_turns(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, 
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--share", type=float, default=0.4, help="of the tokens, that enters every block but the first")
-    parser.add_argument("--criterion", default="simba-l2", help="what tokens are scored by")
+    parser.add_argument("--share", type=float, default=0.5, help="of the tokens, that enters every block but the first")
+    parser.add_argument("--criterion", default="simba-l2+write", help="what tokens are scored by")
     parser.add_argument("--span", type=int, default=15, help="tokens whose scores are pooled")
     parser.add_argument("--length", type=int, default=4096, help="tokens of the prompt that is timed")
     parser.add_argument("--repeats", type=int, default=9, help="timed calls of each model")
