@@ -498,7 +498,8 @@ def test_unknown_options_and_those_that_do_not_apply() -> None:
         return refusal(lambda: torch.compile(dense("mamba"), backend=backend, options=options)(tokens(1, 2, 9)))
 
     assert said(shedule="linear") == (
-        "Unknown option 'shedule' of backend=\"simba_fx\": expected schedule, criterion, floor, seed, span, query, protect, "
+        "Unknown option 'shedule' of backend=\"simba_fx\": expected schedule, criterion, floor, seed, span, query, "
+        "protect, "
         "mask, mask_marks, tail, backend, mode, options. Options of the inner backend go one level down: "
         'options={"options": {...}}.'
     )
