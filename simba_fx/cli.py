@@ -25,9 +25,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    given, rest = parser().parse_known_args(arguments)
+    top = parser()
+    given, rest = top.parse_known_args(arguments)
     if rest and given.command != "lm-eval":
-        parser().parse_args(arguments)  # says which it does not know
+        top.error(f"unrecognized arguments: {' '.join(rest)}")
     given.rest = rest
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else the profiler says at every use that it starts and stops
     try:

@@ -11,7 +11,7 @@ from typing import Any
 
 from simba_fx.errors import SimbaError
 
-__all__ = ["MODES", "PEERS", "BenchError", "Criterion", "Mode", "Options", "parse_schedule"]
+__all__ = ["MODES", "PEERS", "BenchError", "Criterion", "Mode", "Options", "at_least", "parse_schedule"]
 
 
 class BenchError(SimbaError, ValueError):
@@ -133,11 +133,11 @@ class Options:
             parse_schedule(text)
         if importlib.util.find_spec("transformers") is None:
             raise BenchError("The benchmark's models are transformers models; install them: pip install simba-fx[hf].")
-        _at_least("--lengths", self.lengths, 2)
-        _at_least("--batches", self.batches, 1)
-        _at_least("--repeats", (self.repeats,), 2)
-        _at_least("--warmup", (self.warmup,), 0)
-        _at_least("--decode", (self.decode,), 0)
+        at_least("--lengths", self.lengths, 2)
+        at_least("--batches", self.batches, 1)
+        at_least("--repeats", (self.repeats,), 2)
+        at_least("--warmup", (self.warmup,), 0)
+        at_least("--decode", (self.decode,), 0)
         if self.decode in (1, 2):
             raise BenchError(f"--decode expects 0 (none) or at least 3 tokens to time; found {self.decode}.")
         if self.device not in ("cpu", "cuda"):
@@ -159,7 +159,8 @@ class Options:
             raise BenchError("--peers are given the FLOPs of the first schedule; found no schedule. Name one.")
 
 
-def _at_least(name: str, values: Sequence[int], least: int) -> None:
+def at_least(name: str, values: Sequence[int], least: int) -> None:
+    """Raises: BenchError for a smaller number of a command's option."""
     if wrong := [value for value in values if value < least]:
         raise BenchError(f"{name} expects whole numbers of at least {least}; found {wrong[0]}.")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,23 +11,35 @@ from simba_fx.bench.parts import PARTS
 from simba_fx.bench.tables import groups
 from simba_fx.errors import SimbaError
 
-__all__ = ["draw"]
+__all__ = ["draw", "figures"]
 
 _SCHEDULES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000")
 _PEER, _PEER_MARKS = "#7A7A7A", "^vDX"
 _PARTS = dict(zip(PARTS, ("#0072B2", "#56B4E9", "#009E73", "#D55E00", "#E69F00", "#F0E442", "#BBBBBB")))
 
 
-def draw(found: dict[str, Any], folder: Path) -> list[str]:
-    """Write the pictures that there is something to draw for. Raises: SimbaError without matplotlib."""
+def figures(command: str) -> Callable[[float, float], Any]:
+    """What makes a matplotlib figure of so many inches, for a command. Raises: SimbaError without matplotlib."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
         raise SimbaError(
-            "simba-fx bench draws with matplotlib, which is not installed; expected the extra 'plot'. The numbers are "
-            "in results.json and table.md. Install it: pip install simba-fx[plot]."
+            f"simba-fx {command} draws with matplotlib, which is not installed; expected the extra 'plot'. The numbers "
+            "are in results.json and table.md. Install it: pip install simba-fx[plot]."
         ) from error
+
+    def new(width: float, height: float) -> Figure:
+        figure = Figure(figsize=(width, height), layout="constrained")
+        FigureCanvasAgg(figure)
+        return figure
+
+    return new
+
+
+def draw(found: dict[str, Any], folder: Path) -> list[str]:
+    """Write the pictures that there is something to draw for. Raises: SimbaError without matplotlib."""
+    new_figure = figures("bench")
     rows = [row for row in found["rows"] if "time" in row]
     written = []
     for name, painter in (("speed.png", _speed), ("shares.png", _shares)):
@@ -35,8 +48,7 @@ def draw(found: dict[str, Any], folder: Path) -> list[str]:
             continue
         across = min(2, len(panels))
         down = math.ceil(len(panels) / across)
-        figure = Figure(figsize=(6.4 * across + 1.2, 4.3 * down + 0.5), layout="constrained")
-        FigureCanvasAgg(figure)
+        figure = new_figure(6.4 * across + 1.2, 4.3 * down + 0.5)
         grid = list(figure.subplots(down, across, squeeze=False).flat)
         for axes, ((model, mode, batch), held) in zip(grid, panels.items()):
             painter(axes, held)

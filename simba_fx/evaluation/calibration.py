@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import simba_fx
-from simba_fx.bench.peers import dense_flops
 from simba_fx.evaluation import statistics
 from simba_fx.evaluation.options import EvalError
-from simba_fx.evaluation.rivals import Rival
+from simba_fx.evaluation.rivals import Rival, flops_of
 from simba_fx.flops import ModelFlops
 from simba_fx.schedule import Explicit, kept_count
 
@@ -85,9 +84,9 @@ def calibrate(model: nn.Module, input_ids: Tensor, budget: float = 0.6, *, crite
         )
     measured = _Measured(model, input_ids, last, batch, {"criterion": criterion, "span": span, **options})
     dense = measured.losses("dense")
-    flops = measured.flops()
+    flops = flops_of(simba_fx.transform(model, "dense"), input_ids, last)
     n_blocks = len(flops.blocks)
-    step = -(-(n_blocks - 1) // _PLACES)
+    step = max(1, -(-(n_blocks - 1) // _PLACES))
     places = range(1, n_blocks, step)
 
     def at(shares_by_place: Sequence[float]) -> Explicit:
@@ -129,14 +128,6 @@ class _Measured:
         found = statistics.paired(self.losses(schedule), dense)
         assert found is not None  # of all tokens
         return found
-
-    def flops(self) -> ModelFlops:
-        dense = simba_fx.transform(self.model, "dense")
-        arguments = {"use_cache": False, "logits_to_keep": self.last}
-        row = self.parts[0][:1, :-1]
-        with torch.no_grad():
-            dense(row, **arguments)
-        return dense_flops(dense, row, arguments)
 
 
 @dataclass(frozen=True)

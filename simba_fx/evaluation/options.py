@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from simba_fx.bench.options import Criterion, parse_schedule
+from simba_fx.bench.options import Criterion, at_least, parse_schedule
 from simba_fx.errors import SimbaError
 
 __all__ = ["BASELINES", "STYLES", "EvalError", "Options"]
@@ -69,12 +68,12 @@ class Options:
             parse_schedule(text)
         for text in self.criteria:
             Criterion.parse(text)
-        _at_least("--lengths", self.lengths, 8)
-        _at_least("--last", (self.last,), 1)
-        _at_least("--windows", (self.windows,), 2)
-        _at_least("--near", (self.near,), 1)
-        _at_least("--needles", (self.needles,), 0)
-        _at_least("--pairs", (self.pairs,), 1)
+        at_least("--lengths", self.lengths, 8)
+        at_least("--last", (self.last,), 1)
+        at_least("--windows", (self.windows,), 2)
+        at_least("--near", (self.near,), 1)
+        at_least("--needles", (self.needles,), 0)
+        at_least("--pairs", (self.pairs,), 1)
         if short := [length for length in self.lengths if length <= self.last]:
             raise EvalError(
                 f"--lengths are tokens of context and scored ones together: expected more than --last {self.last}, "
@@ -84,8 +83,3 @@ class Options:
             raise EvalError(f"--depths expects shares of the context, from 0 (its beginning) to 1; found {wrong[0]}.")
         if self.baselines and not self.schedules:
             raise EvalError("--baselines are given the FLOPs of each schedule; found no schedule. Name one.")
-
-
-def _at_least(name: str, values: Sequence[int], least: int) -> None:
-    if wrong := [value for value in values if value < least]:
-        raise EvalError(f"{name} expects whole numbers of at least {least}; found {wrong[0]}.")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from simba_fx.errors import SimbaError
+from simba_fx.bench.plots import figures
 
 __all__ = ["draw"]
 
@@ -16,14 +16,7 @@ _MARKS = "osD^vPX"
 
 def draw(found: dict[str, Any], folder: Path) -> list[str]:
     """Write the pictures that there is something to draw for. Raises: SimbaError without matplotlib."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise SimbaError(
-            "simba-fx eval draws with matplotlib, which is not installed; expected the extra 'plot'. The numbers are "
-            "in results.json and table.md. Install it: pip install simba-fx[plot]."
-        ) from error
+    new_figure = figures("eval")
     longest = [row for row in found["text"] if row["length"] == max(found["options"]["lengths"])]
     pictures: list[tuple[str, Any, Any]] = [("compute.png", _compute, longest)]
     if len(found["options"]["lengths"]) > 1:
@@ -31,8 +24,7 @@ def draw(found: dict[str, Any], folder: Path) -> list[str]:
     if found["needles"]:
         pictures.append(("needles.png", _needles, found["needles"]))
     for name, painter, rows in pictures:
-        figure = Figure(figsize=(11, 4.6), layout="constrained")
-        FigureCanvasAgg(figure)
+        figure = new_figure(11, 4.6)
         painter(figure, rows, found)
         where = found["environment"]
         about = f"{found['model']['name']}, {found['windows']} windows; hollow: schedules of several shares; "

@@ -6,6 +6,7 @@ rival costs is counted on itself.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -27,10 +28,15 @@ from simba_fx.bench.peers import (
     tokens_for,
 )
 from simba_fx.evaluation.options import EvalError, Options
+from simba_fx.flops import ModelFlops
 
-__all__ = ["Rival", "rivals_of"]
+__all__ = ["Rival", "flops_of", "rivals_of"]
 
 _CALL = {"use_cache": False}
+
+
+Aim = Callable[["Rival", ModelFlops, int, int, int], str]
+"""`(rival, the dense model's FLOPs, length, last, target)`: sets a baseline up for so many FLOPs, and says how."""
 
 
 @dataclass
@@ -44,8 +50,7 @@ class Rival:
     schedule: str = ""
     """The one that it follows, or whose FLOPs it has."""
     criterion: str = ""
-    aim: Callable[[Rival, Tensor, int, int], str] | None = None
-    """`(rival, ids, last, target)`: sets it up for so many FLOPs, and says how."""
+    aim: Aim | None = None
     tokens: int | None = None
     says: str = ""
     flops: dict[tuple[int, int], int] = field(default_factory=dict)
@@ -89,12 +94,11 @@ def rivals_of(model: Any, options: Options) -> list[Rival]:
             )
             found.append(Rival(f"{text}, {criterion}", "sparse", sparse, text, str(criterion)))
         for name in options.baselines:
-            aim = {"left-truncation": _truncate, "layer-drop": _drop_layers}[name]
+            aim: Aim = _truncate
             if name == "layer-drop":
                 expect_equal_blocks(model)
-            found.append(
-                Rival(f"{name} at the cost of {text}", "baseline", dense, text, name, _with_model(aim, model, dense))
-            )
+                aim = functools.partial(_drop_layers, model)
+            found.append(Rival(f"{name} at the cost of {text}", "baseline", dense, text, name, aim))
     device, dtype = next(model.parameters()).device, next(model.parameters()).dtype
     for name in options.against:
         other = models.build(name, device, dtype)
@@ -107,30 +111,20 @@ def rivals_of(model: Any, options: Options) -> list[Rival]:
     return found
 
 
-Aim = Callable[[Rival, Tensor, int, int, Any, nn.Module], str]
+def flops_of(dense: nn.Module, ids: Tensor, last: int) -> ModelFlops:
+    """Of the dense model on one row of `ids` `(B, L + 1)`, of whose last tokens logits are read."""
+    arguments = {**_CALL, "logits_to_keep": last}
+    with torch.no_grad():  # the graph without a cache
+        dense(ids[:1, :-1], **arguments)
+    return dense_flops(dense, ids[:1, :-1], arguments)
 
 
-def _with_model(aim: Aim, model: Any, dense: nn.Module) -> Callable[[Rival, Tensor, int, int], str]:
-    return lambda rival, ids, last, target: aim(rival, ids, last, target, model, dense)
-
-
-def _arguments(last: int) -> dict[str, Any]:
-    return {**_CALL, "logits_to_keep": last}
-
-
-def _truncate(rival: Rival, ids: Tensor, last: int, target: int, model: Any, dense: nn.Module) -> str:
-    given = ids[:1, :-1]
-    with torch.no_grad():
-        dense(given, **_arguments(last))
-    flops = dense_flops(dense, given, _arguments(last))
-    rival.tokens = max(last, tokens_for(flops, given.shape[1], target, True))
+def _truncate(rival: Rival, flops: ModelFlops, length: int, last: int, target: int) -> str:
+    rival.tokens = max(last, tokens_for(flops, length, target, True))
     return f"the dense model on the last {rival.tokens} tokens"
 
 
-def _drop_layers(rival: Rival, ids: Tensor, last: int, target: int, model: Any, dense: nn.Module) -> str:
-    given = ids[:1, :-1]
-    with torch.no_grad():
-        dense(given, **_arguments(last))
-    count = blocks_for(dense_flops(dense, given, _arguments(last)), given.shape[1], target)
+def _drop_layers(model: Any, rival: Rival, flops: ModelFlops, length: int, last: int, target: int) -> str:
+    count = blocks_for(flops, length, target)
     rival.module = simba_fx.transform(fewer_blocks(model, count), "dense")
     return f"{count} blocks, evenly spaced"

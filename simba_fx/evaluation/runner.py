@@ -17,8 +17,9 @@ from simba_fx.evaluation import statistics
 from simba_fx.evaluation.needles import Search, searches
 from simba_fx.evaluation.options import Options
 from simba_fx.evaluation.records import Records
-from simba_fx.evaluation.rivals import Rival, rivals_of
+from simba_fx.evaluation.rivals import Rival, flops_of, rivals_of
 from simba_fx.evaluation.texts import documents, encoder_of, windows
+from simba_fx.flops import ModelFlops
 
 __all__ = ["KNOWN", "Run"]
 
@@ -33,6 +34,8 @@ class Run:
         self.options = options
         self.begun = time.perf_counter()
         self.done = 0
+        self.flops: dict[tuple[int, int], ModelFlops] = {}
+        """Of the dense model, by length and tokens whose logits are read."""
 
     def __call__(self) -> dict[str, Any]:
         o = self.options
@@ -92,7 +95,10 @@ class Run:
         if rival.aim is not None:
             rival.tokens = None
             leader = next(other for other in self.rivals if other.kind == "sparse" and other.schedule == rival.schedule)
-            rival.says = rival.aim(rival, ids, last, leader.cost(ids, last))
+            length = ids.shape[1] - 1
+            if (length, last) not in self.flops:
+                self.flops[length, last] = flops_of(self.rivals[0].module, ids, last)
+            rival.says = rival.aim(rival, self.flops[length, last], length, last, leader.cost(ids, last))
             rival.flops.clear()
 
     # --- loss on text ---------------------------------------------------------------------------------------------
