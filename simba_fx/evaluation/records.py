@@ -33,7 +33,8 @@ class Records:
                     "Give another folder as --out, or delete the file."
                 )
             self.found = {self._key(line): line for line in map(json.loads, whole[1:])}
-            path.write_text("".join(whole))
+            if len(whole) < len(lines):
+                path.write_text("".join(whole))
         if not path.is_file() or not path.stat().st_size:
             self._write(subject, "w")
 

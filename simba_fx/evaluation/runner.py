@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from simba_fx.bench import measure, models, results
 from simba_fx.bench.runner import DTYPES
@@ -49,7 +49,7 @@ class Run:
         texts = documents(o.texts, encode, o.lengths[-1] + 1)
         rows = windows(texts, o.windows, o.lengths[-1] + 1, o.seed)
         self.rivals = rivals_of(model, o)
-        self.records = Records(o.out / "measured.jsonl", self._subject(rows))
+        self.records = Records(o.out / "measured.jsonl", self._subject(model, rows))
         near = sum(length > o.near + o.last for length in o.lengths)
         self.total = (len(o.lengths) * len(self.rivals) + near) * len(rows)
         self.total += len(o.lengths) * len(self.rivals) * o.needles * len(o.depths)
@@ -70,11 +70,18 @@ class Run:
             results.save(found, o.out / "results.json")
         return found
 
-    def _subject(self, rows: Tensor) -> dict[str, Any]:
+    def _subject(self, model: nn.Module, rows: Tensor) -> dict[str, Any]:
+        """What every measurement of the run depends on; of the weights a few of each tensor, which training changes."""
         o = self.options
-        text = hashlib.sha256(rows.numpy().tobytes()).hexdigest()[:16]
-        return {"model": models.title(o.model), "text": text, "last": o.last, "seed": o.seed, "dtype": o.dtype,
-                "pairs": o.pairs, "style": o.style}  # fmt: skip
+        few = torch.cat([p.detach().flatten()[:64].float().cpu() for p in model.parameters()])
+        return {"model": models.title(o.model), "weights": _digest(few), "text": _digest(rows), "last": o.last,
+                "seed": o.seed, "dtype": o.dtype, "pairs": o.pairs, "style": o.style}  # fmt: skip
+
+    def _key(self, kind: str, rival: Rival, name: str, length: int) -> tuple[Any, ...]:
+        """Of a measurement: what it depends on beside the subject."""
+        leader = self.options.criteria[0] if rival.aim is not None else ""  # whose FLOPs a baseline has
+        searches = (self.options.needles, *self.options.depths) if kind == "needles" else ()
+        return (kind, name, length, leader, *searches)
 
     def say(self, text: str) -> None:
         print(f"[{time.perf_counter() - self.begun:6.1f} s] {text}", file=sys.stderr, flush=True)
@@ -106,7 +113,8 @@ class Run:
     def _losses(self, rival: Rival, length: int, ids: Tensor, name: str) -> tuple[Tensor, dict[str, Any]]:
         """`(windows, last)` and what else is known of it."""
         last = self.options.last
-        known = self.records.get("text", name, length)
+        key = self._key("text", rival, name, length)
+        known = self.records.get(*key)
         if known is None:
             self._aimed(rival, ids, last)
             parts = torch.split(ids, max(1, self.options.batch // length))
@@ -115,7 +123,7 @@ class Run:
                 measured.append(rival.scores(rows, last)[0].cpu())
                 self._advance(len(rows), f"{name}, {length} tokens", rows is parts[-1])
             losses = [[round(x, 5) for x in row] for row in torch.cat(measured).tolist()]
-            known = self.records.put("text", name, length, losses=losses, flops=rival.cost(ids, last), says=rival.says)
+            known = self.records.put(*key, losses=losses, flops=rival.cost(ids, last), says=rival.says)
         else:
             self._advance(len(ids), f"{name}, {length} tokens", True)
         return torch.tensor(known["losses"]), known
@@ -143,8 +151,10 @@ class Run:
 
     def _needles(self, length: int, drawn: list[Search], device: torch.device) -> Iterator[dict[str, Any]]:
         depths = torch.tensor([search.depth for search in drawn])
+        dense: dict[str, Any] | None = None  # the first
         for rival in self.rivals:
-            known = self.records.get("needles", rival.name, length)
+            key = self._key("needles", rival, rival.name, length)
+            known = self.records.get(*key)
             if known is None:
                 hits: list[bool] = []
                 for search in drawn:
@@ -154,18 +164,21 @@ class Run:
                     hits.append(bool(rival.scores(ids, search.answer)[1].all()))
                     self._advance(1, f"needles, {rival.name}, {length} tokens", search is drawn[-1])
                 cost = rival.cost(ids, search.answer)
-                known = self.records.put("needles", rival.name, length, found=hits, flops=cost, says=rival.says)
+                known = self.records.put(*key, found=hits, flops=cost, says=rival.says)
             else:
                 self._advance(len(drawn), f"needles, {rival.name}, {length} tokens", True)
             hits_tensor = torch.tensor(known["found"])
-            dense = self.records.get("needles", "dense", length)
-            assert dense is not None  # it comes first
+            dense = dense or known
             yield {
                 "length": length, "name": rival.name, "kind": rival.kind, "schedule": rival.schedule,
                 "criterion": rival.criterion, "says": known["says"], "share": known["flops"] / dense["flops"],
                 "accuracy": _told(statistics.share(hits_tensor)),
                 "by_depth": {str(d): float(hits_tensor[depths == d].double().mean()) for d in self.options.depths},
             }  # fmt: skip
+
+
+def _digest(values: Tensor) -> str:
+    return hashlib.sha256(values.numpy().tobytes()).hexdigest()[:16]
 
 
 def _told(estimate: statistics.Estimate | None) -> dict[str, float] | None:

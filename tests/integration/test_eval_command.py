@@ -135,6 +135,27 @@ def test_a_run_that_was_stopped_goes_on(folder: Path, capsys: pytest.CaptureFixt
     assert "measurements of another run (text, seed" in capsys.readouterr().err
 
 
+def test_measurements_of_other_questions_are_not_taken_for_answers(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Other searches, other leaders of baselines, other weights in a folder of the same name."""
+    asked = [*ARGUMENTS, "--criteria", "recent", "simba-l2/5", "--needles", "1", "--depths", "0.5", "--pairs", "2"]
+    found = []
+    for out in (folder, tmp_path / "fresh"):
+        assert cli.main([*asked, "--out", str(out)]) == 0
+        results = json.loads((out / "results.json").read_text())
+        found.append((results["text"], results["needles"]))
+    assert found[0] == found[1]
+    other = tmp_path / CHECKPOINT.name
+    model = MambaForCausalLM.from_pretrained(CHECKPOINT)
+    with torch.no_grad():
+        model.backbone.norm_f.weight[0] += 1
+    model.save_pretrained(other)
+    capsys.readouterr()
+    assert cli.main([asked[0], str(other), *asked[2:], "--out", str(folder)]) == 2
+    assert "measurements of another run (weights differ)" in capsys.readouterr().err
+
+
 def test_needles_stand_where_they_should() -> None:
     text = torch.tensor(list(("x" * 19 + "\n").encode() * 100))
     encode = lambda text: list(text.encode())  # noqa: E731
