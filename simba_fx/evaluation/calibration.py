@@ -82,12 +82,15 @@ def calibrate(model: nn.Module, input_ids: Tensor, budget: float = 0.6, *, crite
             f"calibrate expects windows (n, L + 1), n at least 2, of more than last={last} tokens; found "
             f"{tuple(input_ids.shape)}. Pass more or longer windows."
         )
-    measured = _Measured(model, input_ids, last, batch, {"criterion": criterion, "span": span, **options})
-    dense = measured.losses("dense")
     flops = flops_of(simba_fx.transform(model, "dense"), input_ids, last)
     n_blocks = len(flops.blocks)
     step = max(1, -(-(n_blocks - 1) // _PLACES))
     places = range(1, n_blocks, step)
+    cost = _Cost(flops, input_ids.shape[1] - 1, last, n_blocks, step)
+    if cost.places([min(shares)] * len(places)) > budget:
+        raise _too_little(cost, shares, len(places), budget)
+    measured = _Measured(model, input_ids, last, batch, {"criterion": criterion, "span": span, **options})
+    dense = measured.losses("dense")
 
     def at(shares_by_place: Sequence[float]) -> Explicit:
         """A share for each place, as a schedule."""
@@ -97,7 +100,6 @@ def calibrate(model: nn.Module, input_ids: Tensor, budget: float = 0.6, *, crite
     for index, place in enumerate(places):
         tried = (at([1.0] * index + [share] * (len(places) - index)) for share in shares)
         damage[place] = {s: measured.over(dense, schedule).value for s, schedule in zip(shares, tried)}
-    cost = _Cost(flops, input_ids.shape[1] - 1, last, n_blocks, step)
     predicted, solved = _solve(damage, cost, (1.0, *shares), budget)
     found = {"solved": at(solved)}
     found |= {
@@ -168,6 +170,14 @@ class _Cost:
         return self.of([1.0, *(shares[(block - 1) // self.step] for block in range(1, self.n_blocks))])
 
 
+def _too_little(cost: _Cost, shares: Sequence[float], places: int, budget: float) -> EvalError:
+    least = cost.places([min(shares)] * places)
+    return EvalError(
+        f"calibrate found no schedule within budget={budget}; the least of shares={min(shares)} costs {least:.3f}. Ask "
+        "for more, or try smaller shares."
+    )
+
+
 def _line(end: float, places: int) -> list[float]:
     return [round(1 - (1 - end) * (i + 1) / places, 4) for i in range(places)]
 
@@ -207,9 +217,5 @@ def _solve(damage: dict[int, dict[float, float]], cost: _Cost, shares: Sequence[
                     found[key] = more, [*chosen, share]
         best = found
     if not best:
-        least = cost.places([min(shares)] * len(damage))
-        raise EvalError(
-            f"calibrate found no schedule within budget={budget}; the least of shares={min(shares)} costs {least:.3f}. "
-            "Ask for more, or try smaller shares."
-        )
+        raise _too_little(cost, shares, len(damage), budget)  # by less than the steps that are counted in
     return min(best.values(), key=lambda held: held[0])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -105,12 +106,10 @@ def write_page(
         f"average. Shares of the tokens that enter each block: {', '.join(f'{float(s):.2g}' for s in built.shares)}.",
         "KEYS": "".join(_KEY.format(_colour(depth, blocks)) for depth in range(1, blocks + 1)),
         "BLOCKS": str(blocks),
-        "TOKENS": json.dumps([[token, int(d)] for token, d in zip(tokens, depth)]).replace("</", "<\\/"),
+        "TOKENS": json.dumps([[token, int(d)] for token, d in zip(tokens, depth)]).replace("<", "\\u003c"),
         "COLOURS": json.dumps([_colour(d, blocks) for d in range(blocks + 1)]),
     }
-    page = _PAGE
-    for name, text in fills.items():
-        page = page.replace(f"@{name}@", text)
+    page = re.sub("@([A-Z]+)@", lambda found: fills[found[1]], _PAGE)  # at once: what is filled in may look like that
     Path(path).write_text(page, encoding="utf-8")
 
 

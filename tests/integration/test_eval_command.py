@@ -320,6 +320,12 @@ def test_a_page_says_how_far_each_token_travelled(page: Path) -> None:
     for place, (token, depth) in enumerate(told(page)):
         assert token.encode("latin-1") == text[place : place + 1]
         assert depth == sum(place in entered[0].tolist() for entered in blocks)
+    strange = ["<!-- <script> @COLOURS@", *"x" * 199]  # what would end or change the page
+    other = page.with_name("other.html")
+    write_page(sparse, strange, other, title="@TOKENS@ </title>")
+    assert [token for token, _ in told(other)] == strange
+    assert "<!--" not in other.read_text()
+    assert "<title>@TOKENS@ &lt;/title&gt;</title>" in other.read_text()
     with pytest.raises(SimbaError, match="one text for each of the 200 tokens of the last call; found 3"):
         write_page(sparse, list("abc"), page)
 
