@@ -179,7 +179,7 @@ bench() {
     length=16 kind=(--layers 6 --dtype float32 --repeats 3 --device cpu)
   fi
   part "$name" INT "$seconds" "$PY" "$PARTS/run_bench.py" bench --model "$model" --modes "$mode" --lengths ${length//,/ } \
-    --schedules linear "Linear(0.1, every=4)" --warmup 3 "${kind[@]}" --out "$WORK/bench/$name" "$@"
+    --schedules linear "Linear(0.1, every=4)" 0.5 --criterion simba --warmup 3 "${kind[@]}" --out "$WORK/bench/$name" "$@"
   local status=$?
   merge
   return $status

@@ -58,9 +58,9 @@ def main() -> None:
     ids = windows(options.rows, options.length)
     variants = {
         "dense": simba_fx.transform(model, "dense"),
-        "linear to 10 %": simba_fx.transform(model, "linear"),
+        "linear to 10 %": simba_fx.transform(model, "linear", criterion="simba"),
         "dense, recomputed": recomputing(simba_fx.transform(model, "dense")),
-        "linear to 10 %, recomputed": recomputing(simba_fx.transform(model, "linear")),
+        "linear to 10 %, recomputed": recomputing(simba_fx.transform(model, "linear", criterion="simba")),
     }
 
     def step(variant: nn.Module) -> Callable[[], Tensor]:

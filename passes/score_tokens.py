@@ -35,7 +35,8 @@ class ScoreTokens:
     are flipped back. 6. With a `query` position every scan is scored there; a token is scored by the scans that carry
     it to the query: forward ones before it, reversed ones behind it. 7. Protected tokens get +inf. 8. With a
     `span`, each scan's scores are pooled over so many neighbours. 9. Of several
-    criteria, `"simba-l2+write"`, a token has its best rank among the scores of a scan.
+    criteria, `"simba-l2+write"`, a token has its best rank among the scores of a scan; those that the scan's recurrence
+    lacks are left out.
     """
 
     cuts: tuple[Cut, ...]
@@ -116,7 +117,8 @@ class ScoreTokens:
     def _score(self, insert: Insert, scan: fx.Node, real: fx.Node | None, tail: Any, val: Any) -> fx.Node:
         """The pooled score of a scan; of several criteria the best rank."""
         criteria, scores = self.criterion.split("+"), []
-        for criterion in criteria:
+        had = [name for name in criteria if name == "custom" or name in recurrence_of(scan.target).criteria]
+        for criterion in had or criteria:
             score = self._by_criterion(criterion, insert, scan, real, tail, val)
             if self.span > 1:
                 score = insert(torch.ops.simba_fx.pool_scores.default, score, real, tail, self.span, val=val)

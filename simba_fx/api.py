@@ -15,7 +15,7 @@ from simba_fx.errors import SimbaError
 from simba_fx.frontends import frontend_of, refuse_foreign_options
 from simba_fx.graph.plan import reasons
 from simba_fx.graph.runner import diff
-from simba_fx.options import Criterion, Options
+from simba_fx.options import CRITERION, SCHEDULE, Criterion, Options
 from simba_fx.runtime import labels as kept_labels
 from simba_fx.runtime.build import Built
 from simba_fx.runtime.fsdp import is_sharded
@@ -28,17 +28,19 @@ __all__ = ["answer", "explain", "kept", "lengths", "program", "reached", "tail",
 ScheduleLike = str | float | Fraction | Sequence[Any] | Mapping[int, Any] | Callable[[int], Any] | Schedule
 
 
-def transform(model: nn.Module, schedule: ScheduleLike = "linear", *, criterion: str | Criterion = "simba",
+def transform(model: nn.Module, schedule: ScheduleLike = SCHEDULE, *, criterion: str | Criterion = CRITERION,
               output: Literal["full", "kept"] = "full", floor: int = 4, kernels: Literal["auto", "model"] = "auto",
-              compile: Literal["blocks", "whole"] = "blocks", seed: int = 0, span: int = 1, query: int | None = None,
-              protect: Sequence[int] = (), labels: Literal["all", "kept"] = "all",
+              compile: Literal["blocks", "whole"] = "blocks", seed: int = 0, span: int | None = None,
+              query: int | None = None, protect: Sequence[int] = (), labels: Literal["all", "kept"] = "all",
               tail: Literal["last", "labels"] = "last", pad_token_id: int | None = None,
               mask: str | Literal[False] | None = None, mask_marks: Literal["real", "padding"] = "real",
               example_inputs: tuple[Any, ...] | Mapping[str, Any] | None = None) -> Any:  # fmt: skip
     """A sparse copy of `model` over the same weights; `model` itself is untouched and stays dense.
 
-    Before: every block of `model` sees all L tokens. After: block i sees `kept_count(L, r_i)` of them, chosen by their
-    contribution to the scan's output at the query position (Simba, TMLR 2025).
+    Before: every block of `model` sees all L tokens. After: block i sees `kept_count(L, r_i)` of them, those that
+    matter most to the scans below it. Unless told otherwise, half of the tokens leave after the first block that has a
+    scan, the setting that won what we measured (docs/findings.md). The setting of Simba (TMLR 2025), a ramp to a tenth
+    by the contribution to the scan's output at the query, is `transform(model, "linear", criterion="simba")`.
 
     Args:
         model: a transformers Mamba-style model, a PEFT model around one, a `MambaLMHeadModel` or `MixerModel` of
@@ -48,8 +50,8 @@ def transform(model: nn.Module, schedule: ScheduleLike = "linear", *, criterion:
             for all blocks, one share per block, a mapping block → share, a callable `n_blocks -> shares`, or an object
             such as `Linear(final=0.1, every=1, start=0)` or `Budget(0.5)`.
         criterion: "simba", "simba-abs", "simba-l2", "write", "no-decay", "delta-norm", "clip", "random", "stride" or
-            "recent"; several, of which a token has its best rank: "simba-l2+write"; or a callable
-            `(scan operands, query (B,)) -> (B, L)`, higher = keep.
+            "recent"; several, of which a token has its best rank: "simba-l2+write" (those among them that a recurrence
+            has: a registered one has no "write"); or a callable `(scan operands, query (B,)) -> (B, L)`, higher = keep.
         output: "full": results of the input's length, a dropped token with the hidden state it left with; "kept":
             survivors only, see `kept`.
         floor: least number of tokens kept before the tail; raised to the number of positions named below.
@@ -57,7 +59,8 @@ def transform(model: nn.Module, schedule: ScheduleLike = "linear", *, criterion:
         compile: how `torch.compile(result)` works: "blocks" compiles each kind of block once; "whole" gives one graph.
         seed: of criterion "random".
         span: an odd number of neighbours: a token is worth as much as the best of the `span` tokens around it that are
-            still there, so that what stays are spans. 1: by itself. Of every criterion but those by position.
+            still there, so that what stays are spans. 1: by itself. Of every criterion but those by position. None: 15
+            for "simba-l2+write", 1 for others.
         query: the position at which every scan is scored, for models that read a class token or run both ways: an int
             that counts a row's real tokens, 0 the first, -1 the last. It is kept in every block, and there is no tail
             (`tail` may still protect one; it does not move the query). A token is scored by the scans that carry it to

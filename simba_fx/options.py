@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 from torch import Tensor
 
@@ -13,11 +13,13 @@ from simba_fx.errors import CriterionError, SimbaError
 from simba_fx.ops.delta import DELTA_CRITERIA
 from simba_fx.ops.operands import Operands
 
-__all__ = ["CRITERIA", "Criterion", "Options", "named_positions"]
+__all__ = ["CRITERIA", "CRITERION", "SCHEDULE", "Criterion", "Options", "named_positions"]
 
 Criterion = Callable[[Operands, Tensor], Tensor]
 CRITERIA = (*DELTA_CRITERIA, *ops.POSITION_CRITERIA)
 """Not every scan can be scored by each (`simba_fx.ops.recurrences`)."""
+SCHEDULE, CRITERION, SPAN = 0.5, "simba-l2+write", 15
+"""What `transform` does unless it is told: the setting that won what was measured (docs/findings.md)."""
 
 
 @dataclass(frozen=True)
@@ -25,13 +27,13 @@ class Options:
     """The arguments of `transform`, normalised."""
 
     schedule: schedule.Schedule
-    criterion: str | Criterion = "simba"
+    criterion: str | Criterion = CRITERION
     output: Literal["full", "kept"] = "full"
     floor: int = 4
     kernels: Literal["auto", "model"] = "auto"
     compile: Literal["blocks", "whole"] = "blocks"
     seed: int = 0
-    span: int = 1
+    span: int | None = None
     query: int | None = None
     protect: tuple[int, ...] = ()
     labels: Literal["all", "kept"] = "all"
@@ -39,6 +41,11 @@ class Options:
     pad_token_id: int | None = None
     mask: str | Literal[False] | None = None
     mask_marks: Literal["real", "padding"] = "real"
+
+    @property
+    def pooled(self) -> int:
+        """The span, settled."""
+        return cast(int, self.span)
 
     @property
     def named(self) -> tuple[int, ...]:
@@ -93,12 +100,14 @@ class Options:
                 raise SimbaError(
                     f"transform expects {name} to be {kind}; found {number!r}. Write for example {name}=4."
                 )
-        if not _is_position(self.span) or not 1 <= self.span <= ops.pool.MOST or self.span % 2 == 0:
+        if self.span is None:
+            object.__setattr__(self, "span", SPAN if self.criterion == CRITERION else 1)
+        if not _is_position(self.span) or not 1 <= self.pooled <= ops.pool.MOST or self.pooled % 2 == 0:
             raise SimbaError(
                 "transform expects span to be an odd number of tokens whose best score each gets, from 1 (none) to "
                 f"{ops.pool.MOST}; found {self.span!r}. Write for example span=31."
             )
-        if self.span > 1 and self.criterion in ops.POSITION_CRITERIA:
+        if self.pooled > 1 and self.criterion in ops.POSITION_CRITERIA:
             raise CriterionError(
                 f"span={self.span} pools the scores of scans; criterion {self.criterion!r} looks at positions only and "
                 "has none. Leave span out, or pass criterion='simba-l2'."

@@ -297,7 +297,7 @@ def report(sparse: nn.Module, *args: Any, **kwargs: Any) -> Report:
         total=Total(blocks.dense + head[0], blocks.sparse + head[1], scorer),
         schedule=_schedule(runtime, built),
         criterion=criterion if custom is None else _name(custom.function),
-        span=runtime.options.span,
+        span=runtime.options.pooled,
         output=output,
         kernels=_kernels(built, device),
         machine=_machine(device),

@@ -66,7 +66,7 @@ def main() -> None:
                 run = torch.compile(model, dynamic=False)
             else:
                 schedule = variant if variant == "dense" else options.parse_schedule(variant)
-                run = torch.compile(simba_fx.transform(model, schedule))
+                run = torch.compile(simba_fx.transform(model, schedule, criterion="simba"))
             for length in lengths:
                 ids = torch.randint(1, model.config.vocab_size, (1, length), device=DEVICE)
                 check = partial(measured, name, length, variant, blocks, partial(forward, run, ids))

@@ -32,7 +32,7 @@ def add_commands(commands: Any) -> None:
     _common(bench)
     add = bench.add_argument
     add("--batches", type=int, nargs="+", default=[1], metavar="B", help="rows per call (1)")
-    add("--schedules", nargs="*", default=["linear", "Linear(0.1, every=4)"], metavar="S")
+    add("--schedules", nargs="*", default=["0.5", "linear"], metavar="S", help="(0.5 linear)")
     add("--modes", nargs="+", choices=list(MODES), metavar="M", help=f"of {', '.join(MODES)}")
     add("--peers", nargs="*", choices=PEERS, metavar="P", default=[], help=f"of {', '.join(PEERS)}, at the FLOPs of "
         "the first schedule")  # fmt: skip
@@ -40,7 +40,8 @@ def add_commands(commands: Any) -> None:
     add("--warmup", type=int, default=3, help="untimed calls before them (3)")
     add("--head", choices=("last", "all"), default="last", help="logits of the last token, as a prompt needs them (the "
         "default), or of all tokens")  # fmt: skip
-    add("--criterion", default="simba", help="what tokens are scored by, a span behind a slash: simba-l2/31 (simba)")
+    add("--criterion", default="simba-l2+write", metavar="C",
+        help="what tokens are scored by, a span behind a slash: simba-l2/31 (simba-l2+write/15)")  # fmt: skip
     add("--original", action="store_true", help="time the model as transformers runs it as well (slow on a CPU)")
     add("--decode", type=int, default=0, metavar="N", help="generate N tokens and time each")
     add("--fresh-cache", action="store_true", help="every first call compiles with an empty cache")

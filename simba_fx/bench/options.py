@@ -20,10 +20,13 @@ class BenchError(SimbaError, ValueError):
 
 @dataclass(frozen=True)
 class Criterion:
-    """A criterion as it is written on a command line: `simba`, or `simba-l2/31` with a span."""
+    """A criterion as it is written on a command line: `simba`, or `simba-l2/31` with a span.
+
+    Without one the span is that of `transform(model, criterion=name)`.
+    """
 
     name: str
-    span: int = 1
+    span: int
 
     @staticmethod
     def parse(text: str) -> Criterion:
@@ -37,12 +40,12 @@ class Criterion:
                 "A criterion is a name, with a span behind a slash where scores are pooled; found "
                 f"{text!r}. Write for example simba-l2/31."
             )
-        found = Criterion(name, int(span) if slash else 1)
-        Transformed(Dense(), found.name, span=found.span)
-        return found
+        options = Transformed(Dense(), name, span=int(span) if slash else None)
+        return Criterion(name, options.pooled)
 
     def __str__(self) -> str:
-        return self.name if self.span == 1 else f"{self.name}/{self.span}"
+        pooled = self.span != 1 or Criterion.parse(self.name) != self
+        return f"{self.name}/{self.span}" if pooled else self.name
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,8 @@ from simba_fx.ops.recurrences import SCANS
 
 HERE = sys.modules[__name__]
 ADVICE = (
-    " If the model runs the scan of Mamba or Mamba-2 in a function of its own, register it: "
+    " A model of attention or convolutions alone has no recurrence to score tokens by. If this one runs the scan of "
+    "Mamba or Mamba-2 in a function of its own, register it: "
     "simba_fx.register_scan(function, adapter). If another that is "
     "linear in its values: simba_fx.register_recurrence(function, value)."
 )
@@ -126,7 +127,12 @@ def test_a_module_without_a_list_of_blocks_equals_the_eager_reference(kernels: s
     module = Unlisted()
     x = torch.randn(3, 21, WIDTH)
     sparse = simba_fx.transform(
-        module, (1, Fraction(1, 2)), kernels=kernels, compile=compile, example_inputs=(torch.zeros(2, 9, WIDTH),)
+        module,
+        (1, Fraction(1, 2)),
+        kernels=kernels,
+        compile=compile,
+        example_inputs=(torch.zeros(2, 9, WIDTH),),
+        criterion="simba",
     )
     with torch.no_grad():
         result, (expected, kept) = sparse(x), eager(module, x, 1 + 10)
@@ -159,7 +165,9 @@ def test_the_users_list_may_be_called_blocks(compile: str) -> None:
     torch.manual_seed(2)
     module, x = Named(), torch.randn(2, 15, WIDTH)
     example = (torch.zeros(2, 9, WIDTH),)
-    sparse = simba_fx.transform(module, (1, Fraction(10**6 - 1, 10**6)), compile=compile, example_inputs=example)
+    sparse = simba_fx.transform(
+        module, (1, Fraction(10**6 - 1, 10**6)), compile=compile, example_inputs=example, criterion="simba"
+    )
     with torch.no_grad():
         assert_close("output", sparse(x), module(x), 1e-5)
 
@@ -168,14 +176,16 @@ def test_a_width_may_equal_the_examples_length() -> None:
     """Only dimension 1 of the first tensor is the length, whatever the other sizes are."""
     torch.manual_seed(3)
     module = Plain(Block(), Block())
-    sparse = simba_fx.transform(module, (1, Fraction(1, 2)), example_inputs=(torch.zeros(2, WIDTH, WIDTH),))
+    sparse = simba_fx.transform(
+        module, (1, Fraction(1, 2)), example_inputs=(torch.zeros(2, WIDTH, WIDTH),), criterion="simba"
+    )
     with torch.no_grad():
         assert sparse(torch.randn(2, 15, WIDTH)).shape == (2, 15, 4)
 
 
 def test_a_models_width_may_equal_the_examples_length() -> None:
     """Transformers models are traced on inputs of a size of our own choice: no model's width may be excluded by it."""
-    simba_fx.transform(_mamba(hidden_size=24, num_hidden_layers=2).eval())
+    simba_fx.transform(_mamba(hidden_size=24, num_hidden_layers=2).eval(), "linear", criterion="simba")
 
 
 def test_registering_takes_callables_only() -> None:
@@ -312,7 +322,7 @@ def test_a_mixer_whose_function_is_not_registered_beside_one_that_is() -> None:
 
 def test_a_python_loop_over_tokens() -> None:
     assert message(errors.CaptureError, model(loop_scan, looping_scan)) == (
-        "Plain takes the length of its input as a plain number (test_capture.py, line 42: "
+        "Plain takes the length of its input as a plain number (test_capture.py, line 43: "
         "`return torch.stack([u[:, :, : t + 1].sum(2) for t in range(u.shape[2])], 2)`); expected code for every size, "
         "because one graph serves them all. len(x), int(...), a Python loop over a dimension and a branch on it make "
         "such numbers: write x.shape[1], and tensor operations for the loop."
@@ -394,7 +404,7 @@ class Carrying(nn.Module):
 
 def refusal(module: nn.Module) -> str:
     with pytest.raises(errors.GraphError) as caught:
-        simba_fx.transform(module, (1, Fraction(1, 2)), example_inputs=(torch.zeros(2, 9, WIDTH),))
+        simba_fx.transform(module, (1, Fraction(1, 2)), example_inputs=(torch.zeros(2, 9, WIDTH),), criterion="simba")
     return str(caught.value)
 
 
@@ -448,7 +458,7 @@ def test_experts_in_a_python_loop() -> None:
         mamba_d_state=4, mamba_dt_rank=4, use_mamba_kernels=False, experts_implementation="eager",
     )  # fmt: skip
     with pytest.raises(errors.CaptureError) as caught:
-        simba_fx.transform(JambaModel(config))
+        simba_fx.transform(JambaModel(config), "linear", criterion="simba")
     assert str(caught.value) == (
         "experts_implementation='eager' loops over experts in Python and cannot be captured; expected 'grouped_mm' or "
         "'batched_mm'. Load the model with experts_implementation='grouped_mm'."

@@ -229,7 +229,7 @@ def test_a_sparse_model_is_planned_anew(name: str, wrapped: Any, traces: Traces)
     assert {id(p) for p in again.parameters()} == {id(p) for p in model.parameters()}
     if name != "plain":
         stack = first.base_model  # type: ignore[attr-defined]
-        assert type(simba_fx.transform(stack)).__name__ == type(stack).__name__
+        assert type(simba_fx.transform(stack, "linear")).__name__ == type(stack).__name__
 
 
 def test_a_plain_module_with_a_mask_is_planned_anew() -> None:

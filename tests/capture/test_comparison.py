@@ -112,7 +112,7 @@ def test_other_values_are_refused_with_the_measured_difference(adapter: Callable
     assert rest.endswith(f".{ADVICE}{INEXACT}")
     assert float(off) > 1e-3
     simba_fx.register_scan(own_model.scan, right)  # corrected, and compared anew
-    simba_fx.transform(module)
+    simba_fx.transform(module, "linear", criterion="simba")
 
 
 def test_numbers_that_are_none_are_refused() -> None:
@@ -131,12 +131,12 @@ def test_a_right_adapter_is_compared_once_and_leaves_no_trace(
     simba_fx.register_scan(own_model.scan, counted)
     module = model().to(dtype)
     before, state = {n: t.clone() for n, t in module.state_dict().items()}, torch.get_rng_state()
-    simba_fx.transform(module)
+    simba_fx.transform(module, "linear", criterion="simba")
     assert calls.count(Tensor) == 1  # on values, beside one while the kind of the blocks was traced
     assert len(calls) == 2
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(t, before[n]) for n, t in module.state_dict().items())
-    simba_fx.transform(module)
+    simba_fx.transform(module, "linear", criterion="simba")
     assert calls.count(Tensor) == 1
     assert own_model.scan.__name__ == "scan"  # put back where it was
 
@@ -156,7 +156,7 @@ def test_statistics_of_a_module_in_training_stay_as_they_are() -> None:
 
     torch.manual_seed(0)
     module = Counting().train()
-    simba_fx.transform(module)
+    simba_fx.transform(module, "linear", criterion="simba")
     assert int(module.norm.num_batches_tracked) == 0
     assert not module.norm.running_mean.any()
 
@@ -166,7 +166,7 @@ def test_the_librarys_own_rows_are_not_compared(monkeypatch: pytest.MonkeyPatch)
         raise AssertionError("compared")
 
     monkeypatch.setattr(comparison, "_compare", never)
-    simba_fx.transform(BY_NAME["mamba"].build())
+    simba_fx.transform(BY_NAME["mamba"].build(), "linear", criterion="simba")
 
 
 # --- a scan that is no exact one -------------------------------------------------------------------------------------
@@ -187,11 +187,11 @@ def test_a_clamping_scan_is_refused_and_the_advice_works(monkeypatch: pytest.Mon
     with pytest.raises(
         CaptureError, match=r"clamping is meant to differ .* transform\(model, kernels='model'\) runs it"
     ):
-        simba_fx.transform(module, keep_all(4))
+        simba_fx.transform(module, keep_all(4), criterion="simba")
     with pytest.warns(
         UserWarning, match="With kernels='model' clamping itself runs, and tokens are scored by the exact"
     ):
-        whole = simba_fx.transform(module, keep_all(4), kernels="model")
+        whole = simba_fx.transform(module, keep_all(4), kernels="model", criterion="simba")
     seen: list[Any] = []
 
     def watching(operands: Any, query: Tensor) -> Tensor:
@@ -201,7 +201,7 @@ def test_a_clamping_scan_is_refused_and_the_advice_works(monkeypatch: pytest.Mon
         )
 
     shares = (1, Fraction(1, 2), Fraction(1, 4), Fraction(1, 4))
-    pruned = simba_fx.transform(module, shares, kernels="model")
+    pruned = simba_fx.transform(module, shares, kernels="model", criterion="simba")
     watched = simba_fx.transform(module, shares, kernels="model", criterion=watching)
     with torch.no_grad():
         assert torch.equal(whole(IDS), module(IDS))

@@ -184,7 +184,7 @@ def _registered(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_with_everything_kept_the_bits_are_the_dense_models(kernels: str) -> None:
     module = model()
     shares = [1 - i * 1e-6 for i in range(4)]
-    sparse = simba_fx.transform(module, shares, example_inputs=EXAMPLE, kernels=kernels)
+    sparse = simba_fx.transform(module, shares, example_inputs=EXAMPLE, kernels=kernels, criterion="simba")
     assert len(simba_fx.program(sparse).cuts) == 3
     for rows, length in ((2, 13), (1, 30), (3, 7)):
         x = torch.randn(rows, length, 12)
@@ -197,7 +197,7 @@ def test_with_everything_kept_the_bits_are_the_dense_models(kernels: str) -> Non
 @pytest.mark.parametrize("seed", range(3))
 def test_a_pruned_model_is_its_own_blocks_on_the_tokens_that_contribute_most(seed: int) -> None:
     module = model(seed)
-    sparse = simba_fx.transform(module, [1, 0.6, 0.4, 0.2], example_inputs=EXAMPLE)
+    sparse = simba_fx.transform(module, [1, 0.6, 0.4, 0.2], example_inputs=EXAMPLE, criterion="simba")
     x = torch.randn(2, 40, 12)
     with torch.no_grad():
         found = sparse(x)
@@ -228,7 +228,7 @@ def test_a_pruned_model_is_its_own_blocks_on_the_tokens_that_contribute_most(see
 
 
 def test_it_compiles_for_every_length_and_exports() -> None:
-    sparse = simba_fx.transform(model(), "linear", example_inputs=EXAMPLE)
+    sparse = simba_fx.transform(model(), "linear", example_inputs=EXAMPLE, criterion="simba")
     torch._dynamo.reset()
     compiled = torch.compile(sparse, backend="aot_eager")
     with torch.no_grad():
@@ -242,7 +242,7 @@ def test_it_compiles_for_every_length_and_exports() -> None:
 
 
 def test_report_names_it_and_other_criteria_are_refused() -> None:
-    sparse = simba_fx.transform(model(), "linear", example_inputs=EXAMPLE)
+    sparse = simba_fx.transform(model(), "linear", example_inputs=EXAMPLE, criterion="simba")
     assert "registered recurrence" in str(simba_fx.report(sparse, torch.randn(2, 20, 12)))
     for criterion in ("no-decay", "delta-norm"):
         with pytest.raises(CriterionError, match="expected one of simba, simba-abs, simba-l2, clip, one by position"):
@@ -299,9 +299,9 @@ def test_a_model_of_transformers(make: Callable[[], nn.Module], why: str) -> Non
     module, ids = make(), tokens(1, 2, 20)
     with torch.no_grad():
         dense = module(input_ids=ids, use_cache=False).logits
-        everything = simba_fx.transform(module, [1, 1 - 1e-6, 1 - 2e-6])
+        everything = simba_fx.transform(module, [1, 1 - 1e-6, 1 - 2e-6], criterion="simba")
         assert torch.equal(everything(input_ids=ids, use_cache=False).logits, dense)
-        sparse = simba_fx.transform(module, "linear")
+        sparse = simba_fx.transform(module, "linear", criterion="simba")
         found = sparse(input_ids=ids, use_cache=False).logits
         assert found.shape == dense.shape
         assert [held.shape[1] for held in simba_fx.kept(sparse)] == [20, 12, 5]
@@ -337,13 +337,13 @@ def test_other_layouts_and_methods(block: type[Block], function: Callable[..., A
     module = model()
     module.layers = nn.ModuleList(block() for _ in range(4))
     x = torch.randn(2, 30, 12)
-    everything = simba_fx.transform(module, [1 - i * 1e-6 for i in range(4)], example_inputs=EXAMPLE)
+    everything = simba_fx.transform(module, [1 - i * 1e-6 for i in range(4)], example_inputs=EXAMPLE, criterion="simba")
     assert torch.equal(everything(x), module(x))
-    sparse = simba_fx.transform(module, "linear", example_inputs=EXAMPLE)
+    sparse = simba_fx.transform(module, "linear", example_inputs=EXAMPLE, criterion="simba")
     assert sparse(x).shape == (2, 30, 5)
     plain = model()
     plain.load_state_dict(module.state_dict())
-    other = simba_fx.transform(plain, "linear", example_inputs=EXAMPLE)
+    other = simba_fx.transform(plain, "linear", example_inputs=EXAMPLE, criterion="simba")
     other(x)
     first = [simba_fx.kept(pruned)[1] for pruned in (sparse, other)]
     assert torch.equal(*first)
@@ -358,7 +358,7 @@ def refusal(function: Callable[..., Any], value: str, monkeypatch: pytest.Monkey
     monkeypatch.setattr(HERE, "stranger", function)
     simba_fx.register_recurrence(function, value=value, shared=shared)
     with pytest.raises(CaptureError) as refused:
-        simba_fx.transform(model(), "linear", example_inputs=EXAMPLE)
+        simba_fx.transform(model(), "linear", example_inputs=EXAMPLE, criterion="simba")
     return str(refused.value)
 
 
@@ -390,7 +390,7 @@ def test_one_tensor_for_two_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(HERE, "own_scan", lambda q, k, v, g: (doubled(v, v, v, g), None))
     simba_fx.register_recurrence(doubled, value="v", shared=True)
     module = model()
-    sparse = simba_fx.transform(module, [1, 0.5, 0.5, 0.5], example_inputs=EXAMPLE)
+    sparse = simba_fx.transform(module, [1, 0.5, 0.5, 0.5], example_inputs=EXAMPLE, criterion="simba")
     x = torch.randn(1, 20, 12)
     with torch.no_grad():
         sparse(x)
@@ -416,7 +416,7 @@ def test_channels_that_are_said_to_share_a_coefficient_and_do_not(monkeypatch: p
     assert said.startswith("by_channel is not linear in v: ")
     assert "other values, or another number of channels, change the coefficients by" in said
     simba_fx.register_recurrence(by_channel, value="v")
-    simba_fx.transform(model(), "linear", example_inputs=EXAMPLE)
+    simba_fx.transform(model(), "linear", example_inputs=EXAMPLE, criterion="simba")
 
 
 def by_channel(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
@@ -465,7 +465,7 @@ def test_functions_of_one_name_are_each_their_own(monkeypatch: pytest.MonkeyPatc
     for scale in (1.0, 2.0):
         monkeypatch.setattr(HERE, "stranger", made(scale))
         monkeypatch.setattr(HERE, "own_scan", lambda *operands: (stranger(*operands), None))
-        results.append((simba_fx.transform(module, everything, example_inputs=EXAMPLE), module(x)))
+        results.append((simba_fx.transform(module, everything, example_inputs=EXAMPLE, criterion="simba"), module(x)))
     for sparse, expected in results:
         assert torch.equal(sparse(x), expected)
 
@@ -480,6 +480,6 @@ def test_a_graph_whose_function_cannot_be_imported_says_so() -> None:
 def test_the_run_that_examines_functions_leaves_nothing_on_the_model(name: str) -> None:
     """transformers puts hooks on modules for hidden states; those of the run before a trace counted twice in it."""
     model = BY_NAME[name].make().eval()
-    sparse = simba_fx.transform(model, "linear")
+    sparse = simba_fx.transform(model, "linear", criterion="simba")
     found = sparse(input_ids=tokens(1, 2, 37), output_hidden_states=True).hidden_states
     assert len(found) == model.config.num_hidden_layers + 1

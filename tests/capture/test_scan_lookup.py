@@ -106,6 +106,6 @@ def test_a_scan_is_found_however_it_is_called(way: Any, shared: bool, library: A
 
 
 def test_an_empty_prompt_is_refused() -> None:
-    sparse = simba_fx.transform(own_model.MyMamba())
+    sparse = simba_fx.transform(own_model.MyMamba(), "linear")
     with pytest.raises(simba_fx.errors.InputError, match="at least one token, found an empty one"):
         sparse(torch.zeros(2, 0, dtype=torch.int64))

@@ -122,7 +122,7 @@ def compiled_for_counting(sparse: nn.Module, mode: str) -> tuple[Any, Any]:
     ],
 )
 def test_one_compilation_serves_every_batch_and_length(family: str, mode: str, masked: bool) -> None:
-    sparse = simba_fx.transform(dense(family), "linear", compile=mode)
+    sparse = simba_fx.transform(dense(family), "linear", compile=mode, criterion="simba")
     compiled, counting = compiled_for_counting(sparse, mode)
     recompiled = []
     with torch.no_grad():
@@ -144,7 +144,7 @@ def test_the_number_of_graphs_does_not_depend_on_depth(family: str) -> None:
     counts = []
     for blocks in (4, 9):
         torch._dynamo.reset()
-        sparse = simba_fx.transform(dense(family, blocks=blocks), "linear")
+        sparse = simba_fx.transform(dense(family, blocks=blocks), "linear", criterion="simba")
         compiled, counting = compiled_for_counting(sparse, "blocks")
         with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
             for rows, length in ((3, 20), *FEW_SIZES):
@@ -158,7 +158,7 @@ def test_the_number_of_graphs_does_not_depend_on_depth(family: str) -> None:
 @pytest.mark.parametrize("first", [5, 16])
 def test_one_row_compiles_once_from_a_short_text_on(first: int, masked: bool) -> None:
     """A text of which everything is kept comes first; the strides of a single row mean nothing, and are guarded on."""
-    sparse = simba_fx.transform(dense("mamba", blocks=12), "linear")
+    sparse = simba_fx.transform(dense("mamba", blocks=12), "linear", criterion="simba")
     compiled, _ = compiled_for_counting(sparse, "blocks")
     with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
         for length in (first, 128, 300, 20, 9):
@@ -188,7 +188,9 @@ def test_whole_is_one_graph_after_adapters_as_blocks(options: Any) -> None:
 def test_one_graph_of_the_whole_serves_every_tail(kind: str) -> None:
     """Also tails of answers. (A number would be compiled value by value.)"""
     plain = own_model.MyMamba(53, 16, 4, 3).eval()
-    sparse: Any = simba_fx.transform(plain if kind == "plain" else dense("mamba"), "linear", compile="whole")
+    sparse: Any = simba_fx.transform(
+        plain if kind == "plain" else dense("mamba"), "linear", compile="whole", criterion="simba"
+    )
     options: Any = {} if kind == "plain" else {"use_cache": False}
     run = lambda model, ids: model(ids, **options) if kind == "plain" else model(ids, **options).logits  # noqa: E731
     with torch.no_grad():
@@ -204,7 +206,7 @@ def test_one_graph_of_the_whole_serves_every_tail(kind: str) -> None:
 
 @every_masking
 def test_whole_is_one_graph_without_a_break(masked: bool) -> None:
-    sparse = simba_fx.transform(dense("mamba"), "linear", compile="whole")
+    sparse = simba_fx.transform(dense("mamba"), "linear", compile="whole", criterion="simba")
     with torch.no_grad():
         sparse(**inputs(0, 3, 20, masked))
         found = torch._dynamo.explain(sparse)(**inputs(0, 3, 20, masked))
@@ -215,7 +217,7 @@ def test_whole_is_one_graph_without_a_break(masked: bool) -> None:
 @every_masking
 def test_fullgraph_needs_no_call_before_it(masked: bool) -> None:
     """The first call of a compiled model may be the first of its signature: with a mask, say."""
-    sparse = simba_fx.transform(dense("mamba"), "linear", compile="whole")
+    sparse = simba_fx.transform(dense("mamba"), "linear", compile="whole", criterion="simba")
     compiled, counting = compiled_for_counting(sparse, "whole")
     with torch.no_grad():
         first_call(compiled, masked)
@@ -225,7 +227,9 @@ def test_fullgraph_needs_no_call_before_it(masked: bool) -> None:
 def test_dynamo_is_not_asked_which_devices_have_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
     """Torch 2.11's cannot trace the question: it stops there, as any does at what is disabled."""
     monkeypatch.setattr(torch.amp, "is_autocast_available", torch.compiler.disable(torch.amp.is_autocast_available))
-    compiled, counting = compiled_for_counting(simba_fx.transform(dense("mamba"), compile="whole"), "whole")
+    compiled, counting = compiled_for_counting(
+        simba_fx.transform(dense("mamba"), "linear", compile="whole", criterion="simba"), "whole"
+    )
     with torch.no_grad():
         first_call(compiled, masked=False)
     assert counting.frame_count == 1
@@ -244,7 +248,9 @@ def test_a_compiled_call_is_remembered_as_a_call(
     """What it kept is known after it and behind it in compiled code. Without `fullgraph` Dynamo compiles what remembers
     as a frame of its own, and torch 2.11's takes `is_exporting()` for True wherever it compiles: so here, for any."""
     monkeypatch.setattr(torch.compiler, "is_exporting", lambda: torch.compiler.is_dynamo_compiling())
-    sparse: Any = simba_fx.transform(plain if kind == "plain" else dense("mamba"), "linear", compile="whole")
+    sparse: Any = simba_fx.transform(
+        plain if kind == "plain" else dense("mamba"), "linear", compile="whole", criterion="simba"
+    )
 
     def asked(ids: Tensor) -> Any:
         sparse(ids)
@@ -270,7 +276,7 @@ def test_a_compiled_call_is_remembered_as_a_call(
 
 @every_mode
 def test_a_protected_tail_is_honoured_by_compiled_code(mode: str) -> None:
-    sparse = simba_fx.transform(dense("mamba"), "linear", compile=mode)
+    sparse = simba_fx.transform(dense("mamba"), "linear", compile=mode, criterion="simba")
     compiled, _ = compiled_for_counting(sparse, mode)
     ids = tokens(3, 2, 61)
     with torch.no_grad():
@@ -290,7 +296,7 @@ def test_a_protected_tail_is_honoured_by_compiled_code(mode: str) -> None:
 @pytest.mark.parametrize(("family", "masked"), [("mamba", True), ("mamba2-one-group", False)])
 def test_blocks_with_inductor_recompile_nothing_and_equal_eager(family: str, masked: bool) -> None:
     model = dense(family)
-    sparse = simba_fx.transform(model, "linear")
+    sparse = simba_fx.transform(model, "linear", criterion="simba")
     compiled = torch.compile(sparse)
     with torch.no_grad():
         first_call(compiled, masked)
@@ -310,7 +316,7 @@ def test_blocks_with_inductor_recompile_nothing_and_equal_eager(family: str, mas
 @every_family
 def test_whole_with_inductor_equals_eager(family: str) -> None:
     model = dense(family, blocks=3)
-    sparse = simba_fx.transform(model, "linear", compile="whole")
+    sparse = simba_fx.transform(model, "linear", compile="whole", criterion="simba")
     compiled = torch.compile(sparse, fullgraph=True, dynamic=True)
     with torch.no_grad(), fresh_cache():  # an entry of the cache on disk may carry guards of its own
         for rows, length in ((2, 61), (4, 30)):
@@ -324,7 +330,7 @@ def test_whole_with_inductor_equals_eager(family: str) -> None:
 @every_family
 def test_gradients_through_the_compiled_model_equal_eager(family: str) -> None:
     model = dense(family, blocks=3)
-    sparse = simba_fx.transform(model, "linear").train()
+    sparse = simba_fx.transform(model, "linear", criterion="simba").train()
     call = clear_inputs(model, 2, 40, masked=False)
 
     def gradients(run: Any) -> dict[str, Tensor]:
@@ -341,12 +347,12 @@ def test_gradients_through_the_compiled_model_equal_eager(family: str) -> None:
 
 def test_generate_runs_on_a_compiled_model() -> None:
     model = dense("mamba", blocks=3)
-    sparse = simba_fx.transform(model, "linear")
+    sparse = simba_fx.transform(model, "linear", criterion="simba")
     call = clear_inputs(model, 2, 30, masked=True)
     options = {"max_new_tokens": 5, "do_sample": False}
     expected = sparse.generate(**call, **options)
     assert torch.equal(torch.compile(sparse).generate(**call, **options), expected)
-    compiled_in_place = simba_fx.transform(model, "linear")
+    compiled_in_place = simba_fx.transform(model, "linear", criterion="simba")
     compiled_in_place.compile(backend="eager")
     assert torch.equal(compiled_in_place.generate(**call, **options), expected)
     assert counters["stats"]["unique_graphs"] > 0
@@ -369,9 +375,9 @@ def many_blocks(blocks: int) -> nn.Module:
 def transformed(blocks: int) -> tuple[nn.Module, float]:
     """The model and the CPU seconds that it took: once, for every test of its depth."""
     model = many_blocks(blocks)
-    simba_fx.transform(dense("mamba", 2), "linear")  # imports
+    simba_fx.transform(dense("mamba", 2), "linear", criterion="simba")  # imports
     start = time.process_time()
-    sparse = simba_fx.transform(model, "linear")
+    sparse = simba_fx.transform(model, "linear", criterion="simba")
     return sparse, time.process_time() - start
 
 
@@ -436,7 +442,7 @@ def plain() -> nn.Module:
 
 @every_mode
 def test_a_plain_module_compiles_once_for_every_batch_and_length(plain: nn.Module, mode: str) -> None:
-    sparse = simba_fx.transform(plain, "linear", compile=mode)
+    sparse = simba_fx.transform(plain, "linear", compile=mode, criterion="simba")
     compiled, counting = compiled_for_counting(sparse, mode)
     with torch.no_grad():
         compiled(tokens(0, 3, 20))
@@ -467,7 +473,7 @@ def test_a_plain_module_compiles_with_inductor(plain: nn.Module, mode: str) -> N
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a .functools.lru_cache.:UserWarning")  # in transformers
 def test_the_models_own_kernels_compile(mode: str) -> None:
     """transformers' fallback loops over tokens, so it may compile once per length; its values stay."""
-    sparse = simba_fx.transform(dense("mamba", blocks=3), "linear", kernels="model", compile=mode)
+    sparse = simba_fx.transform(dense("mamba", blocks=3), "linear", kernels="model", compile=mode, criterion="simba")
     compiled = torch.compile(sparse, backend="eager", fullgraph=mode == "whole")
     ids = tokens(1, 2, 12)
     with torch.no_grad():

@@ -75,7 +75,8 @@ class Inner:
 
 def compiled(model: Any, inner: Any = "eager", dynamic: bool | None = None, **options: Any) -> Any:
     """By the function, which needs no metadata of an installation; its name is tested in a process of its own."""
-    return torch.compile(model, backend=backend, dynamic=dynamic, options={"backend": inner, **options})
+    options = {"backend": inner, "schedule": "linear", "criterion": "simba", **options}
+    return torch.compile(model, backend=backend, dynamic=dynamic, options=options)
 
 
 def same_kept(inner: Inner, reference: nn.Module) -> None:
@@ -197,10 +198,20 @@ def test_bfloat16() -> None:
 )
 def test_options_are_those_of_transform(options: dict[str, Any]) -> None:
     model, inner, ids = dense("mamba"), Inner(), tokens(4, 3, 41)
-    reference = simba_fx.transform(model, **options)
+    given = {"schedule": "linear", "criterion": "simba", **options}
+    reference = simba_fx.transform(model, **given)
     with torch.no_grad():
-        found, expected = compiled(model, inner, **options)(ids).logits, reference(ids).logits
+        found, expected = compiled(model, inner, **given)(ids).logits, reference(ids).logits
     assert torch.equal(found, expected)
+    same_kept(inner, reference)
+
+
+def test_what_is_left_out_is_as_in_transform() -> None:
+    model, inner, ids = dense("mamba"), Inner(), tokens(4, 3, 41)
+    reference = simba_fx.transform(model)
+    with torch.no_grad():
+        found = torch.compile(model, backend=backend, options={"backend": inner})(ids).logits
+        assert torch.equal(found, reference(ids).logits)
     same_kept(inner, reference)
 
 
@@ -211,7 +222,7 @@ def test_a_criterion_of_ones_own() -> None:
     model, ids = dense("mamba"), tokens(4, 3, 41)
     with torch.no_grad():
         found = compiled(model, criterion=closeness)(ids).logits
-        assert torch.equal(found, simba_fx.transform(model, criterion=closeness)(ids).logits)
+        assert torch.equal(found, simba_fx.transform(model, "linear", criterion=closeness)(ids).logits)
 
 
 def test_a_tail_is_kept_and_cannot_choose_its_context() -> None:
@@ -237,7 +248,7 @@ def test_hidden_states_have_their_full_length() -> None:
 def test_a_plain_module_with_a_registered_scan() -> None:
     torch.manual_seed(0)
     model, inner, ids = own_model.MyMamba().eval(), Inner(), torch.randint(97, (2, 60))
-    reference = simba_fx.transform(model)
+    reference = simba_fx.transform(model, "linear", criterion="simba")
     run = compiled(model, inner)
     with torch.no_grad():
         for given in (ids, ids[:, :31], ids[:, :44]):
@@ -269,7 +280,7 @@ def test_a_scan_registered_after_the_backend_was_loaded_in_a_model_without_a_lis
     torch.manual_seed(1)
     model, x = Two().eval(), torch.randn(2, 30, 8)
     with pytest.warns(UserWarning, match="scan_of_test was not compared .*: only the graph is run"):
-        reference = simba_fx.transform(model, 0.5, example_inputs=(x,))
+        reference = simba_fx.transform(model, 0.5, example_inputs=(x,), criterion="simba")
     with torch.no_grad():
         assert torch.equal(compiled(model, schedule=0.5)(x), reference(x))
 
@@ -285,7 +296,7 @@ def scan_of_test(x: Tensor, step: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Te
 @pytest.mark.parametrize("family", ["mamba", "mamba2-two-groups"])
 def test_gradients(family: str, inner: str) -> None:
     model = copy.deepcopy(dense(family)).train()
-    reference = simba_fx.transform(copy.deepcopy(model))
+    reference = simba_fx.transform(copy.deepcopy(model), "linear", criterion="simba")
     call = three_rows(True)
     compiled(model, inner)(**call, labels=call["input_ids"]).loss.backward()
     reference(**call, labels=call["input_ids"]).loss.backward()
@@ -304,7 +315,8 @@ def test_gradients(family: str, inner: str) -> None:
 @every_family
 def test_generate_prunes_the_prompt_and_decodes_dense(family: str, dynamic: bool | None) -> None:
     model, inner = copy.deepcopy(dense(family)), Inner()
-    model.compile(backend=backend, dynamic=dynamic, options={"backend": inner})
+    options = {"backend": inner, "schedule": "linear", "criterion": "simba"}
+    model.compile(backend=backend, dynamic=dynamic, options=options)
     ids = tokens(8, 2, 33)
     found = model.generate(ids, max_new_tokens=12, do_sample=False)
     assert torch.equal(found, sparse(family, "linear").generate(ids, max_new_tokens=12, do_sample=False))
@@ -476,7 +488,8 @@ with torch.no_grad():
 def test_inductor() -> None:
     model, reference, call = dense("mamba"), sparse("mamba", "linear"), three_rows(True)
     with torch.no_grad():
-        found = torch.compile(model, backend=backend)(**call).logits
+        options = {"schedule": "linear", "criterion": "simba"}
+        found = torch.compile(model, backend=backend, options=options)(**call).logits
         assert_close("logits", found, reference(**call).logits, TOLERANCE[torch.float32])
 
 
@@ -487,7 +500,7 @@ def test_the_trained_checkpoint() -> None:
     ids = torch.tensor([list(Path(__file__).read_bytes()[:400])])
     with torch.no_grad():
         found = compiled(model)(ids).logits
-        assert torch.equal(found, simba_fx.transform(model)(ids).logits)
+        assert torch.equal(found, simba_fx.transform(model, "linear", criterion="simba")(ids).logits)
 
 
 # What is refused.
@@ -551,7 +564,8 @@ def test_a_model_whose_scan_is_not_registered() -> None:
     said = refusal(lambda: compiled(Stack())(tokens(1, 2, 9, vocabulary=11)))
     assert said.endswith(
         "No scan was found in Stack: expected at least one call of a registered scan function while it was traced, "
-        "found none. If the model runs the scan of Mamba or Mamba-2 in a function of its own, register it: "
+        "found none. A model of attention or convolutions alone has no recurrence to score tokens by. If this one runs "
+        "the scan of Mamba or Mamba-2 in a function of its own, register it: "
         "simba_fx.register_scan(function, adapter). If another that is "
         "linear in its values: simba_fx.register_recurrence(function, value)."
     )
@@ -648,7 +662,7 @@ def test_a_model_that_branches_on_lengths_that_are_pruned_away() -> None:
     )
     with torch.no_grad():
         found = compiled(model, floor=3)(ids, use_cache=True).logits
-        assert torch.equal(found, simba_fx.transform(model, floor=3)(ids).logits)
+        assert torch.equal(found, simba_fx.transform(model, "linear", floor=3, criterion="simba")(ids).logits)
 
 
 def test_one_block() -> None:
@@ -690,7 +704,7 @@ def test_a_break_behind_the_blocks_is_none_of_their_business() -> None:
     whole = own_model.MyMamba().eval()
     whole.load_state_dict(model.state_dict())
     with torch.no_grad():
-        assert torch.equal(compiled(model)(ids), simba_fx.transform(whole)(ids))
+        assert torch.equal(compiled(model)(ids), simba_fx.transform(whole, "linear", criterion="simba")(ids))
 
 
 def test_gradient_checkpointing() -> None:

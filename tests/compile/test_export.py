@@ -231,7 +231,10 @@ def test_strict_export_traces_a_whole_program_and_is_told_about_blocks() -> None
 
 
 def test_what_cannot_be_exported_says_so() -> None:
-    pure, hybrid = simba_fx.transform(dense("mamba"), "linear"), simba_fx.transform(dense("bamba"), "linear")
+    pure, hybrid = (
+        simba_fx.transform(dense("mamba"), "linear"),
+        simba_fx.transform(dense("bamba"), "linear"),
+    )
     ids = tokens(0, 3, 24)
     with pytest.raises(InputError) as caught:
         torch.export.export(pure, (ids,), {"use_cache": False})

@@ -171,7 +171,7 @@ def check_mixed_precision_is_the_dense_models(entry: Entry) -> None:
 
 def check_counts_depend_on_shapes_alone(entry: Entry) -> None:
     """Other tokens in every process, the same counts."""
-    model = simba_fx.transform(entry.build())
+    model = simba_fx.transform(entry.build(), "linear")
     evaluate(model, {"input_ids": tokens(dist.get_rank(), 2, LENGTH)})
     counts = torch.tensor([block.shape[1] for block in simba_fx.kept(model)])
     least, most = counts.clone(), counts.clone()
@@ -212,7 +212,7 @@ def check_a_plain_module() -> None:
 
 def check_what_is_refused(entry: Entry) -> None:
     call = {"input_ids": tokens(1, 2, LENGTH)}
-    model = simba_fx.transform(entry.build())
+    model = simba_fx.transform(entry.build(), "linear")
     fully_shard(model.base_model.layers[1].mixer)
     fully_shard(model)
     expect(
@@ -225,10 +225,10 @@ def check_what_is_refused(entry: Entry) -> None:
         ),
         "shards inside a block",
     )
-    model = sharded(simba_fx.transform(entry.build(), compile="whole"))
+    model = sharded(simba_fx.transform(entry.build(), "linear", compile="whole"))
     expect(message_of(lambda: evaluate(model, call)).endswith("Shard the blocks or the whole model."), "one graph")
     expect(
-        message_of(lambda: simba_fx.transform(sharded(entry.build())))
+        message_of(lambda: simba_fx.transform(sharded(entry.build()), "linear"))
         == (
             "transform expects a whole model; backbone.embeddings.weight is a DTensor, of which each process holds a "
             "part. Transform the model first, and apply fully_shard to the blocks and to the model around them "
@@ -237,7 +237,7 @@ def check_what_is_refused(entry: Entry) -> None:
         "sharded before",
     )
     expect(
-        message_of(lambda: simba_fx.transform(ddp(entry.build())))
+        message_of(lambda: simba_fx.transform(ddp(entry.build()), "linear"))
         == (
             "transform expects a model of one process, found one wrapped in DistributedDataParallel. Transform the "
             "model inside it (model.module), and wrap the result."

@@ -239,7 +239,7 @@ def test_a_forward_that_was_replaced_on_the_object() -> None:
     model = BY_NAME["mamba"].build()
     model.backbone.forward = model.backbone.forward
     with pytest.raises(CaptureError) as refused:
-        simba_fx.transform(model)
+        simba_fx.transform(model, "linear")
     assert str(refused.value) == (
         "The forward of backbone (MambaModel) was replaced on the object; expected the forward of its class, because "
         "graphs are captured from a copy of the model. Transform the model first, and then apply what replaces it."
@@ -280,12 +280,12 @@ def offloaded(model: nn.Module, folder: Path) -> nn.Module:
 
 def test_a_dispatched_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CaptureError) as refused:
-        simba_fx.transform(offloaded(BY_NAME["mamba"].build(), tmp_path))
+        simba_fx.transform(offloaded(BY_NAME["mamba"].build(), tmp_path), "linear")
     assert str(refused.value) == REFUSED
 
 
 def test_a_sparse_model_that_is_dispatched_later_is_refused(tmp_path: Path) -> None:
-    pruned = simba_fx.transform(BY_NAME["mamba"].build())
+    pruned = simba_fx.transform(BY_NAME["mamba"].build(), "linear")
     with torch.no_grad():
         pruned(input_ids=tokens(1, 1, 24))
     offloaded(pruned, tmp_path)
@@ -299,4 +299,5 @@ def test_a_model_loaded_onto_one_device_works(tmp_path: Path) -> None:
 
     dense("mamba").save_pretrained(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(tmp_path, device_map={"": "cpu"})
-    assert_close("logits", logits(simba_fx.transform(model, "linear")), logits(sparse("mamba", "linear")), 1e-6)
+    expected = logits(sparse("mamba", "linear"))
+    assert_close("logits", logits(simba_fx.transform(model, "linear", criterion="simba")), expected, 1e-6)

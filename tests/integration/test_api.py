@@ -88,14 +88,14 @@ def test_the_signature_of_transform() -> None:
     parameters = inspect.signature(simba_fx.transform).parameters
     assert {name: p.default for name, p in parameters.items()} == {
         "model": inspect.Parameter.empty,
-        "schedule": "linear",
-        "criterion": "simba",
+        "schedule": 0.5,
+        "criterion": "simba-l2+write",
         "output": "full",
         "floor": 4,
         "kernels": "auto",
         "compile": "blocks",
         "seed": 0,
-        "span": 1,
+        "span": None,
         "query": None,
         "protect": (),
         "labels": "all",
@@ -130,7 +130,7 @@ def test_the_first_line_of_transforms_docstring_says_that_the_model_is_untouched
 @every_family
 def test_the_result_is_a_model_of_the_same_class(family: str) -> None:
     model = dense(family)
-    sparse = simba_fx.transform(model)
+    sparse = simba_fx.transform(model, "linear")
     assert isinstance(sparse, type(model))
     assert type(sparse).__name__ == type(model).__name__
     assert type(sparse).__module__ == type(model).__module__
@@ -149,7 +149,7 @@ def test_the_result_is_a_model_of_the_same_class(family: str) -> None:
 def test_weights_are_the_same_objects_and_the_original_stays_dense(family: str) -> None:
     model, ids = dense(family), tokens(1, 2, 40)
     before = run(model, ids)
-    sparse = simba_fx.transform(model)
+    sparse = simba_fx.transform(model, "linear")
     assert not torch.equal(run(sparse, ids), before)
     assert torch.equal(run(model, ids), before)
     theirs, ours = dict(model.named_parameters()), dict(sparse.named_parameters())
@@ -166,7 +166,7 @@ def test_state_dicts_load_both_ways(family: str) -> None:
     with torch.no_grad():
         for p in other.parameters():
             p.mul_(0.9)
-    sparse, expected = simba_fx.transform(model), run(simba_fx.transform(other), ids)
+    sparse, expected = simba_fx.transform(model, "linear"), run(simba_fx.transform(other, "linear"), ids)
     assert list(sparse.state_dict()) == list(model.state_dict())
     assert sparse.load_state_dict(other.state_dict()).missing_keys == []
     assert torch.equal(run(sparse, ids), expected)
@@ -179,19 +179,19 @@ def test_state_dicts_load_both_ways(family: str) -> None:
 @every_family
 def test_what_is_saved_is_the_dense_checkpoint(family: str, tmp_path: Path) -> None:
     model, ids = dense(family), tokens(1, 2, 40)
-    sparse = simba_fx.transform(model)
+    sparse = simba_fx.transform(model, "linear")
     expected = run(sparse, ids)
     sparse.save_pretrained(tmp_path)
     again = type(model).from_pretrained(tmp_path).eval()
     assert type(again) is type(model)
     assert torch.equal(run(again, ids), run(model, ids))
-    assert torch.equal(run(simba_fx.transform(again), ids), expected)
+    assert torch.equal(run(simba_fx.transform(again, "linear"), ids), expected)
     assert again.config.architectures == [type(model).__name__]
 
 
 @every_family
 def test_generate_runs(family: str) -> None:
-    sparse = simba_fx.transform(dense(family))
+    sparse = simba_fx.transform(dense(family), "linear")
     found = sparse.generate(tokens(1, 2, 30), max_new_tokens=4, do_sample=False)
     assert found.shape == (2, 34)
 
@@ -200,7 +200,7 @@ def test_hooks_of_the_model_run_once_per_call() -> None:
     model, ids, calls = BY_NAME["mamba"].build(), tokens(1, 2, 30), []
     model.register_forward_hook(lambda *_: calls.append("model"))
     model.backbone.register_forward_hook(lambda *_: calls.append("stack"))
-    sparse = simba_fx.transform(model)
+    sparse = simba_fx.transform(model, "linear")
     calls.clear()
     run(sparse, ids)
     assert calls == ["stack", "model"]
@@ -212,7 +212,7 @@ def test_hooks_of_the_model_run_once_per_call() -> None:
 
 @pytest.mark.parametrize("called", [False, True], ids=["never called", "called"])
 def test_a_deep_copy_is_independent(called: bool) -> None:
-    ids, sparse = tokens(1, 2, 40), simba_fx.transform(BY_NAME["mamba"].build())
+    ids, sparse = tokens(1, 2, 40), simba_fx.transform(BY_NAME["mamba"].build(), "linear")
     if called:
         run(sparse, ids)
     twin = copy.deepcopy(sparse)
@@ -232,11 +232,11 @@ def test_a_deep_copy_is_independent(called: bool) -> None:
 
 
 def test_another_dtype_takes_effect_at_the_next_call() -> None:
-    ids, sparse = tokens(1, 2, 40), simba_fx.transform(BY_NAME["mamba"].build())
+    ids, sparse = tokens(1, 2, 40), simba_fx.transform(BY_NAME["mamba"].build(), "linear")
     run(sparse, ids)
     assert sparse.to(torch.bfloat16) is sparse
     assert sparse.dtype is torch.bfloat16
-    expected = simba_fx.transform(BY_NAME["mamba"].build().to(torch.bfloat16))
+    expected = simba_fx.transform(BY_NAME["mamba"].build().to(torch.bfloat16), "linear")
     assert torch.equal(run(sparse, ids), run(expected, ids))
     assert kept_counts(sparse) == counts(40, LINEAR)
 
@@ -246,17 +246,17 @@ def test_parameters_that_are_replaced_are_picked_up() -> None:
     with torch.no_grad():
         for p in other.parameters():
             p.mul_(0.9)
-    sparse = simba_fx.transform(model)
+    sparse = simba_fx.transform(model, "linear")
     before = run(sparse, ids)
     sparse.load_state_dict(other.state_dict(), assign=True)
-    assert torch.equal(run(sparse, ids), run(simba_fx.transform(other), ids))
+    assert torch.equal(run(sparse, ids), run(simba_fx.transform(other, "linear"), ids))
     assert not torch.equal(run(sparse, ids), before)
 
 
 def test_train_and_eval_are_the_copys_own() -> None:
     """`train()` of one says nothing to the other where their modules are their own."""
     model = BY_NAME["mamba"].build()
-    sparse = simba_fx.transform(model)
+    sparse = simba_fx.transform(model, "linear")
     sparse.train()
     assert sparse.training
     assert sparse.backbone.training
@@ -272,7 +272,7 @@ def test_train_and_eval_are_the_copys_own() -> None:
 @every_mode
 def test_a_plain_module_becomes_a_graph_module_with_its_own_signature(mode: str) -> None:
     model, ids = own(), tokens(1, 2, 40)
-    sparse = simba_fx.transform(model, compile=mode)
+    sparse = simba_fx.transform(model, "linear", compile=mode)
     assert isinstance(sparse, fx.GraphModule)
     assert inspect.signature(sparse.forward) == inspect.signature(model.forward)
     assert torch.equal(run(sparse, ids=ids), run(sparse, ids))
@@ -285,7 +285,10 @@ def test_a_plain_module_becomes_a_graph_module_with_its_own_signature(mode: str)
 @every_mode
 def test_a_plain_modules_state_dicts_load_both_ways(mode: str) -> None:
     ids, model, other = tokens(1, 2, 40), own(0), own(1)
-    sparse, expected = simba_fx.transform(model, compile=mode), run(simba_fx.transform(other, compile=mode), ids)
+    sparse, expected = (
+        simba_fx.transform(model, "linear", compile=mode),
+        run(simba_fx.transform(other, "linear", compile=mode), ids),
+    )
     sparse.load_state_dict(other.state_dict())
     assert torch.equal(run(sparse, ids), expected)
     fresh = own(2)
@@ -296,16 +299,19 @@ def test_a_plain_modules_state_dicts_load_both_ways(mode: str) -> None:
 @every_mode
 def test_a_plain_modules_replaced_parameters_are_picked_up(mode: str) -> None:
     ids, model, other = tokens(1, 2, 40), own(0), own(1)
-    sparse, expected = simba_fx.transform(model, compile=mode), run(simba_fx.transform(other, compile=mode), ids)
+    sparse, expected = (
+        simba_fx.transform(model, "linear", compile=mode),
+        run(simba_fx.transform(other, "linear", compile=mode), ids),
+    )
     sparse.load_state_dict(other.state_dict(), assign=True)
     assert torch.equal(run(sparse, ids), expected)
 
 
 @every_mode
 def test_a_plain_module_changes_its_dtype(mode: str) -> None:
-    ids, sparse = tokens(1, 2, 40), simba_fx.transform(own(), compile=mode)
+    ids, sparse = tokens(1, 2, 40), simba_fx.transform(own(), "linear", compile=mode)
     run(sparse, ids)
-    expected = run(simba_fx.transform(own().to(torch.bfloat16), compile=mode), ids)
+    expected = run(simba_fx.transform(own().to(torch.bfloat16), "linear", compile=mode), ids)
     found = run(sparse.to(torch.bfloat16), ids)
     assert found.dtype is torch.bfloat16
     assert torch.equal(found, expected)
@@ -313,7 +319,7 @@ def test_a_plain_module_changes_its_dtype(mode: str) -> None:
 
 @every_mode
 def test_a_deep_copy_of_a_plain_module_is_independent(mode: str) -> None:
-    ids, sparse = tokens(1, 2, 40), simba_fx.transform(own(), compile=mode)
+    ids, sparse = tokens(1, 2, 40), simba_fx.transform(own(), "linear", compile=mode)
     expected = run(sparse, ids)
     twin = copy.deepcopy(sparse)
     assert torch.equal(run(twin, ids), expected)
@@ -340,7 +346,7 @@ def test_only_the_form_of_an_example_is_read(shape: tuple[int, ...]) -> None:
 
 def test_a_plain_module_trains() -> None:
     model, ids = own(), tokens(1, 2, 40)
-    simba_fx.transform(model)(ids).square().mean().backward()
+    simba_fx.transform(model, "linear")(ids).square().mean().backward()
     assert all(p.grad is not None for p in model.parameters())
 
 
@@ -425,7 +431,7 @@ def test_a_criterion_of_ones_own_gets_the_query_of_each_padded_row() -> None:
 @every_mode
 def test_kept_output_is_the_survivors_rows_of_the_full_output(mode: str) -> None:
     ids, model = tokens(1, 2, 41), dense("mamba")
-    full, kept = (simba_fx.transform(model, output=output, compile=mode) for output in ("full", "kept"))
+    full, kept = (simba_fx.transform(model, "linear", output=output, compile=mode) for output in ("full", "kept"))
     whole, survivors = run(full, ids), run(kept, ids)
     assert survivors.shape == (2, counts(41, LINEAR)[-1], VOCABULARY)
     rows = torch.arange(2)[:, None]
@@ -434,7 +440,7 @@ def test_kept_output_is_the_survivors_rows_of_the_full_output(mode: str) -> None
 
 
 def test_kept_output_of_a_plain_module() -> None:
-    ids, sparse = tokens(1, 2, 41), simba_fx.transform(own(), output="kept")
+    ids, sparse = tokens(1, 2, 41), simba_fx.transform(own(), "linear", output="kept")
     assert run(sparse, ids).shape == (2, counts(41, LINEAR)[-1], VOCABULARY)
 
 
@@ -490,7 +496,7 @@ def test_the_program_is_a_readable_graph() -> None:
 
 
 def test_kept_speaks_of_the_last_call() -> None:
-    sparse = simba_fx.transform(dense("mamba"))
+    sparse = simba_fx.transform(dense("mamba"), "linear")
     run(sparse, tokens(1, 2, 40))
     first = simba_fx.kept(sparse)
     run(sparse, tokens(1, 3, 25))
@@ -512,7 +518,7 @@ def test_kept_of_padded_rows_is_ascending_with_the_missing_first() -> None:
 
 
 def test_a_question_reaches_through_torch_compile() -> None:
-    sparse = simba_fx.transform(dense("mamba"))
+    sparse = simba_fx.transform(dense("mamba"), "linear")
     compiled = torch.compile(sparse, backend="eager")
     run(compiled, tokens(1, 2, 40))
     assert kept_counts(compiled) == counts(40, LINEAR)

@@ -246,7 +246,7 @@ def test_a_plain_module_is_captured_inside_the_autocast_it_runs_in() -> None:
         found = simba_fx.transform(model, keep_all(4), kernels="model")(ids)
         assert found.dtype == torch.bfloat16
         assert_close("logits", found, model(ids), TOLERANCE[torch.bfloat16])
-    outside = simba_fx.transform(model)
+    outside = simba_fx.transform(model, "linear")
     with pytest.raises(InputError) as refused, half():
         outside(ids)
     assert str(refused.value) == (
@@ -353,7 +353,7 @@ def test_survivors_are_all_tokens_where_nothing_left() -> None:
 )
 def test_models_without_a_loss(model: Any, message: str) -> None:
     with pytest.raises(SimbaError) as refused:
-        simba_fx.transform(model(), labels="kept")
+        simba_fx.transform(model(), "linear", labels="kept")
     assert str(refused.value) == message
 
 
@@ -449,7 +449,7 @@ def test_functional_calls_and_their_gradients(entry: Entry) -> None:
 @every_kind
 def test_weights_that_were_replaced_are_read(entry: Entry) -> None:
     model, other = entry.build(), dense(entry.name)
-    pruned = simba_fx.transform(model, linear(entry))
+    pruned = simba_fx.transform(model, linear(entry), criterion="simba")
     ids = tokens(1, 2, 32)
     with torch.no_grad():
         for p in model.parameters():

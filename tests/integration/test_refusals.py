@@ -207,7 +207,7 @@ def test_pictures() -> None:
             return through(self, x)
 
     model = Pictures()
-    sparse = simba_fx.transform(Blocks(model.blocks.layers), example_inputs=(torch.zeros(2, 24, 16),))
+    sparse = simba_fx.transform(Blocks(model.blocks.layers), "linear", example_inputs=(torch.zeros(2, 24, 16),))
     assert sparse(model.patches(torch.randn(2, 3, 32, 32)).flatten(2).transpose(1, 2)).shape == (2, 64, 16)
 
 
@@ -322,8 +322,12 @@ def test_two_lists_of_blocks_whose_halves_are_one_block() -> None:
     told = refusal(Net(body, 0, **lists), GraphError)
     assert "expected one value per cut that it continues (the residual stream), found " in told
     assert told.endswith("or, if these are halves of one block, make them one module of a ModuleList.")
-    assert simba_fx.transform(Net(body, 0, **lists), output="kept")(IDS).shape[1] < 40
-    assert simba_fx.transform(Net(through, 0, layers=nn.ModuleList(Pair() for _ in range(3))))(IDS).shape == (2, 40, 16)
+    assert simba_fx.transform(Net(body, 0, **lists), "linear", output="kept")(IDS).shape[1] < 40
+    assert simba_fx.transform(Net(through, 0, layers=nn.ModuleList(Pair() for _ in range(3))), "linear")(IDS).shape == (
+        2,
+        40,
+        16,
+    )
 
 
 def test_tokens_that_the_model_puts_in_front() -> None:
@@ -345,7 +349,7 @@ def test_tokens_that_the_model_puts_in_front() -> None:
     assert "transform the module inside it that is given all of them, with protect=range(n) for n in front" in told
     expected = model(IDS)
     dense = model.stack
-    model.stack = simba_fx.transform(dense, example_inputs=(torch.zeros(2, 24, 16),), protect=range(8))
+    model.stack = simba_fx.transform(dense, "linear", example_inputs=(torch.zeros(2, 24, 16),), protect=range(8))
     assert model(IDS).shape == expected.shape
     assert all(block[0].tolist()[:8] == [*range(8)] for block in simba_fx.kept(model.stack))
 
@@ -385,8 +389,8 @@ def test_weights_of_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.filterwarnings("ignore:.torch.jit.trace", "ignore::torch.jit.TracerWarning")
 def test_export_to_onnx(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whichever way its exporters trace; they tell it as what stopped them."""
-    sparse = simba_fx.transform(Net(through), compile="whole")
-    whole = simba_fx.transform(BY_NAME["mamba"].build(), compile="whole")
+    sparse = simba_fx.transform(Net(through), "linear", compile="whole")
+    whole = simba_fx.transform(BY_NAME["mamba"].build(), "linear", compile="whole")
     ids = tokens(1, 2, 30)
     logits(whole, input_ids=ids, use_cache=False)
     monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
@@ -447,10 +451,10 @@ def test_transforms_leave_nothing_behind() -> None:
         return len(_loader.eval_cache), len([key for key in linecache.cache if "eval_with_key" in key]), classes
 
     model = Net(through, 2)
-    simba_fx.transform(model)(IDS)
+    simba_fx.transform(model, "linear")(IDS)
     before = there()
     for _ in range(4):
-        simba_fx.transform(model)(IDS)
+        simba_fx.transform(model, "linear")(IDS)
     assert there() == before
     assert FakeTensorMode.cache_info().size <= 4096
 

@@ -311,7 +311,7 @@ def test_the_tail_arguments_and_the_backbone_alone() -> None:
     assert last.total.dense - last.stack.dense == by_hand(models.dense("mamba").config, 1)[2]
     labelled = simba_fx.report(sparse, input_ids=ids, labels=ids)
     assert labelled.total == simba_fx.report(sparse, ids).total
-    backbone = simba_fx.transform(models.dense("mamba").get_submodule("backbone"), "linear")
+    backbone = simba_fx.transform(models.dense("mamba").get_submodule("backbone"), "linear", criterion="simba")
     alone = simba_fx.report(backbone, ids)
     assert alone.total == alone.stack == labelled.stack
     assert alone.blocks[0].path == "layers.0"

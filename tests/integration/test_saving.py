@@ -170,13 +170,13 @@ def test_the_file_is_meant_to_be_read(tmp_path: Path) -> None:
         "implementations": {"attn_implementation": "eager", "experts_implementation": "eager"},  # it has neither
         "options": {
             "schedule": {"kind": "Linear", "final": "1/10", "every": 1, "start": 1},
-            "criterion": "simba",
+            "criterion": "simba-l2+write",
             "output": "full",
             "floor": 4,
             "kernels": "auto",
             "compile": "blocks",
             "seed": 0,
-            "span": 1,
+            "span": 15,
             "query": None,
             "protect": [],
             "labels": "all",
@@ -623,8 +623,8 @@ def test_arguments_that_do_not_belong_are_refused(saved: Path, copy: Path, tmp_p
         dense("mamba"),
     )
     refused(
-        "The model was saved with criterion='simba', and load was given another; expected none. Leave it out, or "
-        "transform the dense model with it.",
+        "The model was saved with criterion='simba-l2+write', and load was given another; expected none. Leave it out, "
+        "or transform the dense model with it.",
         saved,
         criterion=late_is_better,
     )
@@ -714,7 +714,7 @@ def _kept_elsewhere(model: nn.Module, ids: Tensor, found: Any) -> None:
 def test_a_sparse_model_goes_to_a_spawned_process() -> None:
     import torch.multiprocessing as processes
 
-    one, ids = simba_fx.transform(dense("mamba")), tokens(1, 1, 37)
+    one, ids = simba_fx.transform(dense("mamba"), "linear"), tokens(1, 1, 37)
     context = processes.get_context("spawn")
     found = context.SimpleQueue()
     worker = context.Process(target=_kept_elsewhere, args=(one, ids, found))
@@ -726,7 +726,7 @@ def test_a_sparse_model_goes_to_a_spawned_process() -> None:
 
 
 def test_the_program_of_a_plain_module_is_not_pickled(tmp_path: Path) -> None:
-    sparse = simba_fx.transform(own_model.MyMamba())
+    sparse = simba_fx.transform(own_model.MyMamba(), "linear")
     with pytest.raises(simba_fx.errors.SimbaError, match=r"cannot be pickled.*simba_fx\.save"):
         torch.save(sparse, tmp_path / "whole.pt")
     with pytest.raises(simba_fx.errors.SimbaError, match="cannot be pickled"):

@@ -104,7 +104,7 @@ def dense(name: str) -> Any:
 
 @functools.cache
 def sparse(name: str, schedule: str = "linear", **options: Any) -> Any:
-    return simba_fx.transform(dense(name), shares(name, schedule), **options)
+    return simba_fx.transform(dense(name), shares(name, schedule), **{"criterion": "simba", **options})
 
 
 def shares(name: str, schedule: str = "linear") -> Any:
@@ -333,7 +333,7 @@ def test_several_tokens_at_an_offset_are_refused_and_change_nothing() -> None:
 def test_the_result_is_a_model_of_the_same_class_over_the_same_weights() -> None:
     model, ids = build(**FUSED), tokens(1, 1, 30)
     before = model(ids).logits
-    pruned = simba_fx.transform(model)
+    pruned = simba_fx.transform(model, "linear", criterion="simba")
     for held, kind in ((pruned, cpu.MambaLMHeadModel), (pruned.backbone, cpu.MixerModel)):
         assert isinstance(held, kind)
         assert type(held) is not kind
@@ -347,20 +347,22 @@ def test_the_result_is_a_model_of_the_same_class_over_the_same_weights() -> None
     again = simba_fx.transform(pruned, "dense", kernels="model")
     assert torch.equal(again(ids).logits, simba_fx.transform(model, "dense", kernels="model")(ids).logits)
     with pytest.raises(simba_fx.errors.SimbaError, match="expected none for a mamba_ssm MambaLMHeadModel"):
-        simba_fx.transform(model, example_inputs=(tokens(1, 2, 30),))
+        simba_fx.transform(model, "linear", example_inputs=(tokens(1, 2, 30),), criterion="simba")
 
 
 def test_the_mixer_alone_is_pruned_too() -> None:
     with torch.no_grad():
         ids, row = clear_row("mamba-fused", 44)
-        alone = simba_fx.transform(dense("mamba-fused").backbone, shares("mamba-fused"), kernels="model")
+        alone = simba_fx.transform(
+            dense("mamba-fused").backbone, shares("mamba-fused"), kernels="model", criterion="simba"
+        )
         assert isinstance(alone, cpu.MixerModel)
         assert torch.equal(alone(ids[None])[0], row.hidden)
     assert [block[0].tolist() for block in simba_fx.kept(alone)] == row.kept
 
 
 def test_a_deep_copy_another_dtype_and_training_take_effect() -> None:
-    pruned = simba_fx.transform(build(**FUSED))
+    pruned = simba_fx.transform(build(**FUSED), "linear", criterion="simba")
     twin, ids = copy.deepcopy(pruned), tokens(5, 2, 33)
     with torch.no_grad():
         expected = pruned(ids).logits
@@ -374,7 +376,7 @@ def test_a_deep_copy_another_dtype_and_training_take_effect() -> None:
 
 
 def test_questions_are_answered() -> None:
-    pruned = simba_fx.transform(dense("mamba-fused"), simba_fx.Budget(0.7, length=64))
+    pruned = simba_fx.transform(dense("mamba-fused"), simba_fx.Budget(0.7, length=64), criterion="simba")
     told = simba_fx.report(pruned, tokens(1, 2, 64))
     assert told.total.share == pytest.approx(0.7, abs=0.05)
     # the head is one matrix product: 2 FLOPs x 2 rows x 64 tokens x 20 channels x 56 words
@@ -406,7 +408,9 @@ def test_a_saved_model_is_loaded_as_it_was(case: Case, tmp_path: Any) -> None:
 
 def test_the_mixer_alone_cannot_be_saved(tmp_path: Any) -> None:
     with pytest.raises(simba_fx.errors.SimbaError) as caught:
-        simba_fx.save(simba_fx.transform(dense("mamba-fused").backbone), tmp_path / "saved")
+        simba_fx.save(
+            simba_fx.transform(dense("mamba-fused").backbone, "linear", criterion="simba"), tmp_path / "saved"
+        )
     assert str(caught.value) == (
         "A MixerModel alone cannot be saved by mamba_ssm; expected the MambaLMHeadModel around it. Use torch.save on "
         "its state_dict(), and simba_fx.transform after loading."
@@ -415,7 +419,7 @@ def test_the_mixer_alone_cannot_be_saved(tmp_path: Any) -> None:
 
 
 def test_named_tokens_are_protected() -> None:
-    pruned = simba_fx.transform(dense("mamba-fused"), protect=(0, 7))
+    pruned = simba_fx.transform(dense("mamba-fused"), "linear", protect=(0, 7), criterion="simba")
     pruned(tokens(1, 2, 64))
     assert all({0, 7} <= set(row.tolist()) for block in simba_fx.kept(pruned) for row in block)
     with pytest.raises(InputError, match="names position 7, but the prompt has 5 tokens"):
@@ -423,7 +427,7 @@ def test_named_tokens_are_protected() -> None:
 
 
 def test_equal_blocks_share_one_kind() -> None:
-    program = simba_fx.program(simba_fx.transform(build(**FUSED, n_layer=6))).program
+    program = simba_fx.program(simba_fx.transform(build(**FUSED, n_layer=6), "linear", criterion="simba")).program
     assert len({getattr(program, f"block_{i}").kind for i in range(6)}) == 4, "first, second, those between, last"
 
 
@@ -442,7 +446,7 @@ def test_without_causal_conv1d_the_model_runs_its_own_convolution() -> None:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(caller, "causal_conv1d_fn", None)
             model, ids = build(**options), tokens(5, 2, 40)
-            kept = simba_fx.transform(model, keep_all(3), kernels="model")
+            kept = simba_fx.transform(model, keep_all(3), kernels="model", criterion="simba")
             assert torch.equal(kept(ids).logits, model(ids).logits)
 
 
@@ -471,7 +475,7 @@ def test_a_users_module_that_imports_the_packages_functions_needs_no_registratio
     with pytest.MonkeyPatch.context() as patch:  # the real functions, which would fail here if they were called
         patch.setitem(globals(), "selective_scan_fn", cpu.REAL["selective_scan_fn"])
         patch.setitem(globals(), "causal_conv1d_fn", cpu.REAL["causal_conv1d_fn"])
-        kept = simba_fx.transform(model, keep_all(3), example_inputs=(x,))
+        kept = simba_fx.transform(model, keep_all(3), example_inputs=(x,), criterion="simba")
     assert_close("output", kept(x), model(x), TOLERANCE[torch.float32])
 
 
@@ -513,13 +517,13 @@ def test_packed_sequences_are_refused(name: str) -> None:
 
 def test_attention_layers_prune_without_states_and_are_refused_with_them() -> None:
     model, ids = build(**FUSED, attn_layer_idx=[1], attn_cfg={"num_heads": 4, "causal": True}), tokens(1, 2, 30)
-    kept = simba_fx.transform(model, keep_all(3), kernels="model")
+    kept = simba_fx.transform(model, keep_all(3), kernels="model", criterion="simba")
     assert torch.equal(kept(ids).logits, model(ids).logits)
     assert [cut.block for cut in simba_fx.program(kept).cuts] == [0], "attention scores no tokens"
     with pytest.raises(InputError, match=r"layers\.1\.mixer is an attention layer, whose keys"):
         kept(ids, inference_params=states())
     last = build(**FUSED, attn_layer_idx=[2], attn_cfg={"num_heads": 4, "causal": True}, n_layer=3)
-    assert simba_fx.transform(last, keep_all(3), kernels="model")(ids).logits.equal(last(ids).logits)
+    assert simba_fx.transform(last, keep_all(3), kernels="model", criterion="simba")(ids).logits.equal(last(ids).logits)
     model.backbone.layers[1].mixer.rotary_emb_dim = 4  # as it can be where flash_attn is installed
     assert refusal(model).startswith("layers.1.mixer (MHA) turns keys by their place in the sequence")
 

@@ -187,6 +187,7 @@ def rows_of(generator: int, *sizes: int) -> Tensor:
 
 def transformed(module: nn.Module, schedule: Any, *, mask: bool = False, **options: Any) -> Any:
     inputs = (torch.zeros(2, 24, WIDTH), *((torch.ones(2, 24),) if mask else ()))
+    options = {"criterion": "simba", **options}
     return simba_fx.transform(module, schedule, mask="mask" if mask else None, example_inputs=inputs, **options)
 
 

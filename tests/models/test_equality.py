@@ -139,7 +139,9 @@ def test_keeping_everything_gives_the_dense_gradients_bits(entry: Entry) -> None
 @every_kind
 def test_keeping_everything_gives_the_dense_gradients_bits_in_training(entry: Entry) -> None:
     model = entry.build().train()
-    check_gradients_bits(model, simba_fx.transform(model, keep_all(n_blocks(model)), kernels="model"))
+    check_gradients_bits(
+        model, simba_fx.transform(model, keep_all(n_blocks(model)), kernels="model", criterion="simba")
+    )
 
 
 def check_gradients_bits(model: nn.Module, pruned: nn.Module) -> None:
@@ -376,7 +378,7 @@ def test_random_is_decided_by_its_seed() -> None:
 
 def test_the_default_is_linear_down_to_a_tenth_with_a_tail_of_one() -> None:
     model = dense("mamba")
-    pruned = simba_fx.transform(model)
+    pruned = simba_fx.transform(model, "linear", criterion="simba")
     with torch.no_grad():  # 100 earlier tokens: r·100 is whole at the last block
         ids, _, expected = DRAWS.first(model, reference.linear(4), lambda seed: tokens(seed, 1, 101))
         found = pruned(input_ids=ids)
@@ -511,7 +513,7 @@ def assert_unchanged(before: dict[str, Any], after: dict[str, Any]) -> None:
 def test_the_original_is_unchanged_after_success(entry: Entry) -> None:
     model = entry.build()
     before = snapshot(entry, model)
-    pruned = simba_fx.transform(model, "linear", kernels="model")
+    pruned = simba_fx.transform(model, "linear", kernels="model", criterion="simba")
     with torch.no_grad():
         pruned(input_ids=tokens(1, 2, 30), use_cache=True)
     pruned.train()
@@ -554,14 +556,14 @@ def test_the_original_is_unchanged_after_a_failed_capture(entry: Entry) -> None:
     hook = model.backbone.layers[1].mixer.register_forward_pre_hook(broken)
     named = pytest.warns(UserWarning, match=r"hooks on what is not called .*layers\.1\.mixer")
     with named, pytest.raises(Exception, match="broken on purpose"):
-        simba_fx.transform(model, "linear")(input_ids=tokens(0, 1, 12))
+        simba_fx.transform(model, "linear", criterion="simba")(input_ids=tokens(0, 1, 12))
     hook.remove()
     assert_unchanged(before, snapshot(entry, model))
 
 
 def test_two_transformed_models_share_no_state() -> None:
     model, ids = dense("mamba"), tokens(2, 1, 64)
-    one = simba_fx.transform(model, schedules(4)["linear"])
+    one = simba_fx.transform(model, schedules(4)["linear"], criterion="simba")
     two = simba_fx.transform(model, schedules(4)["steep"], criterion="recent")
     with torch.no_grad():
         logits = one(input_ids=ids).logits
@@ -581,7 +583,7 @@ def test_transforming_a_transformed_model_prunes_by_the_new_schedule_alone_or_is
     with torch.no_grad():
         expected = sparse("mamba", shares)(input_ids=ids).logits
         try:
-            again = simba_fx.transform(sparse("mamba", schedules(4)["linear"]), shares)
+            again = simba_fx.transform(sparse("mamba", schedules(4)["linear"]), shares, criterion="simba")
         except simba_fx.errors.SimbaError:
             return
         assert torch.equal(again(input_ids=ids).logits, expected)
@@ -606,7 +608,7 @@ def source_bytes(length: int, window: int) -> Tensor:
 @pytest.mark.parametrize("kernels", ["model", "auto"])
 def test_the_trained_checkpoint_equals_the_reference_on_real_text(trained: nn.Module, kernels: str) -> None:
     shares = reference.linear(12)
-    pruned = simba_fx.transform(trained, "linear", kernels=kernels)
+    pruned = simba_fx.transform(trained, "linear", kernels=kernels, criterion="simba")
     checked = 0
     for window in range(4):
         ids = source_bytes(256, window)

@@ -123,7 +123,7 @@ def test_keeping_everything_gives_the_dense_bits(entry: Entry, masked: bool) -> 
 @pytest.mark.capability("train")
 def test_keeping_everything_gives_the_dense_gradients_bits_in_training(entry: Entry) -> None:
     model = entry.build().train()
-    pruned = simba_fx.transform(model, keep_all(n_blocks(model)), kernels="model")
+    pruned = simba_fx.transform(model, keep_all(n_blocks(model)), kernels="model", criterion="simba")
     weights = torch.randn(3, 37, model.config.vocab_size, generator=torch.Generator().manual_seed(0))
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
 
@@ -210,7 +210,7 @@ def test_any_schedule_equals_the_reference(entry: Entry, data: st.DataObject) ->
     with torch.no_grad():
         expected = reference.run(model, ids, shares)
     assume(DRAWS.clear(expected))
-    pruned = simba_fx.transform(model, shares)
+    pruned = simba_fx.transform(model, shares, criterion="simba")
     with torch.no_grad():
         found = pruned(input_ids=ids)
     assert_kept_equal(pruned, expected)
@@ -220,7 +220,7 @@ def test_any_schedule_equals_the_reference(entry: Entry, data: st.DataObject) ->
 @every_mixture
 def test_in_bfloat16_keeping_everything_gives_the_dense_bits(entry: Entry) -> None:
     model = entry.build().to(torch.bfloat16)
-    pruned = simba_fx.transform(model, keep_all(n_blocks(model)), kernels="model")
+    pruned = simba_fx.transform(model, keep_all(n_blocks(model)), kernels="model", criterion="simba")
     with torch.no_grad():
         expected, found = (one(**three_rows(True), use_cache=True) for one in (model, pruned))
     assert found.logits.dtype is expected.logits.dtype
@@ -359,18 +359,6 @@ def test_new_tokens_that_are_masked_are_not_attended_to(entry: Entry) -> None:
 
 
 @every_hybrid
-def test_several_tokens_on_a_warm_cache_are_refused(entry: Entry) -> None:
-    pruned = sparse(entry.name, shares_of(entry))
-    name = cache_name(pruned)
-    with torch.no_grad():
-        cache = pruned(input_ids=tokens(1, 2, 20), use_cache=True)[name]
-        before = {key: held.clone() for key, held in states(cache).items()}
-        with pytest.raises(simba_fx.errors.InputError, match="3 new tokens on a warm cache"):
-            pruned(input_ids=tokens(2, 2, 3), use_cache=True, **{name: cache})
-    assert all(torch.equal(held, before[key]) for key, held in states(cache).items())
-
-
-@every_hybrid
 def test_an_emptied_cache_serves_another_prompt(entry: Entry) -> None:
     pruned = sparse(entry.name, shares_of(entry))
     name = cache_name(pruned)
@@ -394,7 +382,7 @@ def test_the_originals_modules_are_not_hooked(entry: Entry) -> None:
     model = entry.build()
     before = {name: id(module) for name, module in model.named_modules()}
     functions = dict(vars(entry.modeling))
-    pruned = simba_fx.transform(model, shares_of(entry))
+    pruned = simba_fx.transform(model, shares_of(entry), criterion="simba")
     with torch.no_grad():
         pruned(input_ids=tokens(1, 1, 20), use_cache=True)
     assert {name: id(module) for name, module in model.named_modules()} == before
@@ -413,7 +401,7 @@ def test_the_eager_attention_of_transformers_gives_the_same(entry: Entry) -> Non
     model = entry.make()
     randomise(model, entry.seed)
     model.set_attn_implementation("eager")
-    pruned = simba_fx.transform(model.eval(), shares_of(entry))
+    pruned = simba_fx.transform(model.eval(), shares_of(entry), criterion="simba")
     other = sparse(entry.name, shares_of(entry))
     for masked in (False, True):
         with torch.no_grad():
@@ -443,7 +431,7 @@ def test_attention_without_padding_makes_no_mask_over_pairs() -> None:
     length = 32_768
     model = _jamba(num_hidden_layers=2, num_experts=1, num_attention_heads=1, num_key_value_heads=1, hidden_size=8)
     randomise(model, 0)
-    pruned = simba_fx.transform(model.eval(), [1, 0.999])
+    pruned = simba_fx.transform(model.eval(), [1, 0.999], criterion="simba")
     with torch.no_grad(), Largest() as largest:
         pruned(input_ids=tokens(0, 1, length), use_cache=False, logits_to_keep=1)
     assert simba_fx.kept(pruned)[1].shape == (1, 32_736), "the attention layer sees nearly all"
@@ -457,7 +445,7 @@ def test_experts(make: Any, experts: str) -> None:
     randomise(model, 5)
     model.eval()
     shares = schedules(n_blocks(model))["linear"]
-    pruned = simba_fx.transform(model, shares)
+    pruned = simba_fx.transform(model, shares, criterion="simba")
     with torch.no_grad():
         ids, _, expected = DRAWS.first(model, shares, lambda seed: tokens(seed, 2, 40))
         found = pruned(input_ids=ids)
@@ -513,7 +501,7 @@ def test_compiled_equals_eager_and_compiles_once(entry: Entry) -> None:
 @pytest.mark.parametrize("name", ["bamba", "zamba2"])
 def test_a_hybrid_is_one_graph_without_a_cache_and_refused_with_one(name: str) -> None:
     torch._dynamo.reset()
-    whole = simba_fx.transform(dense(name), schedules(4)["linear"], compile="whole")
+    whole = simba_fx.transform(dense(name), schedules(4)["linear"], compile="whole", criterion="simba")
     compiled = torch.compile(whole, backend="eager", fullgraph=True)
     for masked in (False, True):
         with torch.no_grad():
@@ -532,7 +520,7 @@ def test_another_recurrence_is_refused_naming_its_function() -> None:
     """Its scan is put together of functions that a module holds: none of them alone is the recurrence."""
     config = xLSTMConfig(vocab_size=53, hidden_size=32, embedding_dim=32, num_blocks=3, num_heads=2, chunk_size=8)
     with pytest.raises(simba_fx.errors.ScanNotFoundError) as caught:
-        simba_fx.transform(xLSTMForCausalLM(config).eval())
+        simba_fx.transform(xLSTMForCausalLM(config).eval(), "linear", criterion="simba")
     assert "transformers.models.xlstm.modeling_xlstm.mlstm_chunkwise" in str(caught.value)
     assert "simba_fx.register_recurrence(function, value)" in str(caught.value)
 
@@ -541,7 +529,7 @@ def test_attention_that_cannot_be_masked_is_refused() -> None:
     model = _bamba()
     model.config._attn_implementation = "flex_attention"
     with pytest.raises(simba_fx.errors.CaptureError, match="expected 'sdpa' or 'eager'"):
-        simba_fx.transform(model)
+        simba_fx.transform(model, "linear", criterion="simba")
 
 
 def test_the_readme_has_a_row_for_every_family() -> None:
@@ -589,7 +577,7 @@ def test_feature_extraction_with_the_model_without_its_head(name: str) -> None:
     model, shares = dense(name), schedules(n_blocks(dense(name)))["linear"]
     backbone = AutoModel.from_config(model.config)
     backbone.load_state_dict(model.base_model.state_dict())
-    pruned = simba_fx.transform(backbone.eval(), shares, kernels="model")
+    pruned = simba_fx.transform(backbone.eval(), shares, kernels="model", criterion="simba")
     with torch.no_grad():
         ids, _, expected = DRAWS.first(model, shares, lambda seed: tokens(seed, 1, 44), use_cache=True)
         found = pruned(input_ids=ids)

@@ -260,7 +260,9 @@ def test_a_mask_of_truth_values_stays_one_behind_a_cut() -> None:
     x, mask = torch.randn(3, 40, WIDTH), torch.arange(40) < torch.tensor([[40], [33], [21]])
     outputs = []
     for net, given_mask in ((numbers, mask.long()), (truth, mask)):
-        pruned = simba_fx.transform(net, [1, 0.5, 0.3], mask="mask", example_inputs=(x[:, :24], given_mask[:, :24]))
+        pruned = simba_fx.transform(
+            net, [1, 0.5, 0.3], mask="mask", example_inputs=(x[:, :24], given_mask[:, :24]), criterion="simba"
+        )
         with torch.no_grad():
             outputs.append(pruned(x, given_mask)[mask])
             row = pruned(x[2:, :21], given_mask[2:, :21])[0]

@@ -370,7 +370,7 @@ def labelled(row: Tensor, first: int) -> Tensor:
 
 @every_kind
 def test_each_rows_tail_follows_from_its_labels(entry: Entry) -> None:
-    model = simba_fx.transform(dense(entry.name), "linear", tail="labels")
+    model = simba_fx.transform(dense(entry.name), "linear", tail="labels", criterion="simba")
     rows, firsts = texts(33, 21, 27), [20, 12, 26]
     ids = padded_at_the_end(rows)
     labels = torch.full_like(ids, -100)

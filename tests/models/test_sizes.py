@@ -149,7 +149,7 @@ class Padded(Outer):
 def test_an_argument_that_may_be_a_mask_is_stated(kind: type[nn.Module], name: str, dtype: torch.dtype) -> None:
     example = (torch.zeros(2, 24, WIDTH), torch.ones(2, 24).to(dtype))
     with pytest.raises(InputError) as caught:
-        simba_fx.transform(kind(), example_inputs=example)
+        simba_fx.transform(kind(), "linear", example_inputs=example)
     assert str(caught.value) == (
         f"{kind.__name__} has the argument {name}, which may be a padding mask, and was not told; expected it to be "
         f"stated, since a mask that is taken for text, or in the wrong sense, changes results. Pass mask={name!r} to "
@@ -165,12 +165,12 @@ def test_an_argument_that_may_be_a_mask_is_stated(kind: type[nn.Module], name: s
 
 def test_a_mask_that_is_no_argument() -> None:
     with pytest.raises(InputError, match=r"mask='pad': expected the name of an argument .* found x \(3, 24, 6\)"):
-        simba_fx.transform(Outer(), mask="pad", example_inputs=(torch.zeros(2, 24, WIDTH),))
+        simba_fx.transform(Outer(), "linear", mask="pad", example_inputs=(torch.zeros(2, 24, WIDTH),))
 
 
 def test_an_argument_of_another_kind_or_size() -> None:
     example = (torch.zeros(2, 24, WIDTH), torch.ones(2, 24, dtype=torch.bool))
-    sparse = simba_fx.transform(Argued(), mask="other", example_inputs=example)
+    sparse = simba_fx.transform(Argued(), "linear", mask="other", example_inputs=example)
     with pytest.raises(InputError) as caught:
         sparse(torch.randn(2, 9, WIDTH), torch.ones(2, 9, dtype=torch.int64))
     assert str(caught.value) == (

@@ -47,7 +47,7 @@ def test_gradients_equal_the_references(entry: Entry, kernels: str) -> None:
 @every_kind
 def test_gradients_equal_the_references_in_training(entry: Entry) -> None:
     model = entry.build()
-    check_gradients(model, simba_fx.transform(model, linear(entry)).train(), linear(entry))
+    check_gradients(model, simba_fx.transform(model, linear(entry), criterion="simba").train(), linear(entry))
 
 
 def check_gradients(model: nn.Module, pruned: nn.Module, shares: Any) -> None:
@@ -136,7 +136,7 @@ def test_scores_alone_pull_no_gradient(entry: Entry) -> None:
 @every_kind
 def test_steps_on_the_pruned_model_train_the_dense_one_too(entry: Entry) -> None:
     model = entry.build()
-    pruned = simba_fx.transform(model, linear(entry))
+    pruned = simba_fx.transform(model, linear(entry), criterion="simba")
     ids = tokens(2, 2, 32)
     with torch.no_grad():
         dense_before = model(input_ids=ids, labels=ids).loss.item()
@@ -165,7 +165,7 @@ def test_steps_on_the_pruned_model_train_the_dense_one_too(entry: Entry) -> None
 def test_an_optimizer_over_the_original_trains_the_pruned_model() -> None:
     entry = FLOAT32[0]
     model = entry.build()
-    pruned = simba_fx.transform(model, linear(entry))
+    pruned = simba_fx.transform(model, linear(entry), criterion="simba")
     ids = tokens(4, 1, 24)
     with torch.no_grad():
         before = pruned(input_ids=ids).logits
@@ -179,7 +179,7 @@ def test_an_optimizer_over_the_original_trains_the_pruned_model() -> None:
 def test_a_frozen_parameter_gets_no_gradient() -> None:
     entry = FLOAT32[0]
     model = entry.build()
-    pruned = simba_fx.transform(model, linear(entry))
+    pruned = simba_fx.transform(model, linear(entry), criterion="simba")
     pruned(input_ids=tokens(4, 1, 24))  # captured while everything was trainable
     frozen = model.backbone.layers[1].mixer.in_proj.weight
     frozen.requires_grad_(False)

@@ -62,7 +62,7 @@ def with_a_picture(wrapper: Any) -> dict[str, Tensor]:
 def test_the_wrapper_is_refused_by_the_name_of_its_language_model(models: tuple[Any, Any]) -> None:
     said = r"Write model\.model\.language_model = simba_fx\.transform\(model\.model\.language_model, \.\.\.\)"
     with pytest.raises(CaptureError, match=said):
-        simba_fx.transform(models[0])
+        simba_fx.transform(models[0], "linear")
 
 
 def test_of_texts_it_is_the_language_model_alone(models: tuple[Any, Any]) -> None:

@@ -350,10 +350,13 @@ def dense(name: str) -> nn.Module:
 
 @functools.cache
 def sparse(name: str, schedule: Any, **options: Any) -> nn.Module:
-    """`dense(name)` transformed, once per schedule and options: every new graph costs a capture."""
+    """`dense(name)` transformed, once per schedule and options: every new graph costs a capture.
+
+    By the paper's criterion unless told otherwise: the eager reference knows no ranks.
+    """
     import simba_fx
 
-    return simba_fx.transform(dense(name), schedule, **options)
+    return simba_fx.transform(dense(name), schedule, **{"criterion": "simba", **options})
 
 
 def keep_all(blocks: int) -> tuple[Fraction, ...]:

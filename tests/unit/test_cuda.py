@@ -183,7 +183,7 @@ def inputs(ids: Tensor, mask: Tensor | None) -> dict[str, Any]:
 @every_family
 def test_with_everything_kept_the_bits_are_the_dense_models(family: str) -> None:
     model = on_device(family)
-    sparse = simba_fx.transform(model, [1.0] * len(list(simba_fx.program(simba_fx.transform(model)).shares)),
+    sparse = simba_fx.transform(model, [1.0] * len(list(simba_fx.program(simba_fx.transform(model, "linear")).shares)),
                                 kernels="model")  # fmt: skip
     ids = tokens(3, 2, 50).to(DEVICE)
     with torch.no_grad():

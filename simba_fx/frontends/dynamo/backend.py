@@ -39,7 +39,7 @@ from simba_fx.frontends.dynamo.graph import Flat, constant, flattened, float_inp
 from simba_fx.frontends.dynamo.internals import inner_backend, restart, specialize
 from simba_fx.graph.facts import expression, placeholder, value
 from simba_fx.ops.recurrences import SCANS, recurrence_of
-from simba_fx.options import Options
+from simba_fx.options import SCHEDULE, Options
 from simba_fx.runtime.build import build_program
 from simba_fx.schedule import as_schedule
 
@@ -140,7 +140,7 @@ class Settings:
                     'inner backend go one level down: options={"options": {...}}.'
                 )
         pruning = {name: given[name] for name in _PRUNING if name in given}
-        options = Options(as_schedule(pruning.pop("schedule", "linear")), compile="whole", **pruning)
+        options = Options(as_schedule(pruning.pop("schedule", SCHEDULE)), compile="whole", **pruning)
         tail = given.get("tail", options.least_tail)
         if isinstance(tail, bool) or not isinstance(tail, int) or tail < options.least_tail:
             raise SimbaError(
