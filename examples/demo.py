@@ -21,7 +21,7 @@ from torch.nn.functional import cross_entropy
 from transformers import MambaForCausalLM, logging
 
 import simba_fx
-from simba_fx.evaluation.needles import searches
+from simba_fx.evaluation.tasks import Haystacks
 
 SCORED = 100  # bytes at the end whose loss is read
 HAYSTACK = 1024  # bytes that a needle is searched in
@@ -122,7 +122,7 @@ def sparse_variants(model: MambaForCausalLM, options: argparse.Namespace) -> dic
     share = options.share
     return {
         "dense": simba_fx.transform(model, "dense"),
-        "paper": simba_fx.transform(model, "linear"),
+        "paper": simba_fx.transform(model, "linear", criterion="simba"),
         "sparse": simba_fx.transform(model, share, criterion=options.criterion, span=options.span),
         "recent": simba_fx.transform(model, share, criterion="recent"),
         "random": simba_fx.transform(model, share, criterion="random"),
@@ -137,7 +137,8 @@ def search_needles(options: argparse.Namespace) -> None:
     step(f"{options.searches} needles at each of {len(depths)} depths of {HAYSTACK} bytes")
     texts = [torch.tensor(list(text)) for text in sources()]
     found: dict[str, list[tuple[float, bool]]] = {}
-    for one in searches(texts, lambda text: list(text.encode()), HAYSTACK, depths, options.searches, 1, "code", 0):
+    haystacks = Haystacks(texts, lambda text: list(text.encode()), pairs=1, style="code", seed=0)
+    for one in haystacks.searches("needles", HAYSTACK, depths, options.searches):
         kept = int(options.share * HAYSTACK)
         for name, variant in {**variants, "left truncation": variants["dense"]}.items():
             given = one.ids[:, -kept - one.answer :] if name == "left truncation" else one.ids

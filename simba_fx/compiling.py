@@ -18,11 +18,13 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.graph_module import _loader as source_texts
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._sympy.printers import PythonPrinter
 
 __all__ = [
     "FakeTensorMode",
     "PythonPrinter",
+    "TorchDispatchMode",
     "assert_on_device",
     "capturing",
     "disable_compile",

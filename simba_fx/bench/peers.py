@@ -78,19 +78,9 @@ def _delta_norm(model: Any, dense: Any, mode: Mode, options: Options) -> Peer:
 def _utrc(model: Any, dense: Any, mode: Mode, options: Options) -> Peer:
     found = utrc.UTRC(model)
 
-    def cost(flops: ModelFlops, rows: int, length: int, ratio: float) -> int:
-        tokens = utrc.counts(len(flops.blocks), length, ratio)
-        pairs = sum((tokens[at] // 2) * (tokens[at] - tokens[at] // 2) for at in found.places if ratio < 1)
-        similarity = 2 * rows * pairs * int(model.config.hidden_size)
-        return flops.stack(tokens) + similarity + flops.head(length if options.head == "last" else tokens[-1])
-
     def aim(flops: ModelFlops, ids: Tensor, target: int) -> str:
-        (rows, length), low, high = ids.shape, 0.5, 1.0
-        for _ in range(30):
-            middle = (low + high) / 2
-            low, high = (middle, high) if cost(flops, rows, length, middle) <= target else (low, middle)
-        found.ratio = low
-        return f"ratio {low:.4f} after blocks {', '.join(map(str, found.places))}"
+        rows, length = ids.shape
+        return found.aim(flops, rows, length, target, options.head == "last")
 
     how = "eager" if not mode.compiled else "blocks and the reduction compiled one by one, the loop in Python"
     return Peer("utrc", f"UTRC as described, on the dense model's own blocks ({how})", found, aim)

@@ -8,7 +8,7 @@ of the N tokens that are left, with S the mean over channels of max(0, y) and y 
 2. The r = N - ceil(ratio * N) tokens of A with the strongest links go. In the residual branch all of them are merged
    into their b; in the mixer's branch the stronger half is merged and the other half dropped.
 3. Merging is b <- (a + b) / 2; several a of one b are averaged first (ours; the paper leaves it open).
-4. The last token is always in B (ours: its logits are what a prompt is run for).
+4. The last tokens, whose logits are read, are always in B (ours).
 
 The blocks are those of the dense program that it is compared with, hence the same operators; scores cost no second
 scan.
@@ -27,6 +27,7 @@ from torch import Tensor, fx, nn
 import simba_fx
 from simba_fx.bench.options import BenchError
 from simba_fx.compiling import dynamic_marker, skip_frame
+from simba_fx.flops import ModelFlops
 from simba_fx.graph.facts import operator_of
 from simba_fx.ops.recurrences import SCANS
 from simba_fx.runtime.program import Block, Kind
@@ -44,29 +45,30 @@ def places(n_blocks: int) -> tuple[int, ...]:
     return tuple(sorted(block for block in scaled if block < n_blocks - 1))
 
 
-def removed(tokens: int, ratio: float) -> int:
-    """How many of so many tokens go at one place; at most the half that may."""
-    return min(tokens - math.ceil(ratio * tokens), tokens // 2)
+def removed(tokens: int, ratio: float, tail: int = 1) -> int:
+    """How many of so many tokens go at one place; at most the half that may, and none of the tail."""
+    return min(tokens - math.ceil(ratio * tokens), tokens // 2, tokens - tail)
 
 
-def counts(n_blocks: int, length: int, ratio: float) -> list[int]:
+def counts(n_blocks: int, length: int, ratio: float, tail: int = 1) -> list[int]:
     """Tokens that enter each block."""
     found, tokens, cut = [], length, places(n_blocks)
     for block in range(n_blocks):
         found.append(tokens)
-        tokens -= removed(tokens, ratio) if block in cut else 0
+        tokens -= removed(tokens, ratio, tail) if block in cut else 0
     return found
 
 
-def reduce_tokens(residual: Tensor, mixer: Tensor, importance: Tensor, going: int) -> Tensor:
+def reduce_tokens(residual: Tensor, mixer: Tensor, importance: Tensor, going: int, tail: int = 1) -> Tensor:
     """The block's output `(B, N - going, D)`, from both branches `(B, N, D)` and the importance `(B, N)`."""
     rows, tokens = importance.shape
-    last = torch.arange(tokens, device=importance.device) == tokens - 1
+    last = torch.arange(tokens, device=importance.device) >= tokens - tail
     order = importance.masked_fill(last, float("inf")).argsort(1)
     lower, upper = order[:, : tokens // 2], order[:, tokens // 2 :]
     unit = nn.functional.normalize(residual + mixer, dim=2)
     similarity = _take(unit, lower) @ _take(unit, upper).transpose(1, 2)
     strength, link = similarity.max(2)
+    strength = strength.masked_fill(lower >= tokens - tail, -2)  # where the tail is more than half
     strongest = strength.topk(going, 1).indices
     source, target = lower.gather(1, strongest), upper.gather(1, link.gather(1, strongest))
     half = (going + 1) // 2
@@ -104,7 +106,7 @@ class UTRC(nn.Module):
             dense(torch.zeros(1, 8, dtype=torch.int64, device=device), use_cache=False)
         program: Any = simba_fx.program(dense).program
         nodes = list(program.graph.find_nodes(op="call_module"))
-        self.ratio = ratio
+        self.ratio, self.tail = ratio, 1
         self.places = places(len(nodes))
         self.embed, self.head = model.get_input_embeddings(), model.get_output_embeddings()
         self.norm = getattr(model.base_model, "norm_f", None)
@@ -112,12 +114,28 @@ class UTRC(nn.Module):
         if self.norm is None or not all(map(_is_plain, blocks)):
             raise BenchError(
                 f"utrc is described for pure Mamba and Mamba-2 models; found {type(model).__name__}, whose blocks take "
-                "or hold more than that. Leave it out of --peers."
+                "or hold more than that. Leave it out."
             )
         kinds: dict[Any, Kind] = {}
         self.__dict__["blocks"] = [_piece(block, i in self.places, kinds) for i, block in enumerate(blocks)]
         for name in ("_run", "_reduced"):  # the loop stays Python, what it calls is compiled
             self.__dict__[name] = skip_frame(getattr(type(self), name))
+
+    def aim(self, flops: ModelFlops, rows: int, length: int, target: int, head_is_fixed: bool) -> str:
+        """Set the ratio up for so many FLOPs, and say how; `head_is_fixed`: the head reads the tail alone."""
+
+        def cost(ratio: float) -> int:
+            tokens = counts(len(flops.blocks), length, ratio, self.tail)
+            pairs = sum((tokens[at] // 2) * (tokens[at] - tokens[at] // 2) for at in self.places if ratio < 1)
+            similarity = 2 * rows * pairs * int(self.embed.weight.shape[1])
+            return flops.stack(tokens) + similarity + flops.head(length if head_is_fixed else tokens[-1])
+
+        low, high = 0.5, 1.0
+        for _ in range(30):
+            middle = (low + high) / 2
+            low, high = (middle, high) if cost(middle) <= target else (low, middle)
+        self.ratio = low
+        return f"ratio {low:.4f} after blocks {', '.join(map(str, self.places))}"
 
     def forward(self, input_ids: Tensor, use_cache: bool = False, logits_to_keep: int = 0) -> Tensor:
         """Logits `(B, min(k, logits_to_keep or k), V)` of the k tokens that are left."""
@@ -134,17 +152,17 @@ class UTRC(nn.Module):
         return logits
 
     def _reduced(self, residual: Tensor, mixer: Tensor, y: Tensor) -> Tensor:
-        going = removed(residual.shape[1], self.ratio)
+        going = removed(residual.shape[1], self.ratio, self.tail)
         if not going:
             return residual + mixer
         dynamic_marker()((residual, mixer, y), ((0, 1), (0, 1), (0, 1 if y.dim() == 4 else 2)))
-        return _scored_and_reduced(residual, mixer, y, going)
+        return _scored_and_reduced(residual, mixer, y, going, self.tail)
 
 
-def _scored_and_reduced(residual: Tensor, mixer: Tensor, y: Tensor, going: int) -> Tensor:
+def _scored_and_reduced(residual: Tensor, mixer: Tensor, y: Tensor, going: int, tail: int) -> Tensor:
     """`y` is `(B, D, N)` of a selective scan or `(B, N, H, P)` of an SSD scan."""
     importance = y.float().clamp(min=0).mean(1 if y.dim() == 3 else (2, 3))
-    return reduce_tokens(residual, mixer, importance, going)
+    return reduce_tokens(residual, mixer, importance, going, tail)
 
 
 # --- blocks of the dense program, with other outputs ------------------------------------------------------------------

@@ -15,6 +15,7 @@ from simba_fx.evaluation import statistics
 from simba_fx.evaluation.options import EvalError
 from simba_fx.evaluation.rivals import Rival, flops_of
 from simba_fx.flops import ModelFlops
+from simba_fx.options import CRITERION
 from simba_fx.schedule import Explicit, kept_count
 
 __all__ = ["Calibration", "calibrate"]
@@ -55,8 +56,8 @@ class Calibration:
         return "\n".join(lines)
 
 
-def calibrate(model: nn.Module, input_ids: Tensor, budget: float = 0.6, *, criterion: Any = "simba-l2", span: int = 31,
-              last: int = 100, shares: Sequence[float] = SHARES, batch: int = 8192,
+def calibrate(model: nn.Module, input_ids: Tensor, budget: float = 0.6, *, criterion: Any = CRITERION,
+              span: int | None = None, last: int = 100, shares: Sequence[float] = SHARES, batch: int = 8192,
               **options: Any) -> Calibration:  # fmt: skip
     """A schedule for `model` on texts like these, at so much of the dense model's FLOPs.
 

@@ -1,6 +1,6 @@
 """lm-eval-harness with sparse models.
 
-    simba-fx lm-eval --model simba --model_args pretrained=FOLDER,schedule=0.4,criterion=simba-l2+write/31 --tasks …
+    simba-fx lm-eval --model simba --model_args pretrained=FOLDER,schedule=0.4,criterion=simba-l2/31 --tasks …
 
 `SimbaLM` is lm-eval's own wrapper of transformers models around a sparse one, told for each row of a batch where it
 ends and how many of its last tokens are the continuation that is scored: so no continuation chooses what is kept of its
@@ -34,11 +34,13 @@ class SimbaLM(HFLM):  # type: ignore[misc]  # lm-eval is untyped
     Args:
         pretrained: as in `HFLM`: a name, a folder, or a model.
         schedule, criterion: as in `simba-fx eval`: "linear", "0.4", "Linear(0.1; every=4)"; "simba",
-            "simba-l2+write/31". Semicolons stand for commas, at which `--model_args` splits.
+            "simba-l2/31". Semicolons stand for commas, at which `--model_args` splits.
         options: the others of `HFLM`; `batch_size="auto"` works.
     """
 
-    def __init__(self, pretrained: Any, schedule: str = "linear", criterion: str = "simba", **options: Any) -> None:
+    def __init__(
+        self, pretrained: Any, schedule: str = "0.5", criterion: str = "simba-l2+write", **options: Any
+    ) -> None:
         super().__init__(pretrained, backend="causal", **options)
         scored = Criterion.parse(criterion)
         plan = parse_schedule(str(schedule).replace(";", ","))

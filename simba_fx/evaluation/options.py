@@ -10,9 +10,10 @@ from typing import Any
 from simba_fx.bench.options import Criterion, at_least, parse_schedule
 from simba_fx.errors import SimbaError
 
-__all__ = ["BASELINES", "STYLES", "EvalError", "Options"]
+__all__ = ["BASELINES", "STYLES", "TASKS", "EvalError", "Options"]
 
-BASELINES = ("left-truncation", "layer-drop")
+BASELINES = ("left-truncation", "layer-drop", "utrc")
+TASKS = ("needles", "lookup", "copying", "recall")
 STYLES = ("code", "prose")
 
 
@@ -41,11 +42,13 @@ class Options:
     """Tokens of context that a token which needs a longer one has to do without."""
     gain: float
     """Nats by which the longer context helps such a token."""
-    needles: int
-    """Searches at each depth; 0: none."""
+    tasks: tuple[str, ...]
+    """Of `TASKS`."""
+    searches: int
+    """Of each task, at each length and depth."""
     depths: tuple[float, ...]
     pairs: int
-    """Keys and values in a haystack, of which one is asked for."""
+    """Keys and values in a haystack of needles or recall, of which one is asked for."""
     style: str
     device: str
     dtype: str
@@ -72,7 +75,7 @@ class Options:
         at_least("--last", (self.last,), 1)
         at_least("--windows", (self.windows,), 2)
         at_least("--near", (self.near,), 1)
-        at_least("--needles", (self.needles,), 0)
+        at_least("--searches", (self.searches,), 1)
         at_least("--pairs", (self.pairs,), 1)
         if short := [length for length in self.lengths if length <= self.last]:
             raise EvalError(

@@ -1,4 +1,4 @@
-"""Pictures: quality against compute, quality against the length of the context, needles by depth."""
+"""Pictures: quality against compute, quality against the length of the context, tasks by depth."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def draw(found: dict[str, Any], folder: Path) -> list[str]:
     pictures: list[tuple[str, Any, Any]] = [("compute.png", _compute, longest)]
     if len(found["options"]["lengths"]) > 1:
         pictures.append(("context.png", _context, found["text"]))
-    if found["needles"]:
-        pictures.append(("needles.png", _needles, found["needles"]))
+    for task in found["options"]["tasks"]:
+        pictures.append((f"{task}.png", _task, [row for row in found["tasks"] if row["task"] == task]))
     for name, painter, rows in pictures:
         figure = new_figure(11, 4.6)
         painter(figure, rows, found)
@@ -114,7 +114,7 @@ def _legend(figure: Any) -> None:
     figure.legend(handles, names, loc="outside right center", frameon=False, fontsize=9)
 
 
-def _needles(figure: Any, rows: Sequence[dict[str, Any]], found: dict[str, Any]) -> None:
+def _task(figure: Any, rows: Sequence[dict[str, Any]], found: dict[str, Any]) -> None:
     """A heat map for each rival: depth across, length upwards."""
     lengths, depths = found["options"]["lengths"], found["options"]["depths"]
     names = list(dict.fromkeys(row["name"] for row in rows))
@@ -143,5 +143,6 @@ def _needles(figure: Any, rows: Sequence[dict[str, Any]], found: dict[str, Any])
     for axes in grid[len(names) :]:
         axes.set_axis_off()
     figure.colorbar(image, ax=figure.axes, label="found", shrink=0.8)
-    figure.supxlabel("where the needle is, from the beginning (0) to the end (1) of the context", fontsize=9)
+    where = "where that stands which is asked for, from the beginning (0) to the end (1) of the context"
+    figure.supxlabel(f"{rows[0]['task']}: {where}", fontsize=9)
     figure.supylabel("tokens", fontsize=9)

@@ -27,6 +27,7 @@ from simba_fx.bench.peers import (
     measured_flops,
     tokens_for,
 )
+from simba_fx.bench.utrc import UTRC
 from simba_fx.evaluation.options import EvalError, Options
 from simba_fx.flops import ModelFlops
 
@@ -65,7 +66,8 @@ class Rival:
         given = ids[:, :-1] if self.tokens is None else ids[:, -self.tokens - 1 : -1]
         protected = simba_fx.tail(self.module, last) if self.kind == "sparse" else nullcontext()
         with torch.no_grad(), protected:
-            logits = self.module(given, **_CALL, logits_to_keep=last).logits.float()
+            found = self.module(given, **_CALL, logits_to_keep=last)
+            logits = (found if isinstance(found, Tensor) else found.logits).float()
         targets = ids[:, -last:]
         losses = cross_entropy(logits.transpose(1, 2), targets, reduction="none")
         return losses, logits.argmax(2) == targets
@@ -95,10 +97,13 @@ def rivals_of(model: Any, options: Options) -> list[Rival]:
             found.append(Rival(f"{text}, {criterion}", "sparse", sparse, text, str(criterion)))
         for name in options.baselines:
             aim: Aim = _truncate
+            module: Any = dense
             if name == "layer-drop":
                 expect_equal_blocks(model)
                 aim = functools.partial(_drop_layers, model)
-            found.append(Rival(f"{name} at the cost of {text}", "baseline", dense, text, name, aim))
+            elif name == "utrc":
+                module, aim = UTRC(model), _merge
+            found.append(Rival(f"{name} at the cost of {text}", "baseline", module, text, name, aim))
     device, dtype = next(model.parameters()).device, next(model.parameters()).dtype
     for name in options.against:
         other = models.build(name, device, dtype)
@@ -122,6 +127,11 @@ def flops_of(dense: nn.Module, ids: Tensor, last: int) -> ModelFlops:
 def _truncate(rival: Rival, flops: ModelFlops, length: int, last: int, target: int) -> str:
     rival.tokens = max(last, tokens_for(flops, length, target, True))
     return f"the dense model on the last {rival.tokens} tokens"
+
+
+def _merge(rival: Rival, flops: ModelFlops, length: int, last: int, target: int) -> str:
+    rival.module.tail = last
+    return str(rival.module.aim(flops, 1, length, target, True))
 
 
 def _drop_layers(model: Any, rival: Rival, flops: ModelFlops, length: int, last: int, target: int) -> str:

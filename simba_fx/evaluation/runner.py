@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import sys
 import time
 from collections.abc import Iterator
@@ -14,10 +15,10 @@ from torch import Tensor, nn
 from simba_fx.bench import measure, models, results
 from simba_fx.bench.runner import DTYPES
 from simba_fx.evaluation import statistics
-from simba_fx.evaluation.needles import Search, searches
-from simba_fx.evaluation.options import Options
+from simba_fx.evaluation.options import TASKS, Options
 from simba_fx.evaluation.records import Records
 from simba_fx.evaluation.rivals import Rival, flops_of, rivals_of
+from simba_fx.evaluation.tasks import Haystacks, Search
 from simba_fx.evaluation.texts import documents, encoder_of, windows
 from simba_fx.flops import ModelFlops
 
@@ -52,21 +53,22 @@ class Run:
         self.records = Records(o.out / "measured.jsonl", self._subject(model, rows))
         near = sum(length > o.near + o.last for length in o.lengths)
         self.total = (len(o.lengths) * len(self.rivals) + near) * len(rows)
-        self.total += len(o.lengths) * len(self.rivals) * o.needles * len(o.depths)
+        self.total += len(o.lengths) * len(self.rivals) * len(o.tasks) * o.searches * len(o.depths)
         found: dict[str, Any] = {
             "environment": measure.environment(device),
             "options": o.to_dict(),
             "model": {"name": models.title(o.model), "parameters": models.weights(model)},
             "windows": len(rows),
             "text": [],
-            "needles": [],
+            "tasks": [],
         }
         for length in o.lengths:
             found["text"] += self._text(length, rows[:, -length - 1 :].to(device))
             results.save(found, o.out / "results.json")
-        for length in o.lengths if o.needles else ():
-            drawn = list(searches(texts, encode, length, o.depths, o.needles, o.pairs, o.style, o.seed))
-            found["needles"] += self._needles(length, drawn, device)
+        haystacks = Haystacks(texts, encode, o.pairs, o.style, o.seed)
+        for task, length in itertools.product(o.tasks, o.lengths):
+            drawn = list(haystacks.searches(task, length, o.depths, o.searches))
+            found["tasks"] += self._task(task, length, drawn, device)
             results.save(found, o.out / "results.json")
         return found
 
@@ -80,7 +82,7 @@ class Run:
     def _key(self, kind: str, rival: Rival, name: str, length: int) -> tuple[Any, ...]:
         """Of a measurement: what it depends on beside the subject."""
         leader = self.options.criteria[0] if rival.aim is not None else ""  # whose FLOPs a baseline has
-        searches = (self.options.needles, *self.options.depths) if kind == "needles" else ()
+        searches = (self.options.searches, *self.options.depths) if kind in TASKS else ()
         return (kind, name, length, leader, *searches)
 
     def say(self, text: str) -> None:
@@ -147,13 +149,13 @@ class Run:
             }  # fmt: skip
             yield row
 
-    # --- needles ----------------------------------------------------------------------------------------------------
+    # --- tasks ------------------------------------------------------------------------------------------------------
 
-    def _needles(self, length: int, drawn: list[Search], device: torch.device) -> Iterator[dict[str, Any]]:
+    def _task(self, task: str, length: int, drawn: list[Search], device: torch.device) -> Iterator[dict[str, Any]]:
         depths = torch.tensor([search.depth for search in drawn])
         dense: dict[str, Any] | None = None  # the first
         for rival in self.rivals:
-            key = self._key("needles", rival, rival.name, length)
+            key = self._key(task, rival, rival.name, length)
             known = self.records.get(*key)
             if known is None:
                 hits: list[bool] = []
@@ -162,15 +164,15 @@ class Run:
                     if rival.aim is not None and not hits:
                         self._aimed(rival, ids, search.answer)
                     hits.append(bool(rival.scores(ids, search.answer)[1].all()))
-                    self._advance(1, f"needles, {rival.name}, {length} tokens", search is drawn[-1])
+                    self._advance(1, f"{task}, {rival.name}, {length} tokens", search is drawn[-1])
                 cost = rival.cost(ids, search.answer)
                 known = self.records.put(*key, found=hits, flops=cost, says=rival.says)
             else:
-                self._advance(len(drawn), f"needles, {rival.name}, {length} tokens", True)
+                self._advance(len(drawn), f"{task}, {rival.name}, {length} tokens", True)
             hits_tensor = torch.tensor(known["found"])
             dense = dense or known
             yield {
-                "length": length, "name": rival.name, "kind": rival.kind, "schedule": rival.schedule,
+                "task": task, "length": length, "name": rival.name, "kind": rival.kind, "schedule": rival.schedule,
                 "criterion": rival.criterion, "says": known["says"], "share": known["flops"] / dense["flops"],
                 "accuracy": _told(statistics.share(hits_tensor)),
                 "by_depth": {str(d): float(hits_tensor[depths == d].double().mean()) for d in self.options.depths},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 from simba_fx.bench.tables import table
@@ -34,10 +35,10 @@ def markdown(found: dict[str, Any]) -> str:
         lines += table(("what", "FLOPs", "loss - dense", "far loss - dense", "how"),
                        [_text(row) for row in rows if row is not base])  # fmt: skip
         lines += [""]
-    for length in o["lengths"] if found["needles"] else ():
-        rows = [row for row in found["needles"] if row["length"] == length]
-        n = rows[0]["accuracy"]["n"]
-        lines += [f"## {length} tokens, one needle of {o['pairs']} asked for: accuracy over {n} searches", ""]
+    for task, length in itertools.product(o["tasks"], o["lengths"]):
+        rows = [row for row in found["tasks"] if (row["task"], row["length"]) == (task, length)]
+        n, of = rows[0]["accuracy"]["n"], f", one of {o['pairs']}" if task in ("needles", "recall") else ""
+        lines += [f"## {length} tokens, {task}{of}: accuracy over {n} searches", ""]
         depths = list(rows[0]["by_depth"])
         lines += table(("what", "FLOPs", "found", *(f"at {float(depth):g}" for depth in depths)), map(_found, rows))
         lines += [""]

@@ -218,14 +218,14 @@ def test_kernels_without_a_part_go_to_the_operator_that_launched_them() -> None:
 # --- UTRC -------------------------------------------------------------------------------------------------------------
 
 
-def naive_reduction(residual: Tensor, mixer: Tensor, importance: Tensor, going: int) -> Tensor:
+def naive_reduction(residual: Tensor, mixer: Tensor, importance: Tensor, going: int, tail: int) -> Tensor:
     """One row, token by token, float64: `(N, D)`, `(N, D)`, `(N,)` -> `(N - going, D)`."""
     tokens = len(importance)
-    order = sorted(range(tokens), key=lambda t: math.inf if t == tokens - 1 else float(importance[t]))
+    order = sorted(range(tokens), key=lambda t: math.inf if t >= tokens - tail else float(importance[t]))
     lower, upper = order[: tokens // 2], order[tokens // 2 :]
     hidden = residual + mixer
     links = []
-    for a in lower:
+    for a in (a for a in lower if a < tokens - tail):
         similar = {b: float(torch.cosine_similarity(hidden[a], hidden[b], dim=0)) for b in upper}
         best = max(similar, key=lambda b: similar[b])
         links.append((similar[best], a, best))
@@ -241,13 +241,13 @@ def naive_reduction(residual: Tensor, mixer: Tensor, importance: Tensor, going: 
     return torch.stack([out["residual"][t] + out["mixer"][t] for t in range(tokens) if t not in gone])
 
 
-@pytest.mark.parametrize(("tokens", "going"), [(13, 1), (13, 4), (20, 10), (7, 3)])
-def test_utrc_merges_and_drops_as_a_loop_does(tokens: int, going: int) -> None:
+@pytest.mark.parametrize(("tokens", "going", "tail"), [(13, 1, 1), (13, 4, 1), (20, 10, 1), (7, 3, 2), (12, 3, 9)])
+def test_utrc_merges_and_drops_as_a_loop_does(tokens: int, going: int, tail: int) -> None:
     torch.manual_seed(tokens + going)
     residual, mixer = torch.randn(2, 3, tokens, 5, dtype=torch.float64)
     importance = torch.rand(3, tokens, dtype=torch.float64)
-    found = utrc.reduce_tokens(residual, mixer, importance, going)
-    expected = torch.stack([naive_reduction(residual[b], mixer[b], importance[b], going) for b in range(3)])
+    found = utrc.reduce_tokens(residual, mixer, importance, going, tail)
+    expected = torch.stack([naive_reduction(residual[b], mixer[b], importance[b], going, tail) for b in range(3)])
     torch.testing.assert_close(found, expected)
 
 
@@ -255,6 +255,7 @@ def test_utrc_reduces_where_it_was_described() -> None:
     assert utrc.places(64) == (12, 17, 22, 27, 32, 37, 42)
     assert utrc.places(48) == (10, 15, 20, 25, 30, 35)
     assert utrc.places(6) == (1, 2, 3, 4)
+    assert [utrc.removed(10, 0.5, tail) for tail in (1, 7, 10)] == [5, 3, 0]
     for ratio, cut in ((0.9729, 0.10), (0.9415, 0.20), (0.9043, 0.30)):  # of the layers' FLOPs, published
         assert 1 - sum(utrc.counts(64, 100_000, ratio)) / (64 * 100_000) == pytest.approx(cut, abs=2e-3)
 

@@ -13,8 +13,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import reference
 import torch
-from models import CHECKPOINT
+from models import CHECKPOINT, dense, tokens
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import MambaForCausalLM
@@ -23,8 +24,9 @@ import simba_fx
 from simba_fx import cli
 from simba_fx.errors import SimbaError
 from simba_fx.evaluation import statistics, tables
-from simba_fx.evaluation.needles import searches
+from simba_fx.evaluation.flow import flow
 from simba_fx.evaluation.page import write_page
+from simba_fx.evaluation.tasks import Haystacks
 from simba_fx.evaluation.texts import windows
 from simba_fx.schedule import Explicit
 
@@ -32,13 +34,31 @@ TEXT = Path(__file__).parent.parent
 LENGTH, LAST, WINDOWS, NEAR = 160, 20, 4, 32
 ARGUMENTS = ["eval", str(CHECKPOINT), "--text", str(TEXT / "unit"), "--lengths", str(LENGTH), "--last", str(LAST),
              "--windows", str(WINDOWS), "--schedules", "0.5", "--criteria", "simba-l2/5", "recent", "--near", str(NEAR),
-             "--gain", "0.2", "--baselines", "left-truncation", "layer-drop", "--device", "cpu"]  # fmt: skip
+             "--gain", "0.2", "--baselines", "left-truncation", "layer-drop", "utrc", "--device", "cpu"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out: Path = tmp_path_factory.mktemp("eval")
-    assert cli.main([*ARGUMENTS, "--needles", "2", "--depths", "0", "1", "--pairs", "2", "--out", str(out)]) == 0
+    assert (
+        cli.main(
+            [
+                *ARGUMENTS,
+                "--tasks",
+                "needles",
+                "--searches",
+                "2",
+                "--depths",
+                "0",
+                "1",
+                "--pairs",
+                "2",
+                "--out",
+                str(out),
+            ]
+        )
+        == 0
+    )
     return out
 
 
@@ -103,6 +123,10 @@ def test_rivals_cost_what_the_first_criterion_costs(results: dict[str, Any]) -> 
     blocks = of(results, "layer-drop at the cost of 0.5")
     assert blocks["share"] == pytest.approx(leader["share"], abs=0.06)  # a twelfth is a block
     assert of(results, "0.5, recent")["share"] < leader["share"], "it has no scorer"
+    merged = of(results, "utrc at the cost of 0.5")
+    assert merged["share"] == pytest.approx(leader["share"], abs=0.02)
+    assert re.fullmatch(r"ratio 0\.\d{4} after blocks 2, 3, 4, 5, 6, 7, 8", merged["says"])
+    assert 0 < merged["more"]["value"] < 5, "it is a model still"
     sparse = simba_fx.transform(MambaForCausalLM.from_pretrained(CHECKPOINT).eval(), 0.5, criterion="simba-l2", span=5)
     with simba_fx.tail(sparse, LAST):
         total = simba_fx.report(sparse, torch.ones(1, LENGTH, dtype=torch.int64), logits_to_keep=LAST).total
@@ -115,7 +139,7 @@ def test_tables_and_pictures_are_written(folder: Path, results: dict[str, Any]) 
     for row in results["text"][1:]:
         assert f"| {row['name']} | {row['share']:.3f} |" in text
     assert "4 windows" in text
-    assert "one needle of 2 asked for: accuracy over 4 searches" in text
+    assert "160 tokens, needles, one of 2: accuracy over 4 searches" in text
     for picture in ("compute.png", "needles.png"):
         assert (folder / picture).stat().st_size > 10_000
 
@@ -125,10 +149,28 @@ def test_a_run_that_was_stopped_goes_on(folder: Path, capsys: pytest.CaptureFixt
     whole, before = log.read_text(), (folder / "results.json").read_text()
     lines = whole.splitlines(keepends=True)
     log.write_text("".join(lines[:4]) + lines[4][:30])  # the last line was cut off
-    assert cli.main([*ARGUMENTS, "--needles", "2", "--depths", "0", "1", "--pairs", "2", "--out", str(folder)]) == 0
+    assert (
+        cli.main(
+            [
+                *ARGUMENTS,
+                "--tasks",
+                "needles",
+                "--searches",
+                "2",
+                "--depths",
+                "0",
+                "1",
+                "--pairs",
+                "2",
+                "--out",
+                str(folder),
+            ]
+        )
+        == 0
+    )
     after = json.loads((folder / "results.json").read_text())
     assert after["text"] == json.loads(before)["text"]
-    assert after["needles"] == json.loads(before)["needles"]
+    assert after["tasks"] == json.loads(before)["tasks"]
     assert sorted(log.read_text().splitlines()) == sorted(whole.splitlines())
     capsys.readouterr()
     assert cli.main([*ARGUMENTS, "--seed", "1", "--out", str(folder)]) == 2
@@ -139,12 +181,25 @@ def test_measurements_of_other_questions_are_not_taken_for_answers(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Other searches, other leaders of baselines, other weights in a folder of the same name."""
-    asked = [*ARGUMENTS, "--criteria", "recent", "simba-l2/5", "--needles", "1", "--depths", "0.5", "--pairs", "2"]
+    asked = [
+        *ARGUMENTS,
+        "--criteria",
+        "recent",
+        "simba-l2/5",
+        "--tasks",
+        "needles",
+        "--searches",
+        "1",
+        "--depths",
+        "0.5",
+        "--pairs",
+        "2",
+    ]
     found = []
     for out in (folder, tmp_path / "fresh"):
         assert cli.main([*asked, "--out", str(out)]) == 0
         results = json.loads((out / "results.json").read_text())
-        found.append((results["text"], results["needles"]))
+        found.append((results["text"], results["tasks"]))
     assert found[0] == found[1]
     other = tmp_path / CHECKPOINT.name
     model = MambaForCausalLM.from_pretrained(CHECKPOINT)
@@ -156,22 +211,49 @@ def test_measurements_of_other_questions_are_not_taken_for_answers(
     assert "measurements of another run (weights differ)" in capsys.readouterr().err
 
 
-def test_needles_stand_where_they_should() -> None:
-    text = torch.tensor(list(("x" * 19 + "\n").encode() * 100))
-    encode = lambda text: list(text.encode())  # noqa: E731
-    for search in searches([text], encode, 400, [0.0, 0.5, 1.0], 3, 3, "code", 0):
+LINES = torch.tensor(list(("x" * 19 + "\n").encode() * 100))
+
+
+def haystacks(*texts: Tensor, pairs: int = 3) -> Haystacks:
+    return Haystacks(texts, lambda text: list(text.encode()), pairs, "code", 0)
+
+
+@pytest.mark.parametrize("task", ["needles", "lookup"])
+def test_lines_stand_where_they_should(task: str) -> None:
+    for search in haystacks(LINES).searches(task, 400, [0.0, 0.5, 1.0], 3):
         ids = bytes(search.ids[0].tolist())
         assert len(ids) == 400 + search.answer
         question, answer = ids[: -search.answer], ids[-search.answer :].decode()
         line = question.rpartition(b"\n")[2].decode()
-        assert line.startswith("assert TOKEN_")
-        assert line.endswith(' == "')
-        planted = f'TOKEN_{line[13]} = "{answer}"\n'.encode()
+        assert re.fullmatch(r'assert TOKEN_[A-Z]+ == "', line)
+        planted = f'{line[7:-5]} = "{answer}"\n'.encode()
         assert question.count(planted) == 1
-        assert question.count(b"TOKEN_") == 4
         assert question.index(planted) / len(question) == pytest.approx(search.depth, abs=0.2)
+        assert question.count(b"TOKEN_") == 4 if task == "needles" else question.count(b"TOKEN_") > 12
     with pytest.raises(SimbaError, match="texts of at least 4000 tokens; found none"):
-        list(searches([text], encode, 4000, [0.0], 1, 1, "code", 0))
+        list(haystacks(LINES).searches(task, 4000, [0.0], 1))
+
+
+def test_a_string_is_copied_from_where_it_was_planted() -> None:
+    text = torch.arange(1000) % 97  # an own end of lines: token 10
+    for search in haystacks(text).searches("copying", 300, [0.0, 0.5, 1.0], 4):
+        ids = search.ids[0].tolist()
+        assert len(ids) == 300 + 8 == len(ids[:300]) + search.answer
+        string = ids[-16:]
+        place = next(i for i in range(300) if ids[i : i + 16] == string)
+        assert place / 284 == pytest.approx(search.depth, abs=0.2)
+
+
+def test_recall_has_one_value_for_each_key() -> None:
+    for search in haystacks(torch.arange(1000) % 97, pairs=5).searches("recall", 300, [0.0, 0.5, 1.0], 4):
+        ids = search.ids[0].tolist()
+        assert len(ids) == 301
+        key, value = ids[-2:]
+        places = [i for i in range(299) if ids[i] == key]
+        assert [ids[i + 1] for i in places] == [value], "planted once, and its value follows"
+        assert places[0] / 297 == pytest.approx(search.depth, abs=0.05)
+    with pytest.raises(SimbaError, match="more than 5 different tokens; the texts hold 4"):
+        list(haystacks(torch.arange(1000) % 4, pairs=5).searches("recall", 300, [0.0], 1))
 
 
 def test_windows_do_not_overlap_and_come_from_all_texts() -> None:
@@ -232,6 +314,59 @@ def test_help_imports_nothing_heavy() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
 
 
+# --- flow ------------------------------------------------------------------------------------------------------------
+
+
+def test_flow_is_that_of_the_models_own_states_and_scans() -> None:
+    model, ids = dense("mamba"), tokens(0, 3, 40)
+    found = flow(simba_fx.transform(model, "dense"), ids)
+    with torch.no_grad():
+        hidden = [model.get_input_embeddings()(ids)]
+        for layer in model.base_model.layers:
+            hidden.append(layer(hidden[-1]))
+    for states, row in zip(hidden[1:], found.similarity, strict=True):
+        unit = states / states.norm(dim=2, keepdim=True)
+        torch.testing.assert_close(row, (unit[:, 1:] * unit[:, :-1]).sum(2).mean(1))
+    for index, row in enumerate(ids):
+        with reference.recorded_scans(model) as calls, torch.no_grad():
+            model(row[None])
+        for block, call in enumerate(calls):
+            weight = reference.score(reference.operands(call), 39, "simba-l2")[0]
+            far = (weight * np.arange(39, -1, -1)).sum() / weight.sum()
+            assert float(found.distance[block, index]) == pytest.approx(far, rel=1e-3)
+
+
+def test_flow_of_a_sparse_model_counts_tokens_of_the_input() -> None:
+    model, ids = dense("mamba"), tokens(0, 2, 40)
+    sparse = simba_fx.transform(model, 0.5, criterion="recent")
+    found, whole = flow(sparse, ids), flow(simba_fx.transform(model, "dense"), ids)
+    assert torch.equal(found.distance[0], whole.distance[0]), "the first block reads everything"
+    assert [len(entered[0]) for entered in simba_fx.kept(sparse)][1:] == [21] * (len(found.distance) - 1)
+    alone = flow(simba_fx.transform(model, "dense"), ids[:, -21:])
+    assert float(found.distance[1].max()) < 21, "the most recent ones"
+    assert not torch.allclose(found.similarity[-1], alone.similarity[-1]), "they have met the others in block 0"
+
+
+def test_the_command_flow_draws_what_it_prints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    picture = tmp_path / "flow.png"
+    asked = [
+        "flow",
+        str(CHECKPOINT),
+        "--text",
+        str(TEXT / "unit"),
+        "--tokens",
+        "64",
+        "--windows",
+        "3",
+        "--schedules",
+        "0.5",
+    ]
+    assert cli.main([*asked, "--out", str(picture)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["dense"] * 12 + ["0.5"] * 12
+    assert picture.stat().st_size > 10_000
+
+
 # --- calibrate -------------------------------------------------------------------------------------------------------
 
 
@@ -241,13 +376,13 @@ def test_calibrate_measures_solves_and_checks(rows: Tensor) -> None:
     dense = losses(model, rows)
     assert found.dense_loss == pytest.approx(float(dense.mean()), abs=1e-4)
     assert list(found.damage) == list(range(1, 12))
-    sparse = simba_fx.transform(model, Explicit([1] * 7 + [0.3] * 5), criterion="simba-l2", span=5)
+    sparse = simba_fx.transform(model, Explicit([1] * 7 + [0.3] * 5), span=5)
     with simba_fx.tail(sparse, LAST):
         assert found.damage[7][0.3] == pytest.approx(float((losses(sparse, rows) - dense).mean()), abs=1e-4)
     for name, (schedule, cost, loss) in found.candidates.items():
         assert cost <= 0.7
         assert name in str(found)
-        sparse = simba_fx.transform(model, schedule, criterion="simba-l2", span=5)
+        sparse = simba_fx.transform(model, schedule, span=5)
         with simba_fx.tail(sparse, LAST):
             told = simba_fx.report(sparse, rows[:1, :-1], logits_to_keep=LAST)
             assert loss.value == pytest.approx(float((losses(sparse, rows) - dense).mean()), abs=1e-4), name
