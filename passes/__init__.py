@@ -14,6 +14,7 @@ What each does, and what it needs before it:
     gather-survivors  everything alive across a cut is gathered            needs every selection in place
     restore-length    early exits and survivors back in their places       needs the gathers: they name the residual
     restore-kernels   the model's own scan functions                       last, since it hides the scans
+    continue-states   scans and attention start from a cache's states      instead of it, on a warm cache
     outline-blocks    one call per block, equal blocks share code          only compile="blocks"; sees the final nodes
 """
 
@@ -29,6 +30,7 @@ from typing import Any
 
 from simba_fx.graph.plan import Cut
 from simba_fx.passes.channel_last import ChannelLast
+from simba_fx.passes.continue_states import ContinueStates
 from simba_fx.passes.drop_casts import DropCasts
 from simba_fx.passes.erase_sites import EraseSites
 from simba_fx.passes.gather_survivors import GatherSurvivors
@@ -43,6 +45,7 @@ from simba_fx.passes.track_tokens import TrackTokens
 
 __all__ = [
     "ChannelLast",
+    "ContinueStates",
     "DropCasts",
     "EraseSites",
     "GatherSurvivors",
@@ -66,8 +69,9 @@ def preparation(kernels: str = "auto") -> tuple[Any, ...]:
 
 def pipeline(cuts: tuple[Cut, ...], *, criterion: str = "simba", floor: int = 4, seed: int = 0, span: int = 1,
              output: str = "full", sites: tuple[Any, ...] = (), kernels: str = "auto", query: int | None = None,
-             protect: tuple[int, ...] = (), trailing: bool = False) -> tuple[Any, ...]:  # fmt: skip
-    """The passes of one transform behind those, up to outlining, first to last."""
+             protect: tuple[int, ...] = (), trailing: bool = False,
+             states: tuple[tuple[int, str, int], ...] = ()) -> tuple[Any, ...]:  # fmt: skip
+    """The passes of one transform behind those, up to outlining, first to last; `states`: what a warm cache holds."""
     return (
         TrackTokens(trailing),
         *((ProtectTokens(query, protect),) if query is not None or protect else ()),
@@ -76,5 +80,5 @@ def pipeline(cuts: tuple[Cut, ...], *, criterion: str = "simba", floor: int = 4,
         HoistPositions(output),
         GatherSurvivors(output),
         RestoreLength(output),
-        *((RestoreKernels(sites),) if kernels == "model" else ()),
+        *((ContinueStates(states),) if states else (RestoreKernels(sites),) if kernels == "model" else ()),
     )

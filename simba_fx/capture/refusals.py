@@ -112,7 +112,10 @@ def advice(called: Collection[str] = ()) -> str:
             f" It called {', '.join(sorted(called))}, not registered. If that computes the recurrence of Mamba or "
             f"Mamba-2, or a gated delta rule, register it: {_REGISTER}"
         )
-    return f" If the model runs the scan of Mamba or Mamba-2 in a function of its own, register it: {_REGISTER}"
+    return (
+        " A model of attention or convolutions alone has no recurrence to score tokens by. If this one runs the scan "
+        f"of Mamba or Mamba-2 in a function of its own, register it: {_REGISTER}"
+    )
 
 
 _REGISTER = (

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -212,7 +212,7 @@ class MixerCall:
     def sizes(self) -> tuple[Any, Any, int]:
         return *self.ids.shape, self.tail
 
-    def inputs(self, names: Sequence[str]) -> list[Any]:
+    def inputs(self, variant: Any) -> list[Any]:
         return [self.ids, self.tail]
 
 

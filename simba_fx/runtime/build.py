@@ -57,10 +57,12 @@ class Built:
 
 
 def build_program(captured: Captured, options: Options, cost: Callable[..., schedule.Cost] | None = None, *,
-          program_class: type[Program] = Program, trailing: bool = False) -> Built:  # fmt: skip
+                  program_class: type[Program] = Program, trailing: bool = False,
+                  states: tuple[tuple[int, str, int], ...] = ()) -> Built:  # fmt: skip
     """Run the passes over a captured graph; `cost(captured, options, length)` prices schedules for a FLOP budget.
 
-    With `trailing` the program of a model that is given no mask takes the lengths of its rows.
+    With `trailing` the program of a model that is given no mask takes the lengths of its rows. With `states`, what the
+    graph leaves in a cache, the program goes on from such states, by the operators of simba_fx whatever `kernels` says.
     """
     facts = captured.facts
     shares = schedule_shares(captured, options, cost)
@@ -70,11 +72,12 @@ def build_program(captured: Captured, options: Options, cost: Callable[..., sche
     name = options.criterion if isinstance(options.criterion, str) else "custom"
     if not isinstance(options.criterion, str):
         attributes["criterion"] = CustomCriterion(options.criterion)
+    kernels = "auto" if states else options.kernels
     rewrites = passes.pipeline(cuts, criterion=name, floor=options.least_kept, seed=options.seed,
-                               span=options.span, output=options.output, sites=tuple(captured.sites),
-                               kernels=options.kernels, query=options.query,
-                               protect=options.protect, trailing=trailing)  # fmt: skip
-    prepared, history = _prepared(captured, options.kernels)
+                               span=options.pooled, output=options.output, sites=tuple(captured.sites),
+                               kernels=kernels, query=options.query, protect=options.protect, trailing=trailing,
+                               states=states)  # fmt: skip
+    prepared, history = _prepared(captured, kernels)
     graph, stages = run_passes(prepared, facts, rewrites)
     history = [*history, *stages[1:]]
     top = graph
@@ -86,14 +89,16 @@ def build_program(captured: Captured, options: Options, cost: Callable[..., sche
                  options.least_kept, options.output == "full")  # fmt: skip
 
 
-_prepared_graphs: weakref.WeakKeyDictionary[fx.Graph, tuple[fx.Graph, list[Stage]]] = weakref.WeakKeyDictionary()
+_prepared_graphs: weakref.WeakKeyDictionary[fx.Graph, dict[str, tuple[fx.Graph, list[Stage]]]]
+_prepared_graphs = weakref.WeakKeyDictionary()
 
 
 def _prepared(captured: Captured, kernels: str) -> tuple[fx.Graph, list[Stage]]:
-    """A captured graph after the passes that ask for no options. (`kernels` is part of what was captured.)"""
-    if captured.graph not in _prepared_graphs:
-        _prepared_graphs[captured.graph] = run_passes(captured.graph, captured.facts, passes.preparation(kernels))
-    return _prepared_graphs[captured.graph]
+    """A captured graph after the passes that ask for no more options."""
+    known = _prepared_graphs.setdefault(captured.graph, {})
+    if kernels not in known:
+        known[kernels] = run_passes(captured.graph, captured.facts, passes.preparation(kernels))
+    return known[kernels]
 
 
 def scoring_blocks(captured: Captured, options: Options) -> tuple[bool, ...]:

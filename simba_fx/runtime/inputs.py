@@ -93,9 +93,9 @@ def check_rows(lengths: Tensor, tail: int, named: Sequence[int]) -> None:
         )
 
 
-def check_positions(positions: Tensor | None, embeds: Tensor, mask: Tensor | None) -> Tensor:
-    """Positions of the tokens `(B, L)` int64; counted from 0 where none are given. Of tokens in pictures and texts they
-    have several axes, `(k, B, L)`, the first of four being the place in the row.
+def check_positions(positions: Tensor | None, embeds: Tensor, mask: Tensor | None, first: int = 0) -> Tensor:
+    """Positions of the tokens `(B, L)` int64; counted from `first` where none are given. Of tokens in pictures and
+    texts they have several axes, `(k, B, L)`, the first of four being the place in the row.
 
     Raises:
         InputError: not `(B, L)`, `(1, L)` or `(k, B, L)`; positions that do not rise by one from one real token to the
@@ -103,7 +103,7 @@ def check_positions(positions: Tensor | None, embeds: Tensor, mask: Tensor | Non
     """
     rows, length = embeds.shape[:2]
     if positions is None:
-        return torch.arange(length, device=embeds.device).expand(rows, length)
+        return torch.arange(first, first + length, device=embeds.device).expand(rows, length)
     if positions.dim() == 3 and positions.shape[1:] == embeds.shape[:2]:
         if positions.shape[0] == 4:
             check_positions(positions[0], embeds, mask)

@@ -12,7 +12,7 @@ import functools
 import inspect
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -61,6 +61,8 @@ class Signature:
     """What `torch.autocast` casts to around the call; the graph is captured, and runs, inside of it."""
     trailing: bool = False
     """Whether the program is told the rows' lengths. The model's part of the graph knows nothing of them."""
+    warm: bool = False
+    """Whether it goes on from the states of an earlier call; what is captured is the same."""
 
 
 @dataclass
@@ -84,8 +86,8 @@ class Call(Protocol):
         """Rows and tokens that the program is given, and the tail."""
         ...
 
-    def inputs(self, names: Sequence[str]) -> list[Any]:
-        """The program's, of which `names` are the model's own."""
+    def inputs(self, variant: Any) -> list[Any]:
+        """What the program of a variant is given."""
         ...
 
 
@@ -212,6 +214,7 @@ def stack_class(cls: type[nn.Module], blocks: bool, prepare: Callable[[Any, dict
     python: Callable[[Any], Any] = disable_compile if blocks else lambda function: function
     ready, lookup, checked = python(prepare), python(StackRuntime.variant), python(Built.check_sizes)
     refuse, finish, mark = python(exporting.refuse_onnx), python(_finish), dynamic_marker()
+    given_to = python(_inputs)
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         given = renamed(dict(zip(names, args)) | kwargs)
@@ -222,7 +225,7 @@ def stack_class(cls: type[nn.Module], blocks: bool, prepare: Callable[[Any, dict
         variant = lookup(runtime, call.signature)
         checked(variant.built, cls.__name__, *call.sizes)
         program = variant.built.program
-        inputs = call.inputs(variant.built.captured.arguments)
+        inputs = given_to(call, variant)
         refuse()
         output = finish(runtime, variant, call, program.forward(*inputs))
         if blocks:
@@ -230,6 +233,10 @@ def stack_class(cls: type[nn.Module], blocks: bool, prepare: Callable[[Any, dict
         return output
 
     return subclass(cls, "blocks" if blocks else "whole", skip_frame(forward) if blocks else forward)
+
+
+def _inputs(call: Call, variant: Variant) -> list[Any]:
+    return call.inputs(variant)
 
 
 def _finish(runtime: StackRuntime, variant: Variant, call: Call, flat: Any) -> Any:

@@ -221,14 +221,14 @@ def test_arguments(model: nn.Module, options: dict[str, Any], error: type[SimbaE
 def test_a_wrong_argument_is_refused_whatever_the_model(model: nn.Module, own: nn.Module, family: str) -> None:
     dense_model = model if family == "transformers" else own
     with refused(*ARGUMENTS["criterion name"][1:], dense_model):
-        simba_fx.transform(dense_model, criterion="simbo")
+        simba_fx.transform(dense_model, "linear", criterion="simbo")
     with refused(*ARGUMENTS["count of shares"][1:], dense_model):
         simba_fx.transform(dense_model, [1, 0.5])
 
 
 def test_an_unknown_keyword_is_refused(model: nn.Module) -> None:
     with pytest.raises(TypeError, match="unexpected keyword argument 'shedule'"):
-        simba_fx.transform(model, shedule="linear")  # type: ignore[call-arg]
+        simba_fx.transform(model, "linear", shedule="linear")  # type: ignore[call-arg]
     with pytest.raises(TypeError, match="positional argument"):
         simba_fx.transform(model, "linear", "simba")  # type: ignore[misc]
 
@@ -239,7 +239,7 @@ def test_example_inputs_of_a_model_whose_inputs_are_known(model: nn.Module) -> N
         " known. Leave the argument out."
     )
     with refused(SimbaError, message, model):
-        simba_fx.transform(model, example_inputs=(tokens(0, 2, 20),))
+        simba_fx.transform(model, "linear", example_inputs=(tokens(0, 2, 20),))
 
 
 # What is transformed.
@@ -247,7 +247,7 @@ def test_example_inputs_of_a_model_whose_inputs_are_known(model: nn.Module) -> N
 
 def test_not_a_module() -> None:
     with refused(SimbaError, "transform expects a torch.nn.Module, found function. Pass the model object itself."):
-        simba_fx.transform(lambda x: x)  # type: ignore[arg-type]
+        simba_fx.transform(lambda x: x, "linear")  # type: ignore[arg-type]
 
 
 def test_a_module_that_holds_a_transformed_model(sparse: Any) -> None:
@@ -256,11 +256,12 @@ def test_a_module_that_holds_a_transformed_model(sparse: Any) -> None:
         "Transform what is inside."
     )
     with refused(SimbaError, message, sparse):
-        simba_fx.transform(nn.Sequential(sparse))
+        simba_fx.transform(nn.Sequential(sparse), "linear")
 
 
 REGISTER = (
-    " If the model runs the scan of Mamba or Mamba-2 in a function of its own, register it:"
+    " A model of attention or convolutions alone has no recurrence to score tokens by. If this one runs the scan of"
+    " Mamba or Mamba-2 in a function of its own, register it:"
     " simba_fx.register_scan(function, adapter). If another that is "
     "linear in its values: simba_fx.register_recurrence(function, value)."
 )
@@ -272,7 +273,7 @@ def test_no_recurrence_at_all() -> None:
         " traced, found none." + REGISTER
     )
     with refused(ScanNotFoundError, message):
-        simba_fx.transform(nn.Sequential(nn.Embedding(53, 8), nn.Linear(8, 53)))
+        simba_fx.transform(nn.Sequential(nn.Embedding(53, 8), nn.Linear(8, 53)), "linear")
 
 
 def unregistered_scan(x: Tensor, A: Tensor) -> Tensor:
@@ -310,7 +311,7 @@ def test_a_function_that_is_not_registered() -> None:
     )
     bad = Unregistered()
     with refused(ScanNotFoundError, message, bad):
-        simba_fx.transform(bad)
+        simba_fx.transform(bad, "linear")
 
 
 class HalfRegistered(nn.Module):
@@ -337,7 +338,7 @@ def test_one_mixer_of_several_is_not_registered() -> None:
     )
     bad = HalfRegistered()
     with refused(CaptureError, message, bad):
-        simba_fx.transform(bad)
+        simba_fx.transform(bad, "linear")
 
 
 class FixedLength(own_model.MyMamba):  # type: ignore[misc, name-defined]
@@ -357,7 +358,7 @@ def test_a_length_that_does_not_stay_symbolic() -> None:
     logits = output(bad)
     before = state(bad)
     with pytest.raises(CaptureError) as caught:
-        simba_fx.transform(bad)
+        simba_fx.transform(bad, "linear")
     message = str(caught.value)
     assert "FixedLength" in message
     assert "length" in message
@@ -383,7 +384,7 @@ def test_experts_in_a_python_loop() -> None:
         " 'batched_mm'. Load the model with experts_implementation='grouped_mm'."
     )
     with refused(CaptureError, message, bad):
-        simba_fx.transform(bad)
+        simba_fx.transform(bad, "linear")
 
 
 # Plain modules and their example.
@@ -395,7 +396,7 @@ def test_a_plain_module_without_an_embedding_needs_an_example() -> None:
         " forward, (B, L, ...) with B ≠ L. Pass them to transform."
     )
     with refused(CaptureError, message):
-        simba_fx.transform(own_model.Block(8, 2))
+        simba_fx.transform(own_model.Block(8, 2), "linear")
 
 
 def test_an_example_without_a_sequence() -> None:
@@ -404,7 +405,7 @@ def test_an_example_without_a_sequence() -> None:
         " Block.forward, for example (torch.zeros(2, 24, 8),)."
     )
     with refused(CaptureError, message):
-        simba_fx.transform(own_model.Block(8, 2), example_inputs=(3,))
+        simba_fx.transform(own_model.Block(8, 2), "linear", example_inputs=(3,))
 
 
 OTHER_ARGUMENTS = (
@@ -485,7 +486,7 @@ def test_an_adapter_that_names_no_operands(register: Callable[..., None]) -> Non
     )
     bad = Other()
     with refused(CaptureError, message, bad):
-        simba_fx.transform(bad)
+        simba_fx.transform(bad, "linear")
 
 
 def test_a_length_given_to_the_function(register: Callable[..., None]) -> None:
@@ -500,7 +501,7 @@ def test_a_length_given_to_the_function(register: Callable[..., None]) -> None:
     )
     bad = Other()
     with refused(CaptureError, message, bad):
-        simba_fx.transform(bad)
+        simba_fx.transform(bad, "linear")
 
 
 # Calls of a transformed model.
@@ -554,16 +555,18 @@ def test_a_mask_of_another_shape(sparse: Any, shape: tuple[int, ...]) -> None:
         sparse(tokens(0, 2, 20), attention_mask=torch.ones(shape))
 
 
-def test_several_tokens_on_a_warm_cache(sparse: Any) -> None:
+def test_padding_between_two_turns(sparse: Any) -> None:
     with torch.no_grad():
         cache = getattr(sparse(tokens(1, 2, 20), use_cache=True), CACHE)
     states = copy.deepcopy([layer.recurrent_states for layer in cache.layers])
     message = (
-        "MambaModel was called with 3 new tokens on a warm cache; expected a whole prompt with an empty cache, or one"
-        " new token. Pass the tokens one at a time, or start with an empty cache."
+        "Row 0 of attention_mask has padding between its tokens, which are in 2 pieces; expected the real tokens of a "
+        "row one after the other, with padding before or behind them, because padding in between still changes a "
+        "model's states. Move it to one side."
     )
     with refused(InputError, message, sparse), torch.no_grad():
-        sparse(tokens(2, 2, 3), **{CACHE: cache}, use_cache=True)
+        mask = torch.tensor([[0, 1, 1], [1, 1, 1]])
+        sparse(tokens(2, 2, 3), attention_mask=mask, **{CACHE: cache}, use_cache=True)
     for before, layer in zip(states, cache.layers, strict=True):
         assert all(torch.equal(before[key], layer.recurrent_states[key]) for key in before)
 
@@ -664,7 +667,7 @@ def message_of_refused_graph(bad: nn.Module) -> str:
     """The pass that refused is named beside the message."""
     logits, before = output(bad), state(bad)
     with pytest.raises(GraphError) as caught:
-        simba_fx.transform(bad)
+        simba_fx.transform(bad, "linear")
     assert caught.value.__notes__ == ["while simba_fx ran the pass GatherSurvivors(output='full')"]
     assert state(bad) == before
     assert torch.equal(output(bad), logits)
@@ -743,8 +746,8 @@ def test_a_recurrence_that_loops_in_python_is_refused_at_once() -> None:
     """By the function that loops, and before all layers are traced: that took minutes."""
     begun = time.perf_counter()
     with pytest.raises(ScanNotFoundError, match="looping_wkv, which loops over tokens in Python") as caught:
-        simba_fx.transform(Looping().eval(), example_inputs=(torch.zeros(2, 24, 8),))
+        simba_fx.transform(Looping().eval(), "linear", example_inputs=(torch.zeros(2, 24, 8),))
     assert "simba_fx.register_recurrence(function, value)" in str(caught.value)
     assert time.perf_counter() - begun < 60
     simba_fx.register_recurrence(looping_wkv, value="v")  # what the message says
-    simba_fx.transform(Looping().eval(), example_inputs=(torch.zeros(2, 24, 8),))
+    simba_fx.transform(Looping().eval(), "linear", example_inputs=(torch.zeros(2, 24, 8),))

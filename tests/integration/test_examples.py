@@ -116,3 +116,35 @@ def test_training_on_needles_goes_on_where_it_stopped(tmp_path: Path) -> None:
         assert result.returncode == 0, result.stderr
         steps.append(json.loads(result.stdout.splitlines()[-1])["step"])
     assert steps == [2, 4]
+
+
+def test_chat_goes_on_and_reads_again(tmp_path: Path) -> None:
+    options = ["--first", "400", "--second", "120", "--windows", "2", "--repeats", "1"]
+    command = [sys.executable, "-W", "ignore", str(EXAMPLES / "chat.py"), *options]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    pattern = r"(.{18}) +[\d.]+ ms \([\d.]+ to [\d.]+\)   loss - dense ([+-][\d.]+) ± [\d.]+"
+    found = [re.fullmatch(pattern, line) for line in result.stdout.splitlines()[2:]]
+    assert [match[1].strip() for match in found] == ["dense, whole", "pruned, whole", "pruned, in turns"]
+    assert float(found[0][2]) == 0
+    assert all(abs(float(match[2])) < 0.5 for match in found)
+
+
+def test_a_small_model_trains_from_nothing_and_goes_on(tmp_path: Path) -> None:
+    sizes = ["--width", "16", "--blocks", "2", "--length", "64", "--tokens", "128", "--threads", "1"]
+    command = [sys.executable, "-W", "ignore", str(EXAMPLES / "train_small.py"), "--out", str(tmp_path / "new"), *sizes]
+    for steps in (["--steps", "2"], ["--steps", "1", "--schedule", "0.5", "--last", "8"]):
+        result = subprocess.run([*command, *steps], capture_output=True, text=True, timeout=300)
+        assert result.returncode == 0, result.stderr
+    lines = [json.loads(line) for line in (tmp_path / "new" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 3]
+    assert [line["bytes"] for line in lines] == [2 * 2 * 65, 3 * 2 * 65]
+    assert all(1 < line["loss"] < 7 for line in lines)
+
+
+def test_memory_of_chunks_is_measured() -> None:
+    script = EXAMPLES.parent / "benchmarks" / "chunked_prefill.py"
+    command = [sys.executable, "-W", "ignore", str(script), "--one", "jamba", "2048", "512"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert 0 <= float(result.stdout.split()[-1]) < 1000

@@ -447,19 +447,23 @@ class Pruning:
     seed: int = 0
     span: int = 1
     chosen: Sequence[Sequence[int]] | None = None  # per block, positions to go on with whatever the scores say
+    past: Sequence[Sequence[int]] = ()  # per block, the positions of earlier calls that it saw: they only stay or go
     carried: Tensor | None = None  # (1, L, H): for every token, the hidden state of the last block it went through
 
     @classmethod
     def start(cls, calls: list[dict[str, Any]], result: Row, length: int, shares: Sequence[Fraction | float], *,
               criterion: Criterion = "simba", tail: int = 1, floor: int = 4, query: int | None = None,
               protect: Sequence[int] = (), seed: int = 0, span: int = 1,
-              chosen: Sequence[Sequence[int]] | None = None) -> Pruning:  # fmt: skip
+              chosen: Sequence[Sequence[int]] | None = None,
+              past: Sequence[Sequence[int]] = ()) -> Pruning:  # fmt: skip
         """Before the first block; `query` and `protect` count from either end of the row."""
         wanted = {*protect, *(() if query is None else (query,))}
-        assert (1 if query is None else 0) <= tail <= length
-        return cls(counts(length, shares, tail, max(floor, len(wanted))), criterion, tail, calls, result,
+        before = len(past[0]) if past else 0
+        assert (1 if query is None else 0) <= tail <= length - before
+        assert not (past and wanted), "named positions of a continued row: not needed"
+        return cls(counts(length - before, shares, tail, max(floor, len(wanted))), criterion, tail, calls, result,
                    list(range(length)), frozenset(position % length for position in wanted),
-                   None if query is None else query % length, seed, span, chosen)  # fmt: skip
+                   None if query is None else query % length, seed, span, chosen, past)  # fmt: skip
 
     def leave(self, i: int, hidden: Tensor) -> Tensor:
         """What the next block sees of block i's output; behind the last one, every token's last hidden state."""
@@ -473,6 +477,9 @@ class Pruning:
 
     def decide(self, i: int) -> list[int]:
         """The slots that stay behind block i. The tail does, and what is named; the tokens before the tail compete."""
+        before = [j for j, position in enumerate(self.positions) if self.past and position in self.past[0]]
+        if before:
+            return self.decide_on_new(i, len(before))
         if self.planned[i + 1] >= len(self.positions) or not self.calls:
             assert self.chosen is None or list(self.chosen[i + 1]) == self.positions, f"none may leave after block {i}"
             return list(range(len(self.positions)))
@@ -503,6 +510,22 @@ class Pruning:
         elif stay != best:  # a matter of positions: nothing is rounded
             self.result.margin = -float("inf")
         stay = stay + end
+        self.positions = [self.positions[j] for j in stay]
+        return stay
+
+    def decide_on_new(self, i: int, before: int) -> list[int]:
+        """Of a continued row: of earlier calls stay those that the next block saw then; the new tokens compete."""
+        stay = [j for j in range(before) if self.positions[j] in self.past[i + 1]]
+        assert [self.positions[j] for j in stay] == list(self.past[i + 1]), f"block {i} saw them too"
+        rival, count = len(self.positions) - self.tail, self.planned[i + 1]
+        best = list(range(before, rival))
+        if count < len(self.positions) - before and self.calls:
+            scores, sizes = (array[before:rival] for array in self.score(i, rival))
+            best = choose(scores.tolist(), count - self.tail)
+            self.result.cuts += 1
+            self.result.margin = min(self.result.margin, margin(scores, sizes, best, None))
+            best = [before + j for j in best]
+        stay += best + list(range(rival, len(self.positions)))
         self.positions = [self.positions[j] for j in stay]
         return stay
 
@@ -539,11 +562,14 @@ def run_row(
     span: int = 1,
     embeds: bool = False,
     chosen: Sequence[Sequence[int]] | None = None,
+    past: Sequence[Sequence[int]] = (),
 ) -> Row:
     """The method on one row of ids `(L,)`, block by block, differentiable through the model's own operations.
 
-    With `chosen`, per block the positions that enter it, the row goes on with these, and `margin` and `others` of the
-    result say how far they are from the best-scored ones. Counts, order, tail and named positions are asserted.
+    With `past`, what an earlier call on the first of the ids kept (`Row.kept`), the row is that call continued: a model
+    is causal, so each block is run on what it saw then and on what is new, from its beginning. With `chosen`, per block
+    the positions that enter it, the row goes on with these, and `margin` and `others` of the result say how far they
+    are from the best-scored ones. Counts, order, tail and named positions are asserted.
     """
     backbone: Any = model.base_model
     cache = None
@@ -560,7 +586,7 @@ def run_row(
     hook = backbone.register_forward_hook(after_the_norm)
     with recorded_scans(model) as calls:
         row = Pruning.start(calls, result, len(ids), shares, criterion=criterion, tail=tail, floor=floor, query=query,
-                            protect=protect, seed=seed, span=span, chosen=chosen)  # fmt: skip
+                            protect=protect, seed=seed, span=span, chosen=chosen, past=past)  # fmt: skip
         assert len(row.planned) == len(blocks), "one share per block"
         try:
             backbone.layers = nn.ModuleList(Pruned(block, i, row) for i, block in enumerate(blocks))

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from simba_fx.capture.kinds import Notes
-from simba_fx.errors import CacheError
+from simba_fx.errors import CacheError, InputError
+from simba_fx.frontends.transformers.decoding import describe
 from simba_fx.runtime.stack import Entry
 
 
@@ -84,6 +85,44 @@ def fill(cache: Any, entries: tuple[Entry, ...], tensors: Any) -> None:
             cache.update_recurrent_state(tensor, layer, state_idx=index)
         elif kind == "keys":
             cache.update(tensor, stored[layer, "values", 0], layer)
+
+
+def past_of(cache: Any, entries: tuple[Entry, ...]) -> list[Tensor]:
+    """What a warm cache holds, as the pass `continue-states` orders it; that which autograd may keep is copied.
+
+    Raises:
+        InputError: keys and values of a size that was allocated beforehand; a cache that can be taken back.
+    """
+    found, real = [], []
+    for layer, kind, index in entries:
+        held = cache.layers[layer]
+        if getattr(held, "record_past", False):
+            raise InputError(
+                "Several new tokens on a warm cache that records its past, as assisted decoding asks for, which may "
+                "take states back; expected a cache that only goes on. Generate without an assistant."
+            )
+        if kind in ("conv", "recurrent"):
+            states = getattr(held, f"{kind}_states")
+            found.append(states[index] if isinstance(states, dict) else states)
+            continue
+        if getattr(held, "max_cache_len", None) is not None:
+            raise InputError(
+                f"Several new tokens on a warm cache whose layer {layer} has a static size; expected a DynamicCache. "
+                "Pass the tokens one at a time, or generate with cache_implementation='dynamic'."
+            )
+        found.append(getattr(held, kind))
+        if kind == "keys":
+            known = describe(held)[1]
+            rows, _, length, _ = held.keys.shape
+            real.append(torch.ones(rows, length, dtype=torch.bool, device=held.keys.device) if known is None else known)
+    # a cache changes its states in place
+    return [held.clone() if torch.is_grad_enabled() else held for held in found] + real
+
+
+def past_length(cache: Any) -> int:
+    """Tokens of the calls before, of a cache with attention layers; of one without, 0: nothing there asks for it."""
+    layers = [layer for layer in cache.layers if isinstance(getattr(layer, "keys", None), Tensor)]
+    return int(layers[0].get_seq_length()) if layers else 0
 
 
 def is_warm(cache: Any) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from simba_fx.capture.examples import autocast_dtype, named_sizes
 from simba_fx.compiling import disable_compile, skip_frame, traced
 from simba_fx.errors import InputError
-from simba_fx.frontends.transformers.caches import is_warm, new_cache
+from simba_fx.frontends.transformers.caches import is_warm, new_cache, past_length, past_of
 from simba_fx.frontends.transformers.decoding import (
     expect_token,
     sparse_layers,
@@ -87,9 +87,10 @@ class ModelCall:
     def sizes(self) -> tuple[Any, Any, int]:
         return *self.tensors["inputs_embeds"].shape[:2], self.ends.tail
 
-    def inputs(self, names: Sequence[str]) -> list[Any]:
+    def inputs(self, variant: Any) -> list[Any]:
         lengths = [self.ends.lengths] if self.signature.trailing else []
-        return [*(self.tensors[name] for name in names), self.ends.tail, *lengths]
+        past = past_of(self.cache, variant.states) if self.signature.warm else []
+        return [*(self.tensors[name] for name in variant.built.captured.arguments), self.ends.tail, *lengths, *past]
 
 
 def sparse_class(cls: type[nn.Module], blocks: bool) -> type:
@@ -120,15 +121,15 @@ def prepare(stack: Any, given: dict[str, Any]) -> ModelCall | None:
         return None  # the model's own message
     lead: Any = embeds if ids is None else ids
     rows, length = lead.shape[:2]
-    if cache is not None and is_warm(cache):
-        if length == 1:
-            return None
-        raise InputError(
-            f"{type(stack).__name__} was called with {length} new tokens on a warm cache; expected a whole prompt with "
-            "an empty cache, or one new token. Pass the tokens one at a time, or start with an empty cache."
-        )
+    warm = cache is not None and is_warm(cache)
+    if warm and length == 1:
+        return None
     if isinstance(mask, dict):  # `generate` with a static cache has made masks already; among them the padding's own
         mask = mask.get("linear_attention")
+    if warm and isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] >= length:
+        text = mask if mask.shape[1] > length else nn.functional.pad(mask, (1, 0), value=1)
+        check_mask(text, rows, text.shape[1], 1)  # no padding between the turns, which would change the states
+        mask = mask[:, -length:]
     asked, stated = runtime.asked, mask is not None
     mask = check_mask(mask, rows, length, runtime.shortest_row, runtime.options.named)
     if length == 1:
@@ -138,7 +139,7 @@ def prepare(stack: Any, given: dict[str, Any]) -> ModelCall | None:
     if lengths is not None and not traced():
         check_rows(lengths, runtime.shortest_row, runtime.options.named)
     ends = ends_of(asked, rows, length, mask, lengths)
-    use_cache = given.get("use_cache")
+    use_cache = given.get("use_cache") or warm
     if ends.apart:
         if from_end := [position for position in runtime.options.named if position < 0]:
             raise InputError(
@@ -156,6 +157,11 @@ def prepare(stack: Any, given: dict[str, Any]) -> ModelCall | None:
     if use_cache is None:
         use_cache = stack.config.use_cache and not stack.training
     if stack.training and getattr(stack, "gradient_checkpointing", False):
+        if warm:
+            raise InputError(
+                f"{type(stack).__name__} was called on a warm cache while gradient_checkpointing, which runs without "
+                "one; expected an empty cache. Call gradient_checkpointing_disable(), or pass the whole text."
+            )
         use_cache = False
         if runtime.options.compile == "whole":
             raise InputError(
@@ -176,7 +182,9 @@ def prepare(stack: Any, given: dict[str, Any]) -> ModelCall | None:
     more = {k: v for k, v in given.items() if k not in (*known, cache_name) and v is not None}
     refuse_packed(type(stack).__name__, more)
     if takes_positions(type(stack)):
-        more["position_ids"] = check_positions(more.get("position_ids"), embeds, mask)
+        more["position_ids"] = check_positions(
+            more.get("position_ids"), embeds, mask, past_length(cache) if warm else 0
+        )
     if ends.more:
         if unknown := [name for name in more if name != "position_ids" and isinstance(more[name], Tensor)]:
             raise InputError(
@@ -200,7 +208,7 @@ def prepare(stack: Any, given: dict[str, Any]) -> ModelCall | None:
     signature = Signature(embeds.dtype, embeds.device, None if mask is None else mask.dtype, bool(use_cache),
                           stack.training, bool(hidden), ids is not None, extra,
                           tuple((name, constants[name]) for name in sorted(constants)),
-                          autocast_dtype(embeds.device), ends.lengths is not None)  # fmt: skip
+                          autocast_dtype(embeds.device), ends.lengths is not None, bool(warm))  # fmt: skip
     if use_cache and cache is None:
         cache = new_cache(stack.config)
     return_dict = given.get("return_dict")

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["attention_modules", "call_with_own_mask", "expect_token", "mark_pruned_kv", "sparse_layers"]
+__all__ = ["attention_modules", "call_with_own_mask", "describe", "expect_token", "mark_pruned_kv", "sparse_layers"]
 
 _classes: dict[type, type] = {}
 
@@ -28,10 +28,14 @@ def mark_pruned_kv(layer: Any, missing: int, real: Tensor | None) -> None:
         real: `(B, k)` bool, which of its k slots are real; None: all.
     """
     cls = type(layer)
-    if cls not in _classes:
-        _classes[cls] = _sparse_class(cls)
-    layer.__class__ = _classes[cls]
+    if cls not in _classes.values():
+        layer.__class__ = _classes.setdefault(cls, _sparse_class(cls))
     layer.missing, layer.real = missing, real
+
+
+def describe(layer: Any) -> tuple[int, Tensor | None]:
+    """What a cache layer is missing, and which of its slots are real, as `mark_pruned_kv` has it."""
+    return (layer.missing, layer.real) if type(layer) in _classes.values() else (0, None)
 
 
 def _sparse_class(cls: Any) -> type:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from simba_fx.capture.normalise import Captured
@@ -31,6 +31,7 @@ from simba_fx.frontends.transformers.calls import (
 from simba_fx.frontends.transformers.decoding import (
     attention_modules,
     call_with_own_mask,
+    describe,
     mark_pruned_kv,
 )
 from simba_fx.frontends.transformers.refusals import (
@@ -167,14 +168,16 @@ class SparseStack(StackRuntime):
 
     def capture(self, signature: Signature, now: Snapshot) -> ModelVariant:
         kernels, blocks = self.options.kernels, self.options.compile == "blocks"
+        cold = dataclasses.replace(signature, warm=False)
         graph, seen = captured(
-            self.store, self.stack, now, (signature, kernels, blocks),
-            lambda: self._capture_unread(signature) or capture_stack(self.to_trace(), signature, kernels),
+            self.store, self.stack, now, (cold, kernels, blocks),
+            lambda: self._capture_unread(cold) or capture_stack(self.to_trace(), cold, kernels),
         )  # fmt: skip
         if seen.unread:
             kind = dataclasses.replace(signature, constants=())
             self.unread[kind] = self.unread.get(kind, frozenset()) | seen.unread
-        built = build_program(graph, self.options, self.cost, trailing=signature.trailing)
+        built = build_program(graph, self.options, self.cost, trailing=signature.trailing,
+                              states=seen.states if signature.warm else ())  # fmt: skip
         keys = self._keys(graph, seen.states)
         self._watch(attention_modules(self.stack, keys.values()))
         before = {layer: sum(cut.block < region(node) for cut in built.cuts) for layer, node in keys.items()}
@@ -235,18 +238,22 @@ class SparseStack(StackRuntime):
         last = self.last = LastCall(rows, call.length, variant.built, kept[::step], real, call.real)
         named, _ = pytree.tree_unflatten([*values, *states], variant.built.captured.out_spec)
         if call.cache is not None:
+            before = {layer: describe(call.cache.layers[layer]) for layer in variant.attention}
             fill(call.cache, variant.states, states)
-            self._describe_attention(variant, call.cache, last)
+            self._describe_attention(variant, call.cache, last, before)
             named[call.cache_name] = call.cache
         output = variant.output_type(**named)
         return output if call.return_dict else output.to_tuple()
 
-    def _describe_attention(self, variant: ModelVariant, cache: Any, last: LastCall) -> None:
-        """Tell the cache's attention layers which tokens of the prompt they hold, unless they hold them all."""
-        _, length, built, positions, real, mask = last
+    def _describe_attention(
+        self, variant: ModelVariant, cache: Any, last: LastCall, before: dict[int, tuple[int, Tensor | None]]
+    ) -> None:
+        """Tell the cache's attention layers which tokens they hold, unless they hold them all; `before` this call."""
+        rows, length, built, positions, real, mask = last
         everything: Any = mask
         masked = built.captured.facts.mask is not None
-        if not variant.attention or (not masked and not built.cuts):
+        whole = not masked and not built.cuts and all(known == (0, None) for known in before.values())
+        if not variant.attention or whole:
             return
         if traced():
             raise InputError(
@@ -257,7 +264,14 @@ class SparseStack(StackRuntime):
         for layer, cuts in variant.attention.items():
             slots = positions[cuts - 1].shape[1] if cuts else length
             here = None if not masked else real[cuts - 1] if cuts else everything != 0
-            mark_pruned_kv(cache.layers[layer], length - slots, here)
+            missing, held = before[layer]
+            keys = cache.layers[layer].keys
+            if here is not None or held is not None:
+                here = torch.ones(rows, slots, dtype=torch.bool, device=keys.device) if here is None else here
+                past = keys.shape[2] - slots if held is None else held.shape[1]
+                held = here.new_ones(rows, past) if held is None else held
+                here = torch.cat((held, here), 1)
+            mark_pruned_kv(cache.layers[layer], missing + length - slots, here)
 
 
 def _is_number(held: Any) -> bool:
