@@ -13,21 +13,18 @@ Training resumes from `--out` when it is started again. The text is the source o
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from real_text import sources
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from train_small import TRAINING, options_for, train
 from transformers import MambaForCausalLM
 
-import simba_fx
-
-TRAINING = ("torch", "transformers", "numpy", "sympy", "networkx")
-"""Packages whose source is read: those of the example checkpoint."""
 KEYS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 DIGITS = "0123456789abcdef"
 ANSWER = 6
@@ -93,56 +90,26 @@ def main() -> None:
     parser.add_argument("--start", type=Path, default=Path(__file__).parent / "mamba-py-3m")
     parser.add_argument("--out", type=Path, default=Path("needles"))
     parser.add_argument("--minutes", type=float, default=60)
-    parser.add_argument("--steps", type=int, default=10**9, help="at most so many, of this run")
     parser.add_argument("--lengths", type=int, nargs="+", default=[128, 192, 256, 384, 512, 768, 1024, 1536, 2048])
-    parser.add_argument("--tokens", type=int, default=4096, help="bytes per step")
-    parser.add_argument("--rate", type=float, default=1e-3)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--grow", type=float, default=0.9, help="share of right answers at which windows grow")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    state_file, notes = options.out / "training.pt", options.out / "log.jsonl"
-    resumed = state_file.is_file()
+    options = options_for(parser, rate=1e-3).parse_args()
+    resumed = (options.out / "training.pt").is_file()
     model = MambaForCausalLM.from_pretrained(options.out if resumed else options.start)
-    sparse = simba_fx.transform(model.train(), "dense")  # the same model, with kernels that train faster
-    optimizer = torch.optim.AdamW(model.parameters(), lr=options.rate, betas=(0.9, 0.95), weight_decay=0.01)
-    step, stage, recent, known = 0, 0, 0.0, 0
-    if resumed:
-        held = torch.load(state_file)
-        optimizer.load_state_dict(held["optimizer"])
-        step, stage, recent, known = held["step"], held["stage"], held["recent"], held["bytes"]
     texts = sources(TRAINING)
-    draw = random.Random(step)
-    options.out.mkdir(parents=True, exist_ok=True)
-    begin = last = time.perf_counter()
-    until = step + options.steps
-    while (spent := time.perf_counter() - begin) < 60 * options.minutes and step < until:
-        length = options.lengths[stage]
-        for group in optimizer.param_groups:  # a short warm-up, and down to a tenth in the last fifth of the time
-            left = 1 - spent / (60 * options.minutes)
-            group["lr"] = options.rate * min(1, (step + 1) / 50) * min(1, 0.1 + 4.5 * left)
+
+    def turn(sparse: nn.Module, memory: dict[str, Any], draw: random.Random) -> tuple[Tensor, int, dict[str, Any]]:
+        length = options.lengths[memory["stage"]]
         ids, answers = batch(texts, max(2, options.tokens // length), length, min(4, 1 + length // 200), draw)
         loss, right = loss_of(sparse, ids, answers)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        step, known, recent = step + 1, known + ids.numel(), 0.97 * recent + 0.03 * right
-        if recent > options.grow and stage + 1 < len(options.lengths):
-            stage, recent = stage + 1, 0.5
-        over = step == until or time.perf_counter() - begin >= 60 * options.minutes
-        if step % 50 == 0 or over:
-            now = time.perf_counter()
-            line = {"step": step, "length": length, "loss": round(loss.item(), 3), "right": round(recent, 3)}
-            line |= {"bytes": known, "bytes_per_second": round(50 * ids.numel() / (now - last))}
-            last = now
-            print(json.dumps(line), flush=True)
-            with notes.open("a") as file:
-                file.write(json.dumps(line) + "\n")
-        if step % 200 == 0 or over:
-            model.save_pretrained(options.out)
-            held = {"optimizer": optimizer.state_dict(), "step": step, "stage": stage, "recent": recent, "bytes": known}
-            torch.save(held, state_file)
+        recent = 0.97 * memory["recent"] + 0.03 * right
+        memory |= {"recent": recent}
+        if recent > options.grow and memory["stage"] + 1 < len(options.lengths):
+            memory |= {"stage": memory["stage"] + 1, "recent": 0.5}
+        return loss, ids.numel(), {"length": length, "right": round(recent, 3)}
+
+    begin = time.perf_counter()
+    train(options, model, turn, {"stage": 0, "recent": 0.0},
+          lambda step: (time.perf_counter() - begin) / (60 * options.minutes))  # fmt: skip
 
 
 if __name__ == "__main__":
