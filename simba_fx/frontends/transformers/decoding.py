@@ -33,9 +33,12 @@ def mark_pruned_kv(layer: Any, missing: int, real: Tensor | None) -> None:
     layer.missing, layer.real = missing, real
 
 
-def describe(layer: Any) -> tuple[int, Tensor | None]:
-    """What a cache layer is missing, and which of its slots are real, as `mark_pruned_kv` has it."""
-    return (layer.missing, layer.real) if type(layer) in _classes.values() else (0, None)
+def describe(layer: Any) -> tuple[int, Tensor | None, int]:
+    """What a cache layer of a growing size is missing and which of its slots are real, as `mark_pruned_kv` has it, and
+    how many slots it has."""
+    keys = getattr(layer, "keys", None)
+    slots = keys.shape[2] if isinstance(keys, Tensor) and keys.dim() == 4 else 0
+    return (layer.missing, layer.real, slots) if type(layer) in _classes.values() else (0, None, slots)
 
 
 def _sparse_class(cls: Any) -> type:

@@ -238,7 +238,8 @@ class SparseStack(StackRuntime):
         last = self.last = LastCall(rows, call.length, variant.built, kept[::step], real, call.real)
         named, _ = pytree.tree_unflatten([*values, *states], variant.built.captured.out_spec)
         if call.cache is not None:
-            before = {layer: describe(call.cache.layers[layer]) for layer in variant.attention}
+            warm, layers = call.signature.warm, call.cache.layers
+            before = {layer: describe(layers[layer]) if warm else (0, None, 0) for layer in variant.attention}
             fill(call.cache, variant.states, states)
             self._describe_attention(variant, call.cache, last, before)
             named[call.cache_name] = call.cache
@@ -246,13 +247,13 @@ class SparseStack(StackRuntime):
         return output if call.return_dict else output.to_tuple()
 
     def _describe_attention(
-        self, variant: ModelVariant, cache: Any, last: LastCall, before: dict[int, tuple[int, Tensor | None]]
+        self, variant: ModelVariant, cache: Any, last: LastCall, before: dict[int, tuple[int, Tensor | None, int]]
     ) -> None:
         """Tell the cache's attention layers which tokens they hold, unless they hold them all; `before` this call."""
         rows, length, built, positions, real, mask = last
         everything: Any = mask
         masked = built.captured.facts.mask is not None
-        whole = not masked and not built.cuts and all(known == (0, None) for known in before.values())
+        whole = not masked and not built.cuts and all(known[:2] == (0, None) for known in before.values())
         if not variant.attention or whole:
             return
         if traced():
@@ -264,13 +265,12 @@ class SparseStack(StackRuntime):
         for layer, cuts in variant.attention.items():
             slots = positions[cuts - 1].shape[1] if cuts else length
             here = None if not masked else real[cuts - 1] if cuts else everything != 0
-            missing, held = before[layer]
-            keys = cache.layers[layer].keys
-            if here is not None or held is not None:
-                here = torch.ones(rows, slots, dtype=torch.bool, device=keys.device) if here is None else here
-                past = keys.shape[2] - slots if held is None else held.shape[1]
-                held = here.new_ones(rows, past) if held is None else held
-                here = torch.cat((held, here), 1)
+            missing, held, past = before[layer]
+            if past and (here is not None or held is not None):
+                device = cache.layers[layer].keys.device
+                parts = ((held, past), (here, slots))
+                here = torch.cat([torch.ones(rows, size, dtype=torch.bool, device=device) if part is None else part
+                                  for part, size in parts], 1)  # fmt: skip
             mark_pruned_kv(cache.layers[layer], missing + length - slots, here)
 
 
