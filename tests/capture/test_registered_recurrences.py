@@ -251,6 +251,18 @@ def test_report_names_it_and_other_criteria_are_refused() -> None:
         simba_fx.transform(model(), "linear", example_inputs=EXAMPLE, criterion=criterion)(torch.randn(2, 20, 12))
 
 
+def test_of_several_criteria_it_is_scored_by_those_that_it_has() -> None:
+    """Nobody knows what a function writes: the default is the contribution alone, pooled."""
+    module, x = model(), torch.randn(2, 40, 12)
+    default = simba_fx.transform(module, [1, 0.6, 0.4, 0.2], example_inputs=EXAMPLE)
+    alone = simba_fx.transform(module, [1, 0.6, 0.4, 0.2], example_inputs=EXAMPLE, criterion="simba-l2", span=15)
+    with torch.no_grad():
+        assert torch.equal(default(x), alone(x))
+    assert "recurrence_token_score" in simba_fx.explain(default)
+    with pytest.raises(CriterionError, match="Criterion 'write' is not one that a registered recurrence"):
+        simba_fx.transform(module, "linear", example_inputs=EXAMPLE, criterion="write+delta-norm")
+
+
 def test_the_dynamo_backend_refuses_it() -> None:
     """It traces without values, on which the contract has to be kept. Dynamo puts its own words around ours."""
     torch._dynamo.reset()

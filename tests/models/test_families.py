@@ -513,6 +513,28 @@ def test_a_hybrid_is_one_graph_without_a_cache_and_refused_with_one(name: str) -
             compiled(**three_rows(False), use_cache=True)
 
 
+# What `transform` does unless it is told.
+
+
+@every_family
+def test_the_default_keeps_half_and_a_row_in_a_batch_is_the_row_alone(entry: Entry) -> None:
+    pruned = simba_fx.transform(dense(entry.name))
+    rows = tokens(21, 40), tokens(22, 33)
+    ids, mask = padded(rows, [0, 7], [0, 0])
+    with torch.no_grad():
+        both = pruned(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        kept = simba_fx.kept(pruned)
+        for b, row in enumerate(rows):
+            alone = pruned(input_ids=row[None], use_cache=False).logits[0]
+            here = mask[b] != 0
+            assert_close("logits", both[b, here], alone, TOLERANCE[entry.dtype])
+            place = torch.cumsum(mask[b], 0) - 1
+            assert [place[block[b][block[b] >= 0]].tolist() for block in kept] == [
+                block[0].tolist() for block in simba_fx.kept(pruned)
+            ]
+    assert kept[-1].shape[1] == 1 + 20
+
+
 # Families that nobody listed.
 
 
