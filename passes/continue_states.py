@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,16 +11,21 @@ import torch
 from torch import fx
 
 from simba_fx.errors import CacheError
-from simba_fx.graph.facts import Facts, operator_of, returned, value, where
+from simba_fx.graph.facts import (
+    Facts,
+    depends_on_length,
+    expression,
+    is_size,
+    operator_of,
+    returned,
+    value,
+    where,
+)
 from simba_fx.graph.marks import MARK, REGION, Insert, Mark, region
 from simba_fx.ops import continued
 
 _CONV = torch.ops.simba_fx.causal_conv1d.default
 _ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
-_REPEATS = tuple(
-    getattr(torch.ops.aten, name).default
-    for name in ("unsqueeze", "expand", "reshape", "view", "clone", "contiguous", "_unsafe_view")
-)
 _CASTS = (torch.ops.aten.to.dtype, torch.ops.aten._to_copy.default)
 
 
@@ -51,8 +57,9 @@ class ContinueStates:
             elif kind == "recurrent":
                 self._scan(graph, node, past[layer, kind, index])
             elif kind == "keys":
+                held = past[layer, kind, index], past[layer, "values", index]
                 real = self._input(graph, (layer, "real", index), node)
-                self._attend(graph, node, past[layer, kind, index], past[layer, "values", index], real)
+                self._attend(graph, node, stored[layer, "values", index], (*held, real), facts)
         return len(stored)
 
     def _input(self, graph: fx.Graph, entry: tuple[int, str, int], node: fx.Node) -> fx.Node:
@@ -91,16 +98,35 @@ class ContinueStates:
             raise self._unknown(node, "the last state of a scan")
         scan.target, scan.args = continued.CONTINUED[scan.target], (state, *scan.args)
 
-    def _attend(self, graph: fx.Graph, node: fx.Node, keys: fx.Node, values: fx.Node, real: fx.Node) -> None:
-        own = [
-            n
-            for n in graph.nodes
-            if n.target is _ATTENTION and region(n) == region(node) and _is_repeated(n.args[1], node)
-        ]
-        if not own:
-            raise self._unknown(node, "the keys of scaled_dot_product_attention")
-        for attention in own:
-            attention.target, attention.args = continued.attention, (keys, values, real, *attention.args)
+    def _attend(self, graph: fx.Graph, keys: fx.Node, values: fx.Node, past: tuple[fx.Node, ...], facts: Facts) -> None:
+        """What the attention makes of the new tokens' entries, it makes of the past ones as well."""
+        made = [keys, values]
+        for node in _following(keys):
+            if node.target is _ATTENTION and node.args[1] in made and node.args[2] in made:
+                seen = self._of_the_past(graph, made, node, past, facts)
+                node.target, node.args = continued.attention, (*seen, past[2], *node.args)
+                return
+            if any(one in made for one in node.all_input_nodes):
+                made.append(node)
+        raise self._unknown(keys, "the keys of scaled_dot_product_attention")
+
+    def _of_the_past(self, graph: fx.Graph, made: list[fx.Node], attention: fx.Node, past: tuple[fx.Node, ...],
+                     facts: Facts) -> tuple[fx.Node, fx.Node]:  # fmt: skip
+        """Keys and values as the attention takes them: the nodes that make them, once more, on what the cache holds."""
+        insert = Insert(graph, attention, region(attention), self.name)
+        copies, length = dict(zip(made, past)), None
+        for node in made[2:]:
+            for one in node.all_input_nodes:
+                if one in copies or one.op == "get_attr" or (is_size(one) and not depends_on_length(one, facts)):
+                    continue
+                if not is_size(one) or expression(value(one)) != facts.sequence:
+                    raise self._unknown(made[0], "all that its keys are made of")
+                length = length or insert(torch.ops.aten.sym_size.int, past[0], 2, val=value(one))
+                copies[one] = length
+            with graph.inserting_before(attention):
+                copies[node] = graph.node_copy(node, lambda one: copies.get(one, one))
+            copies[node].meta.update({REGION: region(attention), MARK: Mark(self.name)})
+        return copies[attention.args[1]], copies[attention.args[2]]  # type: ignore[index]
 
     def _unknown(self, node: fx.Node, expected: str) -> CacheError:
         return CacheError(
@@ -115,8 +141,8 @@ def _scan_of(state: fx.Node) -> fx.Node:
     return found  # type: ignore[no-any-return]
 
 
-def _is_repeated(node: Any, keys: fx.Node) -> bool:
-    """Whether `node` is `keys`, or these repeated for the heads of a group."""
-    while node is not keys and node.target in _REPEATS:
-        node = node.args[0]
-    return node is keys
+def _following(node: fx.Node) -> Iterator[fx.Node]:
+    """The nodes behind it in its block."""
+    while region(node.next) == region(node):
+        node = node.next
+        yield node

@@ -103,13 +103,11 @@ def attention(keys: Tensor, values: Tensor, real: Tensor, query: Tensor, key: Te
     """`scaled_dot_product_attention` that sees the past as well.
 
     Args:
-        keys, values: of the past, `(B, G, P, width)`.
+        keys, values: of the past, as key and value are of the new tokens.
         real: which tokens of the past are, `(B, P)` bool.
-        query, key, value: of the new tokens, `(B, H, L, width)`; key and value may have G heads.
+        query, key, value: of the new tokens, `(B, H, L, width)`; key and value may have fewer heads (`enable_gqa`).
         mask: of the new tokens among themselves, `(·, ·, L, L)`, bool or added.
     """
-    repeated = key.shape[1] // keys.shape[1]
-    past = [held.to(new.dtype).repeat_interleave(repeated, 1) for held, new in ((keys, key), (values, value))]
     length = query.shape[2]
     if mask is None:
         mask = torch.ones(length, length, dtype=torch.bool, device=query.device)
@@ -118,7 +116,7 @@ def attention(keys: Tensor, values: Tensor, real: Tensor, query: Tensor, key: Te
     if mask.dtype is not torch.bool:
         seen = torch.zeros_like(seen, dtype=mask.dtype).masked_fill(~seen, torch.finfo(mask.dtype).min)
     mask = torch.cat((seen, mask.expand(real.shape[0], -1, -1, -1)), 3)
-    key, value = torch.cat((past[0], key), 2), torch.cat((past[1], value), 2)
+    key, value = torch.cat((keys.to(key.dtype), key), 2), torch.cat((values.to(value.dtype), value), 2)
     return scaled_dot_product_attention(query, key, value, mask, dropout, False, **options)
 
 
