@@ -139,7 +139,7 @@ def prepare(stack: Any, given: dict[str, Any]) -> ModelCall | None:
     if lengths is not None and not traced():
         check_rows(lengths, runtime.shortest_row, runtime.options.named)
     ends = ends_of(asked, rows, length, mask, lengths)
-    use_cache = given.get("use_cache") or warm
+    use_cache = True if warm else given.get("use_cache")
     if ends.apart:
         if from_end := [position for position in runtime.options.named if position < 0]:
             raise InputError(

@@ -250,11 +250,12 @@ class SparseStack(StackRuntime):
         self, variant: ModelVariant, cache: Any, last: LastCall, before: dict[int, tuple[int, Tensor | None, int]]
     ) -> None:
         """Tell the cache's attention layers which tokens they hold, unless they hold them all; `before` this call."""
+        if not variant.attention:
+            return
         rows, length, built, positions, real, mask = last
         everything: Any = mask
         masked = built.captured.facts.mask is not None
-        whole = not masked and not built.cuts and all(known[:2] == (0, None) for known in before.values())
-        if not variant.attention or whole:
+        if not masked and not built.cuts and all(known[:2] == (0, None) for known in before.values()):
             return
         if traced():
             raise InputError(
