@@ -187,6 +187,17 @@ def test_the_models_own_functions_may_begin(entry: Entry) -> None:
     assert "continue-states" in simba_fx.explain(model)
 
 
+@pytest.mark.parametrize("name", ["falcon-mamba", "bamba", "qwen3-next"])
+def test_a_cache_that_the_dense_model_filled_goes_on_pruned(name: str) -> None:
+    model, pruned, ids = dense(name), sparse(name, linear(BY_NAME[name])), tokens(1, 2, 50)
+    with torch.no_grad():
+        _, cache = call(model, ids[:, :30])
+        _, other = call(sparse(name, keep_all(n_blocks(model))), ids[:, :30])
+        one, two = (call(pruned, ids[:, 30:], held)[0] for held in (cache, other))
+    torch.testing.assert_close(one, two, atol=3e-4, rtol=1e-4)
+    assert simba_fx.kept(pruned)[0].shape[1] == 20
+
+
 # --- pruned ---------------------------------------------------------------------------------------------------------
 
 
