@@ -121,7 +121,8 @@ def main() -> None:
     read: Any = AutoModelForCausalLM.from_pretrained
     model = read(folder) if folder else build(options.family, options.width, options.blocks)
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters", flush=True)
-    texts = [torch.tensor(list(text)) for text in sources(TRAINING) if len(text) > options.length + 1]
+    read_only = (text for text in sources(TRAINING) if len(text) > options.length + 1)
+    texts = [torch.frombuffer(bytearray(text), dtype=torch.uint8) for text in read_only]
     sizes = [len(text) for text in texts]
 
     def turn(sparse: nn.Module, memory: dict[str, Any], draw: random.Random) -> tuple[Tensor, int, dict[str, Any]]:
@@ -129,7 +130,7 @@ def main() -> None:
         for text in draw.choices(texts, sizes, k=max(1, options.tokens // options.length)):
             start = draw.randrange(len(text) - options.length - 1)
             rows.append(text[start : start + options.length + 1])
-        ids = torch.stack(rows)
+        ids = torch.stack(rows).long()
         last = options.last or options.length
         with simba_fx.tail(sparse, last):
             logits = sparse(ids[:, :-1], use_cache=False, logits_to_keep=last).logits
