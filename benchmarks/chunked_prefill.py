@@ -27,7 +27,6 @@ def build(name: str) -> Any:
     return JambaForCausalLM(JambaConfig(
         vocab_size=64, hidden_size=WIDTH, intermediate_size=WIDTH, num_hidden_layers=6, num_attention_heads=4,
         num_key_value_heads=2, num_experts=1, num_experts_per_tok=1, attn_layer_offset=2, attn_layer_period=6,
-        use_mamba_kernels=False,
     ))  # fmt: skip
 
 

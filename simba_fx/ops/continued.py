@@ -24,6 +24,9 @@ SHORT = 2.0**-40
 """The step of a token that stands for a state. `exp(SHORT * A)` is 1 in float32 for A down to -32768, and a value that
 was divided by a power of two is itself again when it is multiplied by it."""
 
+_PAIRS = 2**24
+"""Of tokens, in a mask that is made at once where nothing is traced or differentiated."""
+
 
 def selective_scan(state: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     """`simba_fx::selective_scan` from `state` `(B, D, N)`; arguments and results as there."""
@@ -108,16 +111,35 @@ def attention(keys: Tensor, values: Tensor, real: Tensor, query: Tensor, key: Te
         query, key, value: of the new tokens, `(B, H, L, width)`; key and value may have fewer heads (`enable_gqa`).
         mask: of the new tokens among themselves, `(·, ·, L, L)`, bool or added.
     """
+    key, value = torch.cat((keys.to(key.dtype), key), 2), torch.cat((values.to(value.dtype), value), 2)
+    length, slots = query.shape[2], key.shape[2]
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or length * slots <= _PAIRS:
+        seen = _seen(real, query, mask, is_causal, slice(0, length))
+        return scaled_dot_product_attention(query, key, value, seen, dropout, False, **options)
+    found = torch.empty_like(query[..., :1]).repeat(1, 1, 1, value.shape[3])
+    step = max(1, _PAIRS // slots)
+    for begin in range(0, length, step):  # the mask of all pairs at once would outgrow keys and values
+        part = slice(begin, begin + step)
+        seen = _seen(real, query, mask, is_causal, part)
+        found[:, :, part] = scaled_dot_product_attention(query[:, :, part], key, value, seen, dropout, False, **options)
+    return found
+
+
+def _seen(real: Tensor, query: Tensor, mask: Tensor | None, is_causal: bool, part: slice) -> Tensor:
+    """What some of the new tokens may attend to: the past, and the new tokens by their own mask."""
     length = query.shape[2]
     if mask is None:
-        mask = torch.ones(length, length, dtype=torch.bool, device=query.device)
-        mask = (mask.tril() if is_causal else mask)[None, None]
-    seen = real[:, None, None, :].expand(-1, mask.shape[1], length, -1)
+        place = torch.arange(length, device=query.device)
+        mask = (
+            (place <= place[part, None])[None, None] if is_causal else place.new_ones(1, 1, 1, length, dtype=torch.bool)
+        )
+    else:
+        mask = mask[:, :, part]
+    rows = query[:, :, part].shape[2]
+    seen = real[:, None, None, :].expand(-1, mask.shape[1], rows, -1)
     if mask.dtype is not torch.bool:
         seen = torch.zeros_like(seen, dtype=mask.dtype).masked_fill(~seen, torch.finfo(mask.dtype).min)
-    mask = torch.cat((seen, mask.expand(real.shape[0], -1, -1, -1)), 3)
-    key, value = torch.cat((keys.to(key.dtype), key), 2), torch.cat((values.to(value.dtype), value), 2)
-    return scaled_dot_product_attention(query, key, value, mask, dropout, False, **options)
+    return torch.cat((seen, mask.expand(real.shape[0], -1, rows, -1)), 3)
 
 
 CONTINUED: dict[Any, Any] = {

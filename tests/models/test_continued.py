@@ -313,6 +313,21 @@ def _positions(model: Any, mask: Tensor, more: Tensor) -> dict[str, Tensor]:
     return {"position_ids": place[:, -more.shape[1] :]} if takes else {}
 
 
+@pytest.mark.parametrize("name", ["jamba", "kimi-linear"])
+def test_long_turns_make_their_mask_in_parts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Causal and padded: the same numbers, with never more than so many pairs of tokens at once."""
+    pruned = sparse(name, linear(BY_NAME[name]))
+    ids, mask = padded([tokens(8, 30), tokens(9, 41)], [0, 0], [11, 0])
+    for told in ({}, {"attention_mask": mask}):
+        found = []
+        for pairs in (2**24, 300):
+            monkeypatch.setattr(continued, "_PAIRS", pairs)
+            with torch.no_grad():
+                _, cache = call(pruned, tokens(1, 2, 35))
+                found.append(call(pruned, ids, cache, **told)[0])
+        torch.testing.assert_close(*found, atol=1e-5, rtol=1e-5)
+
+
 # --- generation -----------------------------------------------------------------------------------------------------
 
 
