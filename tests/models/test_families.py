@@ -547,6 +547,13 @@ def test_another_recurrence_is_refused_naming_its_function() -> None:
     assert "simba_fx.register_recurrence(function, value)" in str(caught.value)
 
 
+def test_what_fails_without_a_cache_as_well_is_not_laid_to_the_cache() -> None:
+    """By default xLSTM loops over the tokens; and it has a cache of its own, of which the first trace speaks."""
+    config = xLSTMConfig(vocab_size=53, hidden_size=32, embedding_dim=32, num_blocks=2, num_heads=2)
+    with pytest.raises(simba_fx.errors.CaptureError, match="takes the length of its input as a plain number"):
+        simba_fx.transform(xLSTMForCausalLM(config).eval())
+
+
 def test_attention_that_cannot_be_masked_is_refused() -> None:
     model = _bamba()
     model.config._attn_implementation = "flex_attention"

@@ -108,7 +108,7 @@ def install(model: nn.Module, options: Options, example_inputs: Any = None) -> n
         if not isinstance(error, CacheError) and "cache" not in str(error):
             raise
         default = dataclasses.replace(default, cache=False)
-        runtime.variant(default)
+    runtime.variant(default)  # outside of the handler: another error there is not one of the cache
     if not blocks:  # a graph that is traced whole cannot stop to capture another
         runtime.variant(dataclasses.replace(default, mask=torch.int64, trailing=False))
     return clone
