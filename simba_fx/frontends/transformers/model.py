@@ -102,13 +102,15 @@ def install(model: nn.Module, options: Options, example_inputs: Any = None) -> n
     refuse_generation_without_cache(base_of(clone))
     embeddings = stack.get_input_embeddings().weight
     default = usual_signature(stack, embeddings, runtime.pad is not None)
+    cached = default
     try:
         runtime.variant(default)
     except CaptureError as error:  # what is wrong with the cache is told to whoever asks for one
         if not isinstance(error, CacheError) and "cache" not in str(error):
             raise
         default = dataclasses.replace(default, cache=False)
-    runtime.variant(default)  # outside of the handler: another error there is not one of the cache
+    if default is not cached:  # outside of the handler: another error here is none of the cache's
+        runtime.variant(default)
     if not blocks:  # a graph that is traced whole cannot stop to capture another
         runtime.variant(dataclasses.replace(default, mask=torch.int64, trailing=False))
     return clone
