@@ -39,6 +39,7 @@ from transformers import DynamicCache, MambaForCausalLM
 
 import simba_fx
 from simba_fx.errors import CacheError, InputError
+from simba_fx.frontends.transformers.calls import takes_positions
 from simba_fx.ops import continued
 
 every_family = pytest.mark.parametrize("entry", FAMILIES, ids=names(FAMILIES))
@@ -289,28 +290,23 @@ def test_rows_of_a_batch_are_the_rows_alone(entry: Entry) -> None:
     texts = [tokens(6, 31), tokens(7, 22)], [tokens(8, 17), tokens(9, 24)]
     first, mask = padded(texts[0], [0, 9], [0, 0])
     second, more = padded(texts[1], [0, 0], [7, 0])
+    place = (torch.cat((mask, more), 1).cumsum(1) - 1).clamp(min=0)
+    one, two = ({"position_ids": part} if takes_positions(type(pruned.base_model)) else {}
+                for part in (place[:, : first.shape[1]], place[:, first.shape[1] :]))  # fmt: skip
     with torch.no_grad():
         _, cache = call(pruned, first, attention_mask=mask)
         both, _ = call(pruned, second, cache, attention_mask=torch.cat((mask, more), 1))
         kept = simba_fx.kept(pruned)
-        _, again = call(pruned, first, attention_mask=mask)
-        same, _ = call(pruned, second, again, attention_mask=more, **_positions(pruned, mask, more))
+        _, again = call(pruned, first, attention_mask=mask, **one)
+        same, _ = call(pruned, second, again, attention_mask=more, **two)
         for row, length in ((0, 17), (1, 24)):
             _, alone = call(pruned, texts[0][row][None])
             logits, alone = call(pruned, texts[1][row][None], alone)
-            if "position_ids" not in _positions(pruned, mask, more):  # without, positions count the padding as well
-                torch.testing.assert_close(both[row, :length], logits[0], atol=3e-4, rtol=1e-4)
+            torch.testing.assert_close(both[row, :length], logits[0], atol=3e-4, rtol=1e-4)
             torch.testing.assert_close(same[row, :length], logits[0], atol=3e-4, rtol=1e-4)
             assert [[p for p in entered[row].tolist() if p >= 0] for entered in kept] == [
                 entered[0].tolist() for entered in simba_fx.kept(pruned)
             ]
-
-
-def _positions(model: Any, mask: Tensor, more: Tensor) -> dict[str, Tensor]:
-    """As `generate` makes them of a mask, where the model takes any."""
-    takes = "position_ids" in type(model.base_model).__mro__[1].forward.__code__.co_varnames
-    place = torch.cat((mask, more), 1).cumsum(1) - 1
-    return {"position_ids": place[:, -more.shape[1] :]} if takes else {}
 
 
 @pytest.mark.parametrize("name", ["jamba", "kimi-linear"])
