@@ -116,7 +116,7 @@ def attention(keys: Tensor, values: Tensor, real: Tensor, query: Tensor, key: Te
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or length * slots <= _PAIRS:
         seen = _seen(real, query, mask, is_causal, slice(0, length))
         return scaled_dot_product_attention(query, key, value, seen, dropout, False, **options)
-    found = torch.empty_like(query[..., :1]).repeat(1, 1, 1, value.shape[3])
+    found = query.new_empty(*query.shape[:3], value.shape[3])
     step = max(1, _PAIRS // slots)
     for begin in range(0, length, step):  # the mask of all pairs at once would outgrow keys and values
         part = slice(begin, begin + step)
@@ -127,15 +127,14 @@ def attention(keys: Tensor, values: Tensor, real: Tensor, query: Tensor, key: Te
 
 def _seen(real: Tensor, query: Tensor, mask: Tensor | None, is_causal: bool, part: slice) -> Tensor:
     """What some of the new tokens may attend to: the past, and the new tokens by their own mask."""
-    length = query.shape[2]
-    if mask is None:
-        place = torch.arange(length, device=query.device)
-        mask = (
-            (place <= place[part, None])[None, None] if is_causal else place.new_ones(1, 1, 1, length, dtype=torch.bool)
-        )
-    else:
+    place = torch.arange(query.shape[2], device=query.device)
+    if mask is not None:
         mask = mask[:, :, part]
-    rows = query[:, :, part].shape[2]
+    elif is_causal:
+        mask = (place <= place[part, None])[None, None]
+    else:
+        mask = torch.ones_like(place, dtype=torch.bool)[None, None, None]
+    rows = len(place[part])
     seen = real[:, None, None, :].expand(-1, mask.shape[1], rows, -1)
     if mask.dtype is not torch.bool:
         seen = torch.zeros_like(seen, dtype=mask.dtype).masked_fill(~seen, torch.finfo(mask.dtype).min)

@@ -29,7 +29,9 @@ def mark_pruned_kv(layer: Any, missing: int, real: Tensor | None) -> None:
     """
     cls = type(layer)
     if cls not in _classes.values():
-        layer.__class__ = _classes.setdefault(cls, _sparse_class(cls))
+        if cls not in _classes:
+            _classes[cls] = _sparse_class(cls)
+        layer.__class__ = _classes[cls]
     layer.missing, layer.real = missing, real
 
 
