@@ -41,10 +41,11 @@ def measure(name: str, length: int, chunk: int) -> float:
     from transformers import DynamicCache
 
     import simba_fx
+    from simba_fx.frontends.transformers.calls import cache_parameter, inspect_parameters
 
     torch.manual_seed(0)
     sparse = simba_fx.transform(build(name).eval())
-    argument = next(n for n in ("cache", "past_key_values", "cache_params") if n in _parameters(sparse))
+    argument = cache_parameter(inspect_parameters(type(sparse)))
 
     def read(ids: torch.Tensor, size: int) -> None:
         cache = DynamicCache(config=sparse.config)
@@ -56,12 +57,6 @@ def measure(name: str, length: int, chunk: int) -> float:
     before = peak()
     read(ids, chunk)
     return peak() - before
-
-
-def _parameters(model: Any) -> Any:
-    import inspect
-
-    return inspect.signature(type(model.base_model).__mro__[1].forward).parameters
 
 
 def main() -> None:

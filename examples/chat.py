@@ -12,13 +12,12 @@ from __future__ import annotations
 import argparse
 import copy
 import statistics
-import time
-from collections.abc import Callable
 from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
+from demo import in_turns
 from real_text import windows
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -36,18 +35,6 @@ def call(model: Any, ids: Tensor, cache: Any) -> Any:
     """Logits of the last bytes; the cache is filled in place."""
     with torch.no_grad(), simba_fx.tail(model, LAST):
         return model(ids, use_cache=True, logits_to_keep=LAST, **{CACHE: cache}).logits
-
-
-def milliseconds(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
-    """Of each call, in turns, after one round that is not counted."""
-    found: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(repeats + 1):
-        for name, one in calls.items():
-            begun = time.perf_counter()
-            one()
-            if turn:
-                found[name].append(1000 * (time.perf_counter() - begun))
-    return found
 
 
 def main() -> None:
@@ -77,7 +64,7 @@ def main() -> None:
         losses["pruned, in turns"].append(loss(call(sparse, ids[:, options.first :], cache), ids))
     ids, cache = rows[:1], new()
     call(sparse, ids[:, : options.first], cache)
-    times = milliseconds({
+    times = in_turns({
         "dense, whole": lambda: call(dense, ids, new()),
         "pruned, whole": lambda: call(sparse, ids, new()),
         "pruned, in turns": lambda: call(sparse, ids[:, options.first :], copy.deepcopy(cache)),
@@ -88,7 +75,8 @@ def main() -> None:
     for name, values in times.items():
         more = torch.tensor(losses[name]) - base
         error = more.std() / len(more) ** 0.5
-        print(f"{name:18}{statistics.median(values):8.1f} ms ({min(values):.1f} to {max(values):.1f})   "
+        middle, least, most = (1e3 * of(values) for of in (statistics.median, min, max))
+        print(f"{name:18}{middle:8.1f} ms ({least:.1f} to {most:.1f})   "
               f"loss - dense {more.mean():+.4f} ± {error:.4f}")  # fmt: skip
 
 

@@ -36,29 +36,13 @@ ARGUMENTS = ["eval", str(CHECKPOINT), "--text", str(TEXT / "unit"), "--lengths",
              "--windows", str(WINDOWS), "--schedules", "0.5", "--criteria", "simba-l2/5", "recent", "--near", str(NEAR),
              "--gain", "0.2", "--baselines", "left-truncation", "layer-drop", "utrc", "--device", "cpu"]  # fmt: skip
 
+NEEDLES = ["--tasks", "needles", "--searches", "2", "--depths", "0", "1", "--pairs", "2"]
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out: Path = tmp_path_factory.mktemp("eval")
-    assert (
-        cli.main(
-            [
-                *ARGUMENTS,
-                "--tasks",
-                "needles",
-                "--searches",
-                "2",
-                "--depths",
-                "0",
-                "1",
-                "--pairs",
-                "2",
-                "--out",
-                str(out),
-            ]
-        )
-        == 0
-    )
+    assert cli.main([*ARGUMENTS, *NEEDLES, "--out", str(out)]) == 0
     return out
 
 
@@ -149,25 +133,7 @@ def test_a_run_that_was_stopped_goes_on(folder: Path, capsys: pytest.CaptureFixt
     whole, before = log.read_text(), (folder / "results.json").read_text()
     lines = whole.splitlines(keepends=True)
     log.write_text("".join(lines[:4]) + lines[4][:30])  # the last line was cut off
-    assert (
-        cli.main(
-            [
-                *ARGUMENTS,
-                "--tasks",
-                "needles",
-                "--searches",
-                "2",
-                "--depths",
-                "0",
-                "1",
-                "--pairs",
-                "2",
-                "--out",
-                str(folder),
-            ]
-        )
-        == 0
-    )
+    assert cli.main([*ARGUMENTS, *NEEDLES, "--out", str(folder)]) == 0
     after = json.loads((folder / "results.json").read_text())
     assert after["text"] == json.loads(before)["text"]
     assert after["tasks"] == json.loads(before)["tasks"]
