@@ -49,9 +49,14 @@ _capturing: int | None = None
 
 @contextmanager
 def capturing() -> Iterator[None]:
-    """Around a capture, which is this thread's: what the others do meanwhile is not traced."""
+    """Around a capture, which is this thread's: what the others do meanwhile is not traced.
+
+    Fake tensors are made anew: to look one of symbolic sizes up in torch's cache, and to copy it, takes longer.
+    """
+    import torch._dynamo.config
+
     global _capturing
-    with one_at_a_time:
+    with one_at_a_time, torch._dynamo.config.patch(fake_tensor_cache_enabled=False):
         before, _capturing = _capturing, threading.get_ident()
         try:
             yield

@@ -76,12 +76,12 @@ def watched(scans: Collection[Any]) -> Iterator[list[Question]]:
         known = len(self.guards)
         answer = own(self, expr, *args, **kwargs)
         if threading.get_ident() == thread:
-            asker, direct = _asker(sys._getframe(1))
             facts = [guard.expr for guard in self.guards[known:]]
             new = bool(facts)
-            if direct and not new and isinstance(expr, sympy.logic.boolalg.Boolean):
+            if not new and isinstance(expr, sympy.logic.boolalg.Boolean) and _asked_directly(sys._getframe(1)):
                 facts = [expr if answer else sympy.Not(expr)]
             if facts:
+                asker = _asker(sys._getframe(1))
                 line = line_of(asker.f_code.co_filename, asker.f_lineno) if asker else ""
                 modules = _modules(asker)
                 questions.extend(Question(fact, line, len(scans), new, modules) for fact in facts)
@@ -105,13 +105,20 @@ def _is_foreign_file(name: str) -> bool:
     return name.startswith((_TORCH, _OURS))
 
 
-def _asker(frame: FrameType | None) -> tuple[FrameType | None, bool]:
-    """The model's own code that a question comes from, and whether it asked, not a function of torch that it called."""
-    direct = False
+def _asked_directly(frame: FrameType | None) -> bool:
+    """Whether the model's own code asked a question, and not a function of torch that it called."""
     while frame is not None and is_foreign(frame):
-        direct = frame.f_code.co_filename == _CONVERSIONS[0] and frame.f_code.co_name in _CONVERSIONS[1]
+        code, frame = frame.f_code, frame.f_back
+        if code.co_filename == _CONVERSIONS[0] and code.co_name in _CONVERSIONS[1]:
+            return frame is not None and not is_foreign(frame)
+    return False
+
+
+def _asker(frame: FrameType | None) -> FrameType | None:
+    """The model's own code that a question comes from."""
+    while frame is not None and is_foreign(frame):
         frame = frame.f_back
-    return frame, direct and frame is not None
+    return frame
 
 
 def line_of(file: str, number: int) -> str:

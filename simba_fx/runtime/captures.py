@@ -25,7 +25,7 @@ from simba_fx.runtime.fsdp import dense_class, without_memory
 
 __all__ = ["captured", "share", "stored_with"]
 
-_MOST = 16
+MOST = 16
 """Of one model; the oldest goes first."""
 Store = dict[Hashable, tuple[Captured, Any]]
 _stores: weakref.WeakKeyDictionary[nn.Module, Store] = weakref.WeakKeyDictionary()
@@ -58,7 +58,7 @@ def captured(store: Store, root: nn.Module, now: Snapshot, rest: Iterable[Hashab
         own = tensor_paths(root)
         looks = {path: without_memory(held) if path in own else held for path, held in found.attributes.items()}
         store[key] = replace(found, attributes=looks), seen
-        for oldest in list(store)[:-_MOST]:
+        for oldest in list(store)[:-MOST]:
             del store[oldest]
     else:
         store[key] = store.pop(key)  # the last one used comes last

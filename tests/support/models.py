@@ -91,11 +91,12 @@ class Entry:
     def build(self) -> nn.Module:
         """A fresh model: the same weights at every call, which it shares with no other; but what was captured of one
         serves the next, as long as that looks the same (`simba_fx.runtime.captures`)."""
-        from simba_fx.runtime.captures import share
+        from simba_fx.runtime import captures
 
+        captures.MOST = 100  # every call of every test: twice as many as a model is expected to see
         model = self.make()
         randomise(model, self.seed)
-        share(getattr(model, "base_model", model), _stores.setdefault(self.name, {}))
+        captures.share(getattr(model, "base_model", model), _stores.setdefault(self.name, {}))
         return model.to(self.dtype).eval()
 
 

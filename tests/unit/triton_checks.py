@@ -27,6 +27,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:Conversion of an array with ndim
 
 OPS = torch.ops.simba_fx
 SELECTIVE = ("u", "delta", "A", "B", "C", "delta_bias")
+CRITERIA = ("simba", "simba-abs", "simba-l2")
+SIDES = ("none", "right", "left")
 SSD = ("x", "dt", "A", "B", "C", "dt_bias")
 
 
@@ -64,18 +66,19 @@ def expected_score(contributions: Tensor, query: Tensor, criterion: str) -> Tens
     ],
     ids=str,
 )
-@pytest.mark.parametrize("criterion", ["simba", "simba-abs", "simba-l2"])
-@pytest.mark.parametrize("side", ["none", "right", "left"])
-def test_the_selective_score(shape: dict[str, Any], criterion: str, side: str, gpu: None) -> None:
+@pytest.mark.parametrize("turn", range(3))
+def test_the_selective_score(shape: dict[str, Any], turn: int, gpu: None) -> None:
+    """In three turns each tail meets each criterion and each side of padding once."""
     operands = selective_operands(**shape)
     scan = [operands[name] for name in SELECTIVE]
     rows, _, length = scan[0].shape
-    real = None if side == "none" else padding(rows, length, side)
-    for tail in (1, 3, 40):
+    for i, tail in enumerate((1, 3, 40)):
+        criterion, side = CRITERIA[(i + turn) % 3], SIDES[(i - turn) % 3]
+        real = None if side == "none" else padding(rows, length, side)
         query = ops.query_position(real, tail, rows=rows, length=length)
         got = ops.selective_token_score(*scan, True, real, tail, criterion)
         contributions = reference.selective_contributions_ref(*scan, True, query)
-        assert_close(f"tail {tail}", got, expected_score(contributions, query, criterion))
+        assert_close(f"{tail}, {criterion}, {side}", got, expected_score(contributions, query, criterion))
         assert got.dtype == torch.float32
 
 
@@ -88,8 +91,8 @@ def test_the_selective_score(shape: dict[str, Any], criterion: str, side: str, g
     ],
     ids=str,
 )
-@pytest.mark.parametrize("criterion", ["simba", "simba-abs", "simba-l2", "no-decay"])
-@pytest.mark.parametrize("side", ["none", "right", "left"])
+@pytest.mark.parametrize("criterion", [*CRITERIA, "no-decay"])
+@pytest.mark.parametrize("side", SIDES)
 def test_the_ssd_score(shape: dict[str, Any], criterion: str, side: str, gpu: None) -> None:
     operands = ssd_operands(**shape)
     scan = [operands[name] for name in SSD]
