@@ -120,6 +120,8 @@ def _same(a: Any, b: Any) -> bool:
         return False
     if kind in PLAIN:
         return bool(a == b)
+    if kind is functools.partial:
+        return all(map(_same, (a.func, a.args, a.keywords), (b.func, b.args, b.keywords)))
     if kind in (list, tuple):
         return len(a) == len(b) and all(map(_same, a, b))
     if kind in (dict, OrderedDict):

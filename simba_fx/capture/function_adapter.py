@@ -13,7 +13,9 @@ where c is one backward pass with ones at q. Gates, keys and queries may enter i
 
 from __future__ import annotations
 
+import functools
 import inspect
+import types
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -116,9 +118,15 @@ class FunctionAdapter:
             return ["dtype", _name(leaf)]
         if isinstance(leaf, _PLAIN):
             return leaf
+        if isinstance(leaf, types.FunctionType) and leaf.__closure__ is None:
+            return ["function", known_as(leaf)]
+        if isinstance(leaf, functools.partial):
+            named = {name: self._constant(held) for name, held in leaf.keywords.items()}
+            return ["partial", self._constant(leaf.func), [*map(self._constant, leaf.args)], named]
         raise CaptureError(
             f"{self.name} was called with {leaf!r} ({type(leaf).__name__}); a graph can hold tensors, numbers, flags, "
-            "words and dtypes among the arguments of a registered recurrence. Register a function without it."
+            "words, dtypes and functions without a closure among the arguments of a registered recurrence. Register a "
+            "function without it."
         )
 
     def examine(self, args: Any, kwargs: Any) -> Any:

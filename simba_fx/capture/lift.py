@@ -16,6 +16,7 @@ After capture every patched name is back as it was, on errors too.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import sys
 import threading
@@ -220,20 +221,42 @@ def lifted(model: nn.Module, record: Recorder | None = None) -> Iterator[list[Ca
     sites: list[CallSite] = []
     with capturing():
         undo: list[tuple[Any, str, Any]] = []
+        inside: dict[Callable[..., Any], Callable[..., Any]] = {}
         try:
             callers = list(_callers(model))
+            for owner, name, held in _partials(model):
+                function = held.func
+                row = _row(sys.modules.get(function.__module__), function.__name__, function)
+                if row is None:
+                    continue
+                if function not in inside:  # one for all, so that blocks that are alike stay it
+                    inside[function] = _in_this_thread(function, _stands_in(function, row, record, sites))
+                undo.append((owner, name, held))
+                setattr(owner, name, functools.partial(inside[function], *held.args, **held.keywords))
             for owner in {id(owner): owner for owner in (*callers, *_holders(model))}.values():
                 for name, value in list(vars(owner).items()):
                     row = _row(owner, name, value) if owner in callers else _own_row(value)
                     if row is None:
                         continue
                     undo.append((owner, name, value))
-                    stand_in = row.stand_in(value) if isinstance(row, StandIn) else record(value, row, sites)
-                    setattr(owner, name, _in_this_thread(value, stand_in))
+                    setattr(owner, name, _in_this_thread(value, _stands_in(value, row, record, sites)))
             yield sites
         finally:
             for owner, name, value in reversed(undo):
                 setattr(owner, name, value)
+
+
+def _stands_in(function: Callable[..., Any], row: Adapter | StandIn, record: Recorder,
+               sites: list[CallSite]) -> Callable[..., Any]:  # fmt: skip
+    return row.stand_in(function) if isinstance(row, StandIn) else record(function, row, sites)
+
+
+def _partials(model: nn.Module) -> Iterator[tuple[nn.Module, str, functools.partial[Any]]]:
+    """Functions that modules hold with some of their arguments: what is looked up when the model runs is that."""
+    for module in model.modules():
+        for name, held in list(vars(module).items()):
+            if isinstance(held, functools.partial) and inspect.isfunction(held.func):
+                yield module, name, held
 
 
 def _in_this_thread(function: Callable[..., Any], stand_in: Callable[..., Any]) -> Callable[..., Any]:

@@ -82,7 +82,12 @@ def text(graph: fx.Graph) -> str:
 def _short(argument: Any) -> str:
     if isinstance(argument, list | tuple):
         return "[" + ", ".join(map(_short, argument)) + "]"
-    return str(argument)
+    told = str(argument)
+    return told if len(told) <= _LONG else f"{told[:_LONG]}…"
+
+
+_LONG = 100
+"""Characters of an argument: how a registered function is called takes a page."""
 
 
 def diff(before: Stage, after: Stage, context: int = 1) -> str:

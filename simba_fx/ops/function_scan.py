@@ -49,7 +49,8 @@ class FunctionCall:
     spec: str
     """Of its arguments and keywords, as `torch.utils._pytree` writes it."""
     leaves: tuple[Any, ...]
-    """Flat: `[i]` stands for the tensor i, `["dtype", name]` for a dtype, everything else for itself."""
+    """Flat: `[i]` stands for the tensor i, `["dtype", name]` for a dtype, `["function", name]` for a function,
+    `["partial", function, arguments, keywords]` for one with some arguments given; everything else for itself."""
     value: int
     """Which of the tensors is the values."""
     dim: int
@@ -96,9 +97,17 @@ _spec_of = functools.lru_cache(1024)(pytree.treespec_loads)
 
 
 def _leaf(leaf: Any, tensors: Sequence[Tensor]) -> Any:
-    if not isinstance(leaf, list | tuple):
-        return leaf
-    return tensors[leaf[0]] if len(leaf) == 1 else _dtype(leaf[1])
+    match leaf:
+        case [int(number)]:
+            return tensors[number]
+        case ["dtype", name]:
+            return _dtype(name)
+        case ["function", name]:
+            return _function(name)
+        case ["partial", function, arguments, keywords]:
+            given = (_leaf(held, ()) for held in arguments)
+            return functools.partial(_leaf(function, ()), *given, **{k: _leaf(v, ()) for k, v in keywords.items()})
+    return leaf
 
 
 def _dtype(name: str) -> torch.dtype:

@@ -257,9 +257,9 @@ def test_captures_go_with_their_model_and_are_few(name: str) -> None:
     run(sparse, name)
     store = captures.stored_with(model if name == "plain" else model.base_model)  # type: ignore[arg-type]
     assert 1 <= len(store) <= 2
-    for number in range(20):
+    for number in range(captures.MOST + 4):
         captures.captured(store, model, snapshot(model), (number,), lambda: next(iter(store.values())))
-    assert len(store) == captures._MOST
+    assert len(store) == captures.MOST
     there = weakref.ref(model)
     del model
     gc.collect()

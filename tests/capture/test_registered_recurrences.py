@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import sys
 from collections.abc import Callable
 from math import nan
@@ -304,8 +305,24 @@ def recurrent_gemma() -> nn.Module:
     return made
 
 
+def xlstm() -> nn.Module:
+    from transformers import xLSTMConfig, xLSTMForCausalLM
+
+    config = xLSTMConfig(vocab_size=VOCABULARY, hidden_size=16, embedding_dim=16, num_blocks=3, num_heads=2,
+                         chunk_size=8)  # fmt: skip
+    made: nn.Module = xLSTMForCausalLM(config).eval()
+    return made
+
+
+OTHER_CACHES = [
+    (rwkv, "takes no cache"),
+    (recurrent_gemma, "attend to a sliding window"),
+    (xlstm, "asks its cache for rnn_state"),
+]
+
+
 @pytest.mark.filterwarnings("ignore:.*assigned during export")
-@pytest.mark.parametrize(("make", "why"), [(rwkv, "takes no cache"), (recurrent_gemma, "attend to a sliding window")])
+@pytest.mark.parametrize(("make", "why"), OTHER_CACHES)
 def test_a_model_of_transformers(make: Callable[[], nn.Module], why: str) -> None:
     torch.manual_seed(0)
     module, ids = make(), tokens(1, 2, 20)
@@ -319,6 +336,47 @@ def test_a_model_of_transformers(make: Callable[[], nn.Module], why: str) -> Non
         assert [held.shape[1] for held in simba_fx.kept(sparse)] == [20, 12, 5]
         with pytest.raises(CacheError, match=rf"{why}.*Pass use_cache=False, or generate with the dense model"):
             sparse(input_ids=ids, use_cache=True)
+
+
+def test_xlstm_is_its_own_blocks_on_the_survivors() -> None:
+    """Which are those that contribute most, by a loop in float64 over what its first block computes."""
+    torch.manual_seed(0)
+    module: Any = xlstm()
+    ids = tokens(1, 2, 41)
+    sparse = simba_fx.transform(module, [1, 0.6, 0.3], criterion="simba")
+    stack, first = module.backbone, {}
+    with torch.no_grad():
+        found = sparse(input_ids=ids, use_cache=False).logits
+        kept = simba_fx.kept(sparse)
+        hook = stack.blocks[0].mlstm_layer.mlstm_backend.register_forward_pre_hook(
+            lambda _, args, given: first.update(given), with_kwargs=True
+        )
+        states, before = stack.embeddings(ids), torch.arange(41).expand(2, 41)
+        for block, positions in zip(stack.blocks, kept):
+            place = torch.stack([torch.searchsorted(b, p) for b, p in zip(before, positions)])
+            states = block(states.gather(1, place[..., None].expand(-1, -1, 16)), None)[0]
+            before = positions
+        hook.remove()
+        cap = module.config.output_logit_soft_cap
+        right = cap * torch.tanh(module.lm_head(stack.out_norm(states[:, -1])) / cap)
+    assert_close("logits", found[:, -1], right, 1e-5)
+    q, k, v, i, f = (first[name].double().transpose(1, 2) for name in ("query", "key", "value", "igate", "fgate"))
+    q = q * q.shape[-1] ** -0.5
+    one_by_one = [v * (torch.arange(41) == token)[:, None, None] for token in range(41)]
+    score = torch.stack([known.mlstm(q, k, alone, i, f)[:, -1].amax((1, 2)) for alone in one_by_one], 1)
+    for row, positions in zip(score, kept[1]):
+        best = row[:-1].topk(len(positions) - 1).indices
+        assert torch.equal(torch.cat((best, torch.tensor([40]))).sort().values, positions)
+
+
+def test_xlstm_learns_the_same() -> None:
+    torch.manual_seed(0)
+    module, ids = xlstm().train(), tokens(1, 2, 30)
+    everything = simba_fx.transform(module, [1, 1 - 1e-6, 1 - 2e-6], criterion="simba")
+    losses = [model(input_ids=ids, labels=ids, use_cache=False).loss for model in (module, everything)]
+    found = [torch.autograd.grad(loss, list(module.parameters())) for loss in losses]
+    for (name, _), mine, own in zip(module.named_parameters(), found[1], found[0], strict=True):
+        assert_close(name, mine, own, 1e-5)
 
 
 class HeadFirst(Block):
@@ -343,7 +401,31 @@ class Method(Block):
         return known.gla(q, k, v, g)[0], None
 
 
-@pytest.mark.parametrize(("block", "function"), [(HeadFirst, head_first), (Method, Method.scan)])
+class Held(Block):
+    """Its scan hangs on it, with a part of its work, and with a part of that one's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scan = functools.partial(in_parts, inner=functools.partial(part, keep=known.gla), dtype=torch.float32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = x + self.out(self.scan(*self.operands(x)).flatten(2))
+        return out
+
+
+def part(q: Tensor, k: Tensor, v: Tensor, g: Tensor, keep: Callable[..., Any]) -> Tensor:
+    found: Tensor = keep(q, k, v, g)[0]
+    return found
+
+
+def in_parts(q: Tensor, k: Tensor, v: Tensor, g: Tensor, inner: Callable[..., Tensor], dtype: torch.dtype) -> Tensor:
+    return inner(q, k, v, g).to(dtype)
+
+
+LAYOUTS = [(HeadFirst, head_first), (Method, Method.scan), (Held, in_parts)]
+
+
+@pytest.mark.parametrize(("block", "function"), LAYOUTS)
 def test_other_layouts_and_methods(block: type[Block], function: Callable[..., Any]) -> None:
     simba_fx.register_recurrence(function, value="v", shared=True)
     module = model()

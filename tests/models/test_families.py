@@ -56,6 +56,7 @@ from transformers import (
 )
 
 import simba_fx
+from simba_fx.capture.scan_functions import transformers as scan_functions
 
 every_family = pytest.mark.parametrize("entry", FAMILIES, ids=names(FAMILIES))
 WITH_ATTENTION = (*HYBRIDS, *DELTA_RULES)
@@ -538,8 +539,15 @@ def test_the_default_keeps_half_and_a_row_in_a_batch_is_the_row_alone(entry: Ent
 # Families that nobody listed.
 
 
+@pytest.fixture
+def unlisted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """xLSTM as it would be if nobody had listed what it calls."""
+    monkeypatch.delitem(scan_functions.ROWS, "wrap_chunkwise_arbitrary_sequence_length")
+
+
+@pytest.mark.usefixtures("unlisted")
 def test_another_recurrence_is_refused_naming_its_function() -> None:
-    """Its scan is put together of functions that a module holds: none of them alone is the recurrence."""
+    """Its scan is put together of functions that a module holds."""
     config = xLSTMConfig(vocab_size=53, hidden_size=32, embedding_dim=32, num_blocks=3, num_heads=2, chunk_size=8)
     with pytest.raises(simba_fx.errors.ScanNotFoundError) as caught:
         simba_fx.transform(xLSTMForCausalLM(config).eval(), "linear", criterion="simba")
@@ -547,6 +555,7 @@ def test_another_recurrence_is_refused_naming_its_function() -> None:
     assert "simba_fx.register_recurrence(function, value)" in str(caught.value)
 
 
+@pytest.mark.usefixtures("unlisted")
 def test_what_fails_without_a_cache_as_well_is_not_laid_to_the_cache() -> None:
     """By default xLSTM loops over the tokens; and it has a cache of its own, of which the first trace speaks."""
     config = xLSTMConfig(vocab_size=53, hidden_size=32, embedding_dim=32, num_blocks=2, num_heads=2)

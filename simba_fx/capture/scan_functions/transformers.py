@@ -111,6 +111,7 @@ SCANS: dict[str, Row] = {
     "chunk_kimi_delta_attention": _delta,
     "rwkv_linear_attention": Linear("value"),
     "RecurrentGemmaRglru._rnn_scan": Linear("hidden_states"),
+    "wrap_chunkwise_arbitrary_sequence_length": Linear("value", shared=True),
 }
 """A model with one of these in its modeling file can be transformed."""
 ROWS: dict[str, Row] = {
