@@ -52,11 +52,14 @@ def main() -> None:
     begun = time.process_time()
     sparse = simba_fx.transform(model, "dense")
     first = time.process_time() - begun
-    begun = time.process_time()
-    simba_fx.transform(model, "linear")
+    others = []
+    for share in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6):
+        begun = time.process_time()
+        simba_fx.transform(model, simba_fx.Linear(share))
+        others.append(time.process_time() - begun)
     print(f"{options.blocks} blocks, (1, 16) tokens, torch {torch.__version__}, one thread, processor time")
     print(f"first transform     {first:7.2f} s")
-    print(f"another schedule    {time.process_time() - begun:7.2f} s")
+    print(f"another schedule    {statistics.median(others):7.2f} s ({min(others):.2f} to {max(others):.2f}, six ramps)")
     flat = simba_fx.transform(model, "dense", compile="whole")
     flat(ids)
     graph, embeds = simba_fx.program(flat).program, model.embeddings(ids)

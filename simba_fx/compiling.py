@@ -8,6 +8,7 @@ of, dynamic sizes. Importing Dynamo takes a second, so nothing here does it befo
 from __future__ import annotations
 
 import functools
+import gc
 import threading
 import types
 from collections.abc import Callable, Iterable, Iterator
@@ -41,10 +42,26 @@ __all__ = [
 
 # --- what is traced, and by whom: torch's own flags are the whole process's ------------------------------------------
 
-one_at_a_time = threading.RLock()
-"""Held while a model is captured and rewritten: names are patched, and torch's tracing modes are the process's."""
+_lock = threading.RLock()
 _capturing: int | None = None
 """The thread that captures a model right now."""
+
+
+@contextmanager
+def one_at_a_time() -> Iterator[None]:
+    """While a model is captured and rewritten: names are patched, and torch's tracing modes are the process's.
+
+    Python's collector rests meanwhile. Graphs are large heaps of objects that live, which it would look through again
+    and again.
+    """
+    with _lock:
+        collects = gc.isenabled()
+        gc.disable()
+        try:
+            yield
+        finally:
+            if collects:
+                gc.enable()
 
 
 @contextmanager
@@ -56,7 +73,7 @@ def capturing() -> Iterator[None]:
     import torch._dynamo.config
 
     global _capturing
-    with one_at_a_time, torch._dynamo.config.patch(fake_tensor_cache_enabled=False):
+    with one_at_a_time(), torch._dynamo.config.patch(fake_tensor_cache_enabled=False):
         before, _capturing = _capturing, threading.get_ident()
         try:
             yield

@@ -1,7 +1,5 @@
-"""What torch keeps for good of every trace and graph module, and a process that transforms many models must not.
-
-The source text of graph modules (for tracebacks), and the results of operators on fake tensors (for the next trace).
-"""
+"""What torch keeps for good of every trace and graph module, and a process that transforms many models must not: the
+source text of graph modules (for tracebacks)."""
 
 from __future__ import annotations
 
@@ -11,10 +9,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from types import CodeType
 
-from simba_fx.compiling import FakeTensorMode, source_texts
-
-_RESULTS = 4096
-"""Of operators on fake tensors; a trace leaves some hundred."""
+from simba_fx.compiling import source_texts
 
 __all__ = ["free_with", "none_left"]
 
@@ -27,14 +22,12 @@ def free_with(cls: type, code: CodeType) -> None:
 @contextmanager
 def none_left() -> Iterator[None]:
     """Around a trace, of whose graph modules none lives on. (What other threads make meanwhile goes too: its text is
-    missed in tracebacks alone, and results are computed again.)"""
+    missed in tracebacks alone.)"""
     before = set(source_texts.eval_cache)
     try:
         yield
     finally:
         _forget(set(source_texts.eval_cache) - before)
-        if FakeTensorMode.cache_info().size > _RESULTS:
-            FakeTensorMode.cache_clear()
 
 
 def _forget(keys: Collection[str]) -> None:

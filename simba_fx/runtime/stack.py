@@ -178,7 +178,7 @@ class StackRuntime(Memory):
         return found
 
     def _captured_anew(self, signature: Signature, known: list[Variant], now: Snapshot) -> Variant:
-        with one_at_a_time:
+        with one_at_a_time():
             variant = self.capture(signature, now)
         if (used := self.used(signature)) != signature:  # the capture has told more
             signature, known = used, self.variants.get(used, [])

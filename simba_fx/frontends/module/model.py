@@ -112,7 +112,7 @@ class PlainRuntime(Memory):
         now = self.fingerprint.snapshot()
         if now == self.graphs[-1][0]:
             return
-        with one_at_a_time:
+        with one_at_a_time():
             found = next((graph for graph in self.graphs if graph[0] == now), None)
             if found is None:
                 built = self._built(now)
@@ -311,7 +311,7 @@ def install(model: nn.Module, options: Options, example: Any) -> fx.GraphModule:
     refuse_other_forwards(model)
     runtime = PlainRuntime(options, type(model).__name__, signature, autocast_dtype(device), tensors, constants,
                            primary, mask, BudgetCost(None), stored_with(model))  # fmt: skip
-    with one_at_a_time:
+    with one_at_a_time():
         return runtime.start(copies_of(model)[model])
 
 
