@@ -5,6 +5,7 @@ simba-fx eval examples/mamba-py-3m --text $(python examples/real_text.py)
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from importlib.machinery import PathFinder
 from pathlib import Path
 
@@ -16,13 +17,13 @@ UNSEEN = ("pip", "pytest", "_pytest", "hypothesis", "jinja2")
 SHORTEST = 2000  # bytes: shorter files are mostly licence headers and imports
 
 
-def folders(packages: tuple[str, ...] = UNSEEN) -> list[Path]:
+def folders(packages: Iterable[str] = UNSEEN) -> list[Path]:
     """Where those packages that are installed stand."""
     found = (PathFinder.find_spec(package) for package in packages)  # not importlib.util: it runs setuptools' finder
     return [Path(spec.origin).parent for spec in found if spec is not None and spec.origin is not None]
 
 
-def sources(packages: tuple[str, ...] = UNSEEN) -> list[bytes]:
+def sources(packages: Iterable[str] = UNSEEN) -> list[bytes]:
     """The source files of those packages that are installed, in a fixed order."""
     texts = []
     for package in packages:

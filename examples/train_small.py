@@ -110,6 +110,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=112)
     parser.add_argument("--blocks", type=int, default=12)
     parser.add_argument("--bytes", type=float, default=12e6, help="of text that is read")
+    parser.add_argument("--packages", nargs="+", default=TRAINING, help="whose source is read")
     parser.add_argument("--length", type=int, default=1024, help="bytes of a window")
     parser.add_argument("--start", type=Path, help="a folder whose model is trained on; else weights are random")
     parser.add_argument("--schedule", default="dense", help="linear, or a share: by which it is pruned meanwhile")
@@ -121,7 +122,7 @@ def main() -> None:
     read: Any = AutoModelForCausalLM.from_pretrained
     model = read(folder) if folder else build(options.family, options.width, options.blocks)
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters", flush=True)
-    read_only = (text for text in sources(TRAINING) if len(text) > options.length + 1)
+    read_only = (text for text in sources(options.packages) if len(text) > options.length + 1)
     texts = [torch.frombuffer(bytearray(text), dtype=torch.uint8) for text in read_only]
     sizes = [len(text) for text in texts]
 

@@ -132,6 +132,7 @@ def test_chat_goes_on_and_reads_again(tmp_path: Path) -> None:
 
 def test_a_small_model_trains_from_nothing_and_goes_on(tmp_path: Path) -> None:
     sizes = ["--width", "16", "--blocks", "2", "--length", "64", "--tokens", "128", "--threads", "1"]
+    sizes += ["--packages", "pluggy"]
     command = [sys.executable, "-W", "ignore", str(EXAMPLES / "train_small.py"), "--out", str(tmp_path / "new"), *sizes]
     for steps in (["--steps", "2"], ["--steps", "1", "--schedule", "0.5", "--last", "8"]):
         result = subprocess.run([*command, *steps], capture_output=True, text=True, timeout=300)
