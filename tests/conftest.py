@@ -31,6 +31,14 @@ def in_one_chunk(run: Callable[[], None]) -> None:
 
 in_one_chunk.__code__ = in_one_chunk.__code__.replace(co_stacksize=1 << 16)
 
+
+@pytest.fixture(autouse=True, scope="module")
+def _frozen() -> None:
+    """What has been imported and captured before a file's tests stays: the collector need not look at it again."""
+    gc.collect()
+    gc.freeze()
+
+
 # No deadline: an example that compiles, or the first that builds an operator, takes seconds. In CI the examples are the
 # same every time, so a failure there is a failure of the change under test.
 settings.register_profile("simba_fx", deadline=None, suppress_health_check=[HealthCheck.too_slow])
