@@ -69,7 +69,7 @@ class _Trace:
             except Differs as found:
                 apart.add(found.kind)
             except Exception as error:
-                if not self.kinds or isinstance(error, SimbaError):
+                if not self.kinds or watch.fixed or isinstance(error, SimbaError):
                     raise
                 apart |= {kind.path for kind in self.kinds}  # it may be of our making
 
@@ -81,7 +81,9 @@ class _Trace:
             once_per_kind(self.owner, sites, questions, apart) as trace,
             torch.no_grad(),
         ):
-            self.sites, self.questions, self.kinds, watch.sites = sites, questions, trace.kinds, sites
+            self.sites = watch.sites = sites
+            self.questions = watch.questions = questions
+            self.kinds = trace.kinds
             exported = torch.export.export(self.root, (), self.inputs, dynamic_shapes=self.dynamic, strict=False)
             self.flat = exported.module(check_guards=False)  # of ours: they hold in every block, and are told in words
         self.out_spec: Any = exported.call_spec.out_spec

@@ -49,6 +49,12 @@ class Question:
     modules: frozenset[int]
     """The ids of the modules that were at work."""
 
+    @property
+    def fixes_a_size(self) -> bool:
+        """Whether a size of the inputs is a number from here on: the trace will be refused."""
+        sides = self.fact.args if isinstance(self.fact, sympy.Eq) else ()
+        return any(side.is_Symbol for side in sides) and any(side.is_number for side in sides)
+
 
 @dataclass(frozen=True)
 class Guard:

@@ -54,10 +54,12 @@ class Watch(TorchFunctionMode):
         self.name = name
         self.sites: Sequence[CallSite] = ()
         """Grows as the trace meets registered functions; whoever has a scan may loop over what is left."""
+        self.questions: Sequence[Question] = ()
+        """Grows as the trace asks about sizes."""
         self.called: set[str] = set()
         """Functions that look like scans and ran themselves, as `module.name`."""
         self.frame: int | None = None
-        self.places: collections.Counter[int] = collections.Counter()
+        self.places: collections.Counter[tuple[int, int]] = collections.Counter()
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         own, inside_module = self._look_up(sys._getframe(1))
@@ -81,12 +83,17 @@ class Watch(TorchFunctionMode):
             self.called.add(_name(alike))
         return own, inside_module
 
+    @property
+    def fixed(self) -> bool:
+        """Whether a size became a number, as the length does where a loop over tokens begins."""
+        return any(question.fixes_a_size for question in self.questions)
+
     def _count(self, frame: FrameType) -> None:
-        if id(frame) != self.frame:
-            self.frame = id(frame)
+        if id(frame) != self.frame and not self.fixed:  # or else the loop may call functions in between
             self.places.clear()
-        self.places[frame.f_lasti] += 1
-        if self.places[frame.f_lasti] < _ROUNDS or self.places.total() < _CALLS:
+        self.frame = id(frame)
+        self.places[id(frame), frame.f_lasti] += 1
+        if self.places[id(frame), frame.f_lasti] < _ROUNDS or self.places.total() < _CALLS:
             return
         raise ScanNotFoundError(
             f"{self.name} calls {_name(frame)}, which loops over tokens in Python (line {frame.f_lineno}); "
