@@ -113,11 +113,11 @@ def _is_foreign_file(name: str) -> bool:
 
 def _asked_directly(frame: FrameType | None) -> bool:
     """Whether the model's own code asked a question, and not a function of torch that it called."""
+    code = None
     while frame is not None and is_foreign(frame):
         code, frame = frame.f_code, frame.f_back
-        if code.co_filename == _CONVERSIONS[0] and code.co_name in _CONVERSIONS[1]:
-            return frame is not None and not is_foreign(frame)
-    return False
+    called = code is not None and code.co_filename == _CONVERSIONS[0] and code.co_name in _CONVERSIONS[1]
+    return called and frame is not None
 
 
 def _asker(frame: FrameType | None) -> FrameType | None:

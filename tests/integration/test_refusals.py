@@ -436,7 +436,7 @@ def test_a_model_of_pictures_and_text_is_transformed_by_its_language_model() -> 
 
 
 def test_transforms_leave_nothing_behind() -> None:
-    """Neither modules nor the text of their code; torch's memory of fake results is bounded (`make bench` measures)."""
+    """Neither modules nor the text of their code, nor what torch remembers of fake tensors."""
     import gc
     import linecache
 
@@ -445,10 +445,11 @@ def test_transforms_leave_nothing_behind() -> None:
 
     from simba_fx.runtime.program import Block, Program
 
-    def there() -> tuple[int, int, int]:
+    def there() -> tuple[int, ...]:
         gc.collect()
         classes = sum(type(held) is type and issubclass(held, Program | Block) for held in gc.get_objects())
-        return len(_loader.eval_cache), len([key for key in linecache.cache if "eval_with_key" in key]), classes
+        texts = len([key for key in linecache.cache if "eval_with_key" in key])
+        return len(_loader.eval_cache), texts, classes, FakeTensorMode.cache_info().size
 
     model = Net(through, 2)
     simba_fx.transform(model, "linear")(IDS)
@@ -456,7 +457,6 @@ def test_transforms_leave_nothing_behind() -> None:
     for _ in range(4):
         simba_fx.transform(model, "linear")(IDS)
     assert there() == before
-    assert FakeTensorMode.cache_info().size <= 4096
 
 
 @contextlib.contextmanager
