@@ -48,12 +48,14 @@ def differentiated(function: Callable[..., tuple[Tensor, ...]], operands: Sequen
                    arriving: Sequence[Tensor]) -> tuple[Tensor, ...]:  # fmt: skip
     """Gradients of `operands` from those that arrive at the results of `function(*operands)`, inside of an operator.
 
-    The body of an operator runs with autograd's dispatch keys excluded; here they are not. What is saved meanwhile is
-    nobody else's business (hooks that move saved tensors elsewhere).
+    The body of an operator runs with autograd's dispatch keys excluded; here they are not, nor, as in graphs that
+    AOTAutograd made, the one by which a write into a view reaches what is viewed. What is saved meanwhile is nobody
+    else's business (hooks that move saved tensors elsewhere).
     """
     keys = torch._C.DispatchKeySet
-    autograd = functools.reduce(lambda a, b: a | keys(b), _AUTOGRAD, keys(_AUTOGRAD[0]))
-    include = torch._C._dispatch_tls_local_include_set() | keys(torch._C.DispatchKey.ADInplaceOrView)
+    views = keys(torch._C.DispatchKey.ADInplaceOrView)
+    autograd = functools.reduce(lambda a, b: a | keys(b), _AUTOGRAD, views)
+    include = torch._C._dispatch_tls_local_include_set() | views
     exclude = torch._C._dispatch_tls_local_exclude_set() - autograd
     own = torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is)
     with torch.inference_mode(False), torch._C._ForceDispatchKeyGuard(include, exclude), torch.enable_grad(), own:

@@ -252,6 +252,33 @@ def test_report_names_it_and_other_criteria_are_refused() -> None:
         simba_fx.transform(model(), "linear", example_inputs=EXAMPLE, criterion=criterion)(torch.randn(2, 20, 12))
 
 
+def in_a_table(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
+    found = known.gla(q, k, v, g)[0]
+    table, half = torch.zeros_like(found), found.shape[1] // 2
+    table[:, :half] = found[:, :half]
+    table[:, half:] = found[:, half:]
+    return table
+
+
+def test_what_is_written_into_a_view_counts_in_compiled_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In scores and in gradients: AOTAutograd runs its graphs without what such writes are noted by."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(HERE, "own_scan", lambda *operands: (in_a_table(*operands), None))
+    simba_fx.register_recurrence(in_a_table, value="v", shared=True)
+    sparse = simba_fx.transform(model(), [1, 0.6, 0.4, 0.2], example_inputs=EXAMPLE, criterion="simba")
+    compiled = torch.compile(sparse, backend="aot_eager")
+    x = torch.randn(2, 40, 12)
+    weights = list(sparse.parameters())
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            found = []
+            for run in (sparse, compiled):
+                y = run(x)
+                found.append((y, *simba_fx.kept(sparse), *(torch.autograd.grad(y.sum(), weights) if grad else ())))
+            for own, other in zip(*found, strict=True):
+                assert_close("compiled", other, own, 1e-5)
+
+
 def test_of_several_criteria_it_is_scored_by_those_that_it_has() -> None:
     """Nobody knows what a function writes: the default is the contribution alone, pooled."""
     module, x = model(), torch.randn(2, 40, 12)
@@ -359,7 +386,10 @@ def test_xlstm_is_its_own_blocks_on_the_survivors() -> None:
         hook.remove()
         cap = module.config.output_logit_soft_cap
         right = cap * torch.tanh(module.lm_head(stack.out_norm(states[:, -1])) / cap)
+        torch._dynamo.reset()
+        compiled = torch.compile(sparse, backend="aot_eager")(input_ids=ids, use_cache=False).logits
     assert_close("logits", found[:, -1], right, 1e-5)
+    assert_close("compiled", compiled, found, 1e-5)
     q, k, v, i, f = (first[name].double().transpose(1, 2) for name in ("query", "key", "value", "igate", "fgate"))
     q = q * q.shape[-1] ** -0.5
     one_by_one = [v * (torch.arange(41) == token)[:, None, None] for token in range(41)]
