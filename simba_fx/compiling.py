@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses import fake_tensor
 from torch.fx.graph_module import _loader as source_texts
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._sympy.printers import PythonPrinter
@@ -41,6 +41,15 @@ __all__ = [
 ]
 
 # --- what is traced, and by whom: torch's own flags are the whole process's ------------------------------------------
+
+
+class FakeTensorMode(fake_tensor.FakeTensorMode):  # type: ignore[no-untyped-call]  # untyped in torch
+    """Torch's, which remembers no results: the process would keep those of every size that was ever counted."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.cache_enabled = False
+
 
 _lock = threading.RLock()
 _capturing: int | None = None

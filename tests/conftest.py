@@ -24,8 +24,8 @@ gc.set_threshold(100_000, 50, 100)
 
 def in_one_chunk(run: Callable[[], None]) -> None:
     """Run a test where the frames of all that it calls find room. CPython keeps frames in chunks of 16 kB, and where a
-    loop calls across the edge of one, each call maps memory and gives it back: a sixth of the time of tests that trace.
-    A frame of half a megabyte, this one, brings a chunk of a megabyte."""
+    loop calls across the edge of one, each call maps memory and gives it back: an eighth of the time of tests that
+    trace. A frame of half a megabyte, this one, brings a chunk of a megabyte."""
     run()
 
 

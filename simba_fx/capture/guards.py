@@ -82,12 +82,12 @@ def watched(scans: Collection[Any]) -> Iterator[list[Question]]:
         known = len(self.guards)
         answer = own(self, expr, *args, **kwargs)
         if threading.get_ident() == thread:
+            asker, direct = _asker(sys._getframe(1))
             facts = [guard.expr for guard in self.guards[known:]]
             new = bool(facts)
-            if not new and isinstance(expr, sympy.logic.boolalg.Boolean) and _asked_directly(sys._getframe(1)):
+            if direct and not new and isinstance(expr, sympy.logic.boolalg.Boolean):
                 facts = [expr if answer else sympy.Not(expr)]
             if facts:
-                asker = _asker(sys._getframe(1))
                 line = line_of(asker.f_code.co_filename, asker.f_lineno) if asker else ""
                 modules = _modules(asker)
                 questions.extend(Question(fact, line, len(scans), new, modules) for fact in facts)
@@ -111,20 +111,13 @@ def _is_foreign_file(name: str) -> bool:
     return name.startswith((_TORCH, _OURS))
 
 
-def _asked_directly(frame: FrameType | None) -> bool:
-    """Whether the model's own code asked a question, and not a function of torch that it called."""
-    code = None
+def _asker(frame: FrameType | None) -> tuple[FrameType | None, bool]:
+    """The model's own code that a question comes from, and whether it asked, not a function of torch that it called."""
+    direct = False
     while frame is not None and is_foreign(frame):
-        code, frame = frame.f_code, frame.f_back
-    called = code is not None and code.co_filename == _CONVERSIONS[0] and code.co_name in _CONVERSIONS[1]
-    return called and frame is not None
-
-
-def _asker(frame: FrameType | None) -> FrameType | None:
-    """The model's own code that a question comes from."""
-    while frame is not None and is_foreign(frame):
+        direct = frame.f_code.co_filename == _CONVERSIONS[0] and frame.f_code.co_name in _CONVERSIONS[1]
         frame = frame.f_back
-    return frame
+    return frame, direct and frame is not None
 
 
 def line_of(file: str, number: int) -> str:

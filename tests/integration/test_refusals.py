@@ -452,10 +452,10 @@ def test_transforms_leave_nothing_behind() -> None:
         return len(_loader.eval_cache), texts, classes, FakeTensorMode.cache_info().size
 
     model = Net(through, 2)
-    simba_fx.transform(model, "linear")(IDS)
+    simba_fx.report(simba_fx.transform(model, "linear"), IDS)
     before = there()
-    for _ in range(4):
-        simba_fx.transform(model, "linear")(IDS)
+    for length in (20, 30, 40, 50):
+        simba_fx.report(simba_fx.transform(model, "linear"), IDS[:, :1].repeat(1, length))
     assert there() == before
 
 

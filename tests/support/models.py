@@ -93,7 +93,7 @@ class Entry:
         serves the next, as long as that looks the same (`simba_fx.runtime.captures`)."""
         from simba_fx.runtime import captures
 
-        captures.MOST = 100  # every call of every test: twice as many as a model is expected to see
+        captures.MOST = 100  # of all tests of a family: a user's model is called in fewer ways
         model = self.make()
         randomise(model, self.seed)
         captures.share(getattr(model, "base_model", model), _stores.setdefault(self.name, {}))

@@ -68,7 +68,7 @@ def expected_score(contributions: Tensor, query: Tensor, criterion: str) -> Tens
 )
 @pytest.mark.parametrize("turn", range(3))
 def test_the_selective_score(shape: dict[str, Any], turn: int, gpu: None) -> None:
-    """In three turns each tail meets each criterion and each side of padding once."""
+    """In three turns each tail meets each criterion and each side of padding once, and these two each other."""
     operands = selective_operands(**shape)
     scan = [operands[name] for name in SELECTIVE]
     rows, _, length = scan[0].shape
