@@ -27,7 +27,7 @@ import torch
 from real_text import sources
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM, Mamba2Config, MambaConfig
+from transformers import AutoModelForCausalLM, Mamba2Config, MambaConfig, Qwen3_5TextConfig
 
 import simba_fx
 
@@ -97,6 +97,11 @@ def build(family: str, width: int, blocks: int) -> nn.Module:
     if family == "mamba2":
         heads = {"num_heads": 2 * width // 32, "head_dim": 32, "n_groups": 1, "state_size": 32, "chunk_size": 128}
         config: Any = Mamba2Config(**shared, **heads)
+    elif family == "qwen3.5":  # gated delta rules, every fourth block attention
+        heads = {"linear_num_key_heads": 4, "linear_num_value_heads": 8, "linear_key_head_dim": 32,
+                 "linear_value_head_dim": 32, "num_attention_heads": 4, "num_key_value_heads": 2,
+                 "head_dim": 48}  # fmt: skip
+        config = Qwen3_5TextConfig(**shared, **heads, intermediate_size=2 * width)
     else:
         config = MambaConfig(**shared, state_size=16)
     torch.manual_seed(0)
@@ -106,7 +111,7 @@ def build(family: str, width: int, blocks: int) -> nn.Module:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--family", choices=("mamba", "mamba2"), default="mamba")
+    parser.add_argument("--family", choices=("mamba", "mamba2", "qwen3.5"), default="mamba")
     parser.add_argument("--width", type=int, default=112)
     parser.add_argument("--blocks", type=int, default=12)
     parser.add_argument("--bytes", type=float, default=12e6, help="of text that is read")

@@ -363,7 +363,10 @@ def _kernels(built: Built, device: torch.device) -> str:
         return "the model's own: " + ", ".join(sorted({site.name for site in built.captured.sites}))
     scans = itertools.chain.from_iterable(scans_by_block(built.captured.graph, built.captured.facts.n_blocks))
     kinds = dict.fromkeys(recurrence_of(scan.target) for scan in scans)
-    paths = [ops.kernel_path(device.type) if kind.kernels else f"torch ({kind.title})" for kind in kinds]
+    paths = [
+        ops.kernel_path(device.type, kind.packages) if device.type in kind.kernels else f"torch ({kind.title})"
+        for kind in kinds
+    ]
     return " + ".join(dict.fromkeys(paths)) or ops.kernel_path(device.type)
 
 

@@ -1,7 +1,7 @@
 """Which code runs an operator on a device: kept apart from the operators, so that they read as their definitions.
 
-CPU: the C++ kernels where they can be built. CUDA: Triton kernels; for Mamba-2's scan mamba_ssm's, where that can be
-imported. Else, and for operands that those do not take, PyTorch. Projections come grouped here: B and C of a selective
+CPU: the C++ kernels where they can be built. CUDA: Triton kernels; for the scans of Mamba-2 mamba_ssm's and of delta
+rules fla's, where those can be imported. Else, and for operands that those do not take, PyTorch. Projections come grouped here: B and C of a selective
 scan are `(B, G, N, L)`.
 """
 
@@ -16,24 +16,25 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from simba_fx.ops import chunked, chunked_ssd
+from simba_fx.ops import chunked, chunked_delta, chunked_ssd
 from simba_fx.ops.cpu import native
 from simba_fx.ops.cuda import packages as cuda
-from simba_fx.ops.operands import CausalConv, SelectiveScan, SSDScan
+from simba_fx.ops.operands import CausalConv, DeltaScan, SelectiveScan, SSDScan
 
 
-def kernel_path(device_type: str) -> str:
+def kernel_path(device_type: str, packages: tuple[str, ...] = ("mamba_ssm", "fla", "triton")) -> str:
     """In words, what runs the scans on such a device: `"C++ (g++ 12.2, OpenMP, AVX512)"`, `"torch (<reason>)"`, ...
 
-    Asking may compile the CPU kernels (seconds, once per machine) or import mamba_ssm.
+    Asking may compile the CPU kernels (seconds, once per machine) or import those packages (on a GPU).
     """
     if device_type == "cpu":
         found = native.load()
         return f"torch ({found})" if isinstance(found, str) else found.description
     if device_type == "cuda":
-        there = {"mamba_ssm": cuda.ssd_scan_fn(), "triton": triton_kernels()}
-        names = [f"{name} {version(name)}" for name, kernels in there.items() if kernels is not None]
-        return ", ".join(names) or "torch (neither mamba_ssm nor Triton can be imported)"
+        limits = {"fla": " (in half precision)"}
+        there = {"mamba_ssm": cuda.ssd_scan_fn, "fla": cuda.delta_rule_fn, "triton": triton_kernels}
+        names = [f"{name} {version(name)}{limits.get(name, '')}" for name in packages if there[name]() is not None]
+        return ", ".join(names) or f"torch (cannot import {', '.join(packages)})"
     return f"torch (no kernels for {device_type})"
 
 
@@ -122,6 +123,24 @@ def ssd_scan(scan: SSDScan) -> tuple[Tensor, Tensor]:
     if on_gpu(scan.x):
         return cuda.ssd_scan(scan) if cuda.ssd_scan_fn() is not None else chunked_ssd.ssd_scan_at_once(scan)
     return native.ssd_scan(scan) if _native_scan(scan) else chunked_ssd.ssd_scan(scan)
+
+
+def delta_scan(scan: DeltaScan) -> tuple[Tensor, Tensor]:
+    """y `(B, L, H, V)` in any float dtype, last state `(B, H, K, V)` float32; autograd differentiates either."""
+    packaged = on_gpu(scan.v) and cuda.takes_delta_scan(scan)
+    return cuda.delta_scan(scan) if packaged else chunked_delta.delta_scan(scan)
+
+
+MOST_KEYS = 256
+"""Key channels of a head that a warp's registers hold (`simba_fx.ops.cuda.triton.delta`)."""
+
+
+def delta_reads(scan: DeltaScan, q_query: Tensor, query: Tensor, decays: bool) -> Tensor:
+    """`k_t . r_t` `(B, L, H)` float32, anything after the query; `q_query` `(B, G, K)`."""
+    kernels = triton_for(scan.v) if scan.k.shape[3] <= MOST_KEYS else None
+    run = chunked_delta.delta_reads if kernels is None else kernels.delta.delta_reads
+    reads: Tensor = run(scan, q_query, query, decays)
+    return reads
 
 
 def causal_conv1d(conv: CausalConv) -> Tensor:

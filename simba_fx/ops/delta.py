@@ -8,8 +8,6 @@ Yang et al. 2024 (Gated DeltaNet), section 3, as transformers' `torch_chunk_gate
 token's contribution to y_q is `c_t v_t` with one number for each head: `c_t = beta_t k_t . r_t`, where r is the query
 carried backwards in time, `r_{t-1} = e^{g_t} (r_t - k_t c_t)`.
 
-Both in chunks of C tokens (Yang et al. 2024, WY form): with b the sum of g inside a chunk and
-`T_ij = beta_i (k_i . k_j) e^{b_i - b_j}` for j < i, everything inside a chunk is one triangular system `I + T`.
 Letters: see `simba_fx.ops`; here K, V are the sizes of a head's keys and values, G heads of keys share H heads of
 values evenly.
 """
@@ -19,9 +17,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from simba_fx.ops import backends
+from simba_fx.ops.chunked_delta import delta_writes
 from simba_fx.ops.contributions import norm, over_channels, written
 from simba_fx.ops.inline import differentiated, inline_on_gpu, never
 from simba_fx.ops.operands import DeltaScan
@@ -42,73 +41,6 @@ DELTA_CRITERIA = (*CRITERIA, "removal")
 counts then; shares do not add up to the output."""
 
 
-class _Chunks:
-    """Float32 operands by chunk, `(B, H, c, C, ·)`, and the triangular system of each."""
-
-    def __init__(self, v: Tensor, q: Tensor, k: Tensor, g: Tensor, beta: Tensor, size: int) -> None:
-        self.rows, self.length, self.heads, self.width = v.shape
-        most = 64 if g.dim() == 3 else 16  # with decays by channel each pair of a chunk's tokens has K numbers
-        size = max(1, min(size, most, self.length))
-        missing = -self.length % size
-
-        def chunked(operand: Tensor) -> Tensor:
-            """`(B, L, heads, ...)`; what is added at the end neither decays nor writes."""
-            operand = operand.float().repeat_interleave(self.heads // operand.shape[2], 2).transpose(1, 2)
-            rest = operand.shape[3:]
-            operand = F.pad(operand, (0, 0) * len(rest) + (0, missing))
-            return operand.reshape(*operand.shape[:2], (self.length + missing) // size, size, *rest)
-
-        self.v, self.q, self.k, self.beta = map(chunked, (v, q, k, beta))
-        prefix = chunked(g if g.dim() == 4 else g.unsqueeze(3)).double().cumsum(3)  # (B, H, c, C, K or 1)
-        self.from_start = prefix.float().exp()
-        self.to_end = (prefix[..., -1:, :] - prefix).float().exp()
-        self.whole = self.from_start[..., -1, :, None]
-        between = (prefix.unsqueeze(4) - prefix.unsqueeze(3)).float()
-        later = torch.ones(size, size, dtype=torch.bool, device=v.device).triu(1).unsqueeze(2)
-        self.between = between.masked_fill(later, -torch.inf).exp()
-        self.system = self.beta.unsqueeze(4) * self.products(self.k)  # its diagonal is not read
-
-    def products(self, left: Tensor) -> Tensor:
-        """What is left of each key when a later token of its chunk reads it with `left`: `(B, H, c, C, C)`."""
-        if self.between.shape[5] == 1:
-            return left @ self.k.mT * self.between.squeeze(5)
-        return (left.unsqueeze(4) * self.k.unsqueeze(3) * self.between).sum(5)
-
-    def solve(self, right: Tensor, transposed: bool = False) -> Tensor:
-        """`(I + T)^-1 right`, or the same of its transpose."""
-        system = self.system.mT if transposed else self.system
-        solved: Tensor = torch.linalg.solve_triangular(system, right, upper=transposed, unitriangular=True)
-        return solved
-
-    def corrections(self) -> Tensor:
-        """What each token's write takes from the state that enters its chunk: `(B, H, c, C, K)`."""
-        return self.solve(self.beta.unsqueeze(4) * self.from_start * self.k)
-
-
-def _scan(v: Tensor, q: Tensor, k: Tensor, g: Tensor, beta: Tensor, chunk_size: int) -> tuple[Tensor, Tensor]:
-    """y `(B, L, H, V)`, the last state `(B, H, K, V)`, float32."""
-    y, state, _ = _run(v, q, k, g, beta, chunk_size)
-    return y, state
-
-
-def _run(v: Tensor, q: Tensor, k: Tensor, g: Tensor, beta: Tensor, chunk_size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The same, and what each token writes at its key, `beta_t (v_t - S^T k_t)` `(B, L, H, V)`."""
-    chunks = _Chunks(v, q, k, g, beta, chunk_size)
-    written, corrections = chunks.solve(chunks.beta.unsqueeze(4) * chunks.v), chunks.corrections()
-    inside = chunks.products(chunks.q)
-    reads, keys = chunks.q * chunks.from_start, (chunks.k * chunks.to_end).mT
-    state = chunks.v.new_zeros(chunks.rows, chunks.heads, chunks.k.shape[4], chunks.width)
-    outputs, writes = [], []
-    for at in range(chunks.v.shape[2]):
-        new = written[:, :, at] - corrections[:, :, at] @ state
-        writes.append(new)
-        outputs.append(reads[:, :, at] @ state + inside[:, :, at] @ new)
-        state = state * chunks.whole[:, :, at] + keys[:, :, at] @ new
-    none = [chunks.v.new_empty(chunks.rows, chunks.heads, 0, chunks.width)]
-    y, new = (torch.cat(found or none, 2)[:, :, : chunks.length].transpose(1, 2) for found in (outputs, writes))
-    return y, state, new
-
-
 @torch.library.custom_op("simba_fx::delta_scan", mutates_args=())
 def delta_scan(
     v: Tensor, q: Tensor, k: Tensor, g: Tensor, beta: Tensor, chunk_size: int = 64
@@ -126,7 +58,7 @@ def delta_scan(
         y `(B, L, H, V)` contiguous in v's dtype; the last state `(B, H, K, V)`, float32.
     """
     scan = DeltaScan(v, q, k, g, beta, chunk_size).checked("delta_scan")
-    y, last = _scan(*scan.arguments)
+    y, last = backends.delta_scan(scan)
     return y.to(v.dtype).contiguous(), last.contiguous()
 
 
@@ -146,7 +78,7 @@ def delta_scan_backward(
     DeltaScan(*operands, chunk_size).checked("delta_scan_backward", dy=dy, dlast=dlast)
 
     def scan(v: Tensor, q: Tensor, k: Tensor, g: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
-        return _scan(v, q, k, g, beta, chunk_size)
+        return backends.delta_scan(DeltaScan(v, q, k, g, beta, chunk_size))
 
     gradients = differentiated(scan, operands, (dy.float(), dlast.float()))
     dv, dq, dk, dg, dbeta = (dx.to(x.dtype).contiguous() for dx, x in zip(gradients, operands))
@@ -189,38 +121,19 @@ def delta_token_score(
     query = query_position(real, tail, rows=rows, length=length, device=v.device)
     counted = until(query, length)
     if criterion == "clip":
-        y, _ = _scan(*scan.arguments)
-        return torch.where(counted, y.clamp(min=0).mean((2, 3)), 0.0)
+        y, _ = backends.delta_scan(scan)
+        return torch.where(counted, y.float().clamp(min=0).mean((2, 3)), 0.0)
     if criterion == "delta-norm":
         return torch.where(counted, beta.float().norm(dim=2), 0.0)
     if criterion == "write":
         keys = norm(k).repeat_interleave(v.shape[2] // k.shape[2], 2)
         return torch.where(counted, written(beta.float() * norm(v), keys), 0.0)
-    weight = _reads(scan, query, counted, decays=criterion != "no-decay")
+    weight = backends.delta_reads(scan, at_query(q, query, 1).squeeze(1), query, decays=criterion != "no-decay")
     if criterion == "removal":
-        v = _run(*scan.arguments)[2]
+        _, _, v = delta_writes(scan)
     else:
         weight = weight * beta.float()
     return torch.where(counted, over_channels(weight, v, criterion), 0.0)
-
-
-def _reads(scan: DeltaScan, query: Tensor, counted: Tensor, decays: bool) -> Tensor:
-    """`k_t . r_t` `(B, L, H)`: the query is carried backwards, a chunk at a time."""
-    heads, counts = scan.v.shape[2], counted.unsqueeze(2)
-    g = scan.g.float() if decays else torch.zeros_like(scan.g, dtype=torch.float32)
-    g = torch.where(counts if g.dim() == 3 else counts.unsqueeze(3), g, 0.0)
-    beta = torch.where(counts, scan.beta.float(), 0.0)  # behind the query nothing decays and nothing is written
-    chunks = _Chunks(scan.v, scan.q, scan.k, g, beta, scan.chunk_size)
-    corrections, keys = chunks.corrections(), chunks.k * chunks.to_end
-    r = at_query(scan.q, query, 1).squeeze(1).float().repeat_interleave(heads // scan.q.shape[2], 1).unsqueeze(3)
-    found = []
-    for at in reversed(range(chunks.v.shape[2])):
-        met = keys[:, :, at] @ r
-        found.append(met)
-        r = chunks.whole[:, :, at] * r - corrections[:, :, at].mT @ met
-    met = torch.stack(found[::-1], 2) if found else chunks.beta.unsqueeze(4)
-    reads = chunks.solve(met, transposed=True).squeeze(4)
-    return reads.flatten(2, 3)[:, :, : chunks.length].transpose(1, 2)
 
 
 @delta_token_score.register_fake
@@ -236,5 +149,11 @@ def _(
 delta_token_score.register_autograd(no_gradients, setup_context=never_differentiable)
 
 
-for _operator in (delta_scan, delta_scan_backward, delta_token_score):
-    inline_on_gpu(_operator, never)
+def _one_walk(v: Tensor, q: Tensor, k: Tensor, *rest: Any) -> bool:
+    """Whether a score has no scan in it, whose chunks a graph would count."""
+    return backends.has_triton() and k.shape[3] <= backends.MOST_KEYS and rest[-1] not in ("clip", "removal")
+
+
+inline_on_gpu(delta_scan, never)
+inline_on_gpu(delta_scan_backward, never)
+inline_on_gpu(delta_token_score, _one_walk)

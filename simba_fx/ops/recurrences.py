@@ -39,8 +39,10 @@ class Recurrence:
     """Takes those of the operands that it reads, by the same names, and `real`, `tail`, `criterion`; gives `(B, L)`."""
     token_dim: int
     """Of the first operand; dimension 0 are the rows."""
-    kernels: bool = True
-    """Whether there are kernels for it; else PyTorch runs it, on every device."""
+    kernels: tuple[str, ...] = ("cpu", "cuda")
+    """The types of devices on which kernels run it; elsewhere PyTorch does."""
+    packages: tuple[str, ...] = ("mamba_ssm", "triton")
+    """Whose kernels those are on a GPU, where they can be imported."""
     criteria: tuple[str, ...] = CRITERIA
     """What its tokens can be scored by."""
 
@@ -71,7 +73,8 @@ RECURRENCES: tuple[Recurrence, ...] = (
         _OPS.delta_scan.default,
         _OPS.delta_token_score.default,
         1,
-        kernels=False,
+        kernels=("cuda",),
+        packages=("fla",),
         criteria=DELTA_CRITERIA,
     ),
     Recurrence(
@@ -80,7 +83,7 @@ RECURRENCES: tuple[Recurrence, ...] = (
         _OPS.recurrence.default,
         _OPS.recurrence_token_score.default,
         1,
-        kernels=False,
+        kernels=(),
         criteria=FUNCTION_CRITERIA,
     ),
 )

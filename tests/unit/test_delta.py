@@ -12,7 +12,8 @@ from torch.library import opcheck
 
 from simba_fx import ops
 from simba_fx.errors import CriterionError
-from simba_fx.ops import reference
+from simba_fx.ops import backends, reference
+from simba_fx.ops.cuda import packages
 
 SHAPES = [
     {"length": 1, "heads": 1, "groups": 1, "width": 1, "size": 1},
@@ -140,6 +141,47 @@ def test_a_needle_survives_and_one_that_was_overwritten_does_not() -> None:
     score = ops.delta_token_score(*operands.values(), 16, None, 1, "simba")
     assert score.argmax() == 30
     assert score[0, 10] < 0.02 * score[0, 30]
+
+
+@pytest.mark.parametrize("by_channel", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_flas_scan_is_called_as_it_is_documented(
+    dtype: torch.dtype, by_channel: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU, in half precision: as many heads of keys as of values, one dtype, float32 gates, no scale of its own."""
+    calls = []
+
+    def chunk(
+        q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: Any = None, initial_state: Any = None,
+        output_final_state: bool = False, **others: Any,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        assert (scale, initial_state, output_final_state, others) == (1.0, None, True, {})
+        assert {q.dtype, k.dtype, v.dtype} == {dtype}
+        assert {g.dtype, beta.dtype} == {torch.float32}
+        assert q.shape == k.shape == (*v.shape[:3], 8)
+        calls.append(g.dim())
+        y, state = reference.delta_scan_ref(v, q, k, g, beta)
+        return y.to(dtype), state.float()
+
+    monkeypatch.setattr(backends, "on_gpu", lambda operand: True)
+    monkeypatch.setattr(backends, "triton_kernels", lambda: None)
+    monkeypatch.setattr(packages, "delta_rule_fn", lambda by_channel=False: chunk)
+    operands = delta_operands(length=20, dtype=dtype, by_channel=by_channel)
+    with torch.no_grad():
+        y, last = ops.delta_scan(*operands.values())
+    right, right_last = reference.delta_scan_ref(*operands.values())
+    assert (y.dtype, last.dtype, calls) == (dtype, torch.float32, [3 + by_channel])
+    assert_close("y", y, right, dtype)
+    assert_close("last state", last, right_last, dtype)
+    leaves = [operand.detach().requires_grad_() for operand in operands.values()]
+    results, expected = ops.delta_scan(*leaves), reference.delta_scan_ref(*leaves)
+    arriving = [torch.randn(r.shape, generator=torch.Generator().manual_seed(3)).to(r.dtype) for r in results]
+    got = torch.autograd.grad(results, leaves, arriving)
+    for name, a, b in zip(operands, got, torch.autograd.grad(expected, leaves, [g.double() for g in arriving])):
+        assert_close(f"gradient of {name}", a, b, dtype)
+    assert len(calls) == 3  # forward and backward
+    ops.delta_scan(*delta_operands(length=20, by_channel=by_channel).values())
+    assert len(calls) == 3  # float32: PyTorch's
 
 
 def test_the_operators_are_well_formed() -> None:

@@ -20,6 +20,7 @@ from simba_fx import ops
 from simba_fx.ops import backends
 from simba_fx.ops.cpu import cache, native
 from simba_fx.ops.cuda import packages as cuda
+from simba_fx.ops.recurrences import recurrence_of
 
 
 @pytest.fixture
@@ -265,7 +266,15 @@ def test_importing_builds_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("device", ["cuda", "mps"])
 def test_other_devices_say_what_they_run(device: str) -> None:
-    assert ops.kernel_path(device).startswith(("torch (", "mamba_ssm ", "triton "))
+    assert ops.kernel_path(device).startswith(("torch (", "mamba_ssm ", "fla ", "triton "))
+
+
+def test_a_kind_of_scan_names_the_packages_that_run_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "delta_rule_fn", lambda: None)
+    assert ops.kernel_path("cuda", recurrence_of("delta_scan").packages) == "torch (cannot import fla)"
+    monkeypatch.setattr(cuda, "delta_rule_fn", lambda: print)
+    monkeypatch.setattr(backends, "version", {"fla": "0.6.0"}.__getitem__)
+    assert ops.kernel_path("cuda", recurrence_of("delta_scan").packages) == "fla 0.6.0 (in half precision)"
 
 
 @pytest.mark.parametrize("named", ["its distribution", "itself", "nowhere"])
@@ -273,6 +282,7 @@ def test_a_package_whose_distribution_has_another_name(named: str, monkeypatch: 
     """Triton's may be pytorch-triton."""
     monkeypatch.setattr(backends, "version", backends.version.__wrapped__)  # as in a new process
     monkeypatch.setattr(cuda, "ssd_scan_fn", lambda: None)
+    monkeypatch.setattr(cuda, "delta_rule_fn", lambda: None)
     monkeypatch.setattr(backends, "triton_kernels", object)
     module = types.ModuleType("triton")
     monkeypatch.setitem(sys.modules, "triton", module)

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch._functorch.config
+from test_delta import delta_operands
 from test_ops import assert_close, check_gradients, selective_operands, ssd_operands
 from torch import Tensor
 from torch.library import opcheck
@@ -107,6 +108,29 @@ def test_the_ssd_score(shape: dict[str, Any], criterion: str, side: str, gpu: No
         assert_close(f"tail {tail}", got, expected_score(contributions, query, criterion))
 
 
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"length": 1, "heads": 1, "groups": 1, "width": 1, "size": 1},
+        {"length": 43, "heads": 6, "groups": 2, "size": 5, "dtype": torch.bfloat16},
+        {"length": 30, "heads": 2, "groups": 2, "size": 17, "decay": 30.0, "by_channel": True, "rows": 1},
+        {"length": 19, "heads": 4, "groups": 1, "by_channel": True, "decay": 0.1},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("side", SIDES)
+def test_the_walk_of_delta_rules(shape: dict[str, Any], side: str, gpu: None) -> None:
+    operands = delta_operands(**shape)
+    rows, length = operands["v"].shape[:2]
+    real = None if side == "none" else padding(rows, length, side)
+    for tail, criterion in zip((1, 3, 20, 2), (*CRITERIA, "no-decay")):
+        query = ops.query_position(real, tail, rows=rows, length=length)
+        got = ops.delta_token_score(*operands.values(), 8, real, tail, criterion)
+        scored = dict(operands, g=torch.zeros_like(operands["g"])) if criterion == "no-decay" else operands
+        contributions = reference.delta_contributions_ref(*scored.values(), query.clamp(min=0)).flatten(2).mT
+        assert_close(f"{tail}, {criterion}", got, expected_score(contributions, query, criterion))
+
+
 SCORES: dict[str, Callable[..., Tensor]] = {
     "normal": torch.randn,
     "ties": lambda *shape: torch.randn(*shape).round(),
@@ -197,6 +221,7 @@ def test_the_operators_are_well_formed(gpu: None) -> None:
     opcheck(OPS.selective_token_score, (*(leaves[name] for name in SELECTIVE), True, None, 1, "simba"))
     ssd = ssd_operands(length=12, rows=1)
     opcheck(OPS.ssd_token_score, (*(ssd[name] for name in SSD), True, 0.0, 9.0, None, 1, "simba"))
+    opcheck(OPS.delta_token_score, (*delta_operands(length=12).values(), 4, None, 1, "simba"))
     score, positions = torch.randn(2, 12), torch.arange(12).expand(2, 12)
     opcheck(OPS.select_tokens, (score, positions, 12, 1, 1, 2, 4))
     lengths = torch.tensor([12, 7])

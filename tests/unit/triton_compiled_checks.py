@@ -13,6 +13,7 @@ import pytest
 import torch
 import triton
 import triton_targets
+from test_delta import delta_operands
 from test_ops import selective_operands, ssd_operands
 from torch import fx
 from torch._dynamo.source import ConstantSource
@@ -61,6 +62,12 @@ def test_the_steps_behind_a_chunk(capability: int) -> None:
 @pytest.mark.parametrize("squares", [False, True])
 def test_the_ssd_score(squares: bool, capability: int) -> None:
     check(triton_targets.ssd_score(squares=squares), capability)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("by_channel", [False, True])
+def test_the_walk_of_delta_rules(by_channel: bool, capability: int) -> None:
+    check(triton_targets.delta_reads(by_channel), capability)
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
@@ -198,6 +205,12 @@ def test_graphs_for_a_gpu_hold_kernels_instead_of_operators(dynamic: int, monkey
     for name, (function, arguments, kernels) in calls.items():
         found = traced(function, *arguments, dynamic=dynamic)
         assert [node.target for node in found] == [triton_kernel_wrapper_functional] * kernels, name
+    delta = list(delta_operands(length=40, size=16).values())
+    for criterion, kernels in (("simba", 1), ("simba-l2", 1), ("write", 0)):
+        found = traced(lambda *a: ops.delta_token_score(*a, 64, None, 1, criterion), *delta, dynamic=dynamic)  # noqa: B023
+        assert [node.target for node in found] == [triton_kernel_wrapper_functional] * kernels, criterion
+    removal = traced(lambda *a: ops.delta_token_score(*a, 64, None, 1, "removal"), *delta)
+    assert [node.target for node in removal] == [OPS.delta_token_score.default]
     clip = traced(lambda *a: ops.selective_token_score(*a, True, None, 1, "clip"), *scored)
     assert [node.target for node in clip] == [OPS.selective_token_score.default]  # not a kernel: stays one call
     heads = traced(lambda *a: ops.ssd_scan(*a, True), *ssd.values(), dynamic=dynamic)

@@ -18,11 +18,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from simba_fx.ops.cuda.triton import conv, scan, score, select
+from simba_fx.ops.cuda.triton import conv, delta, scan, score, select
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 POINTERS = dict.fromkeys(("A", "bias", "D", "score", "last", "boundaries", "steps", "sums", "behind", "weights",
-                          "starts", "dlast", "du", "ddelta", "dz", "dA", "dB", "dC", "dD"), "*fp32")  # fmt: skip
+                          "starts", "dlast", "du", "q_query", "k", "g", "beta", "reads", "ddelta", "dz", "dA", "dB", "dC", "dD"), "*fp32")  # fmt: skip
 OPERANDS = dict.fromkeys(("u", "delta", "z", "B", "C", "x", "dt", "y", "dy", "weight"), "*bf16")
 LIMITS = {"dt_min": "fp64", "dt_max": "fp64"}
 """What a graph that Inductor compiled hands over for a Python number."""
@@ -88,6 +88,13 @@ def ssd_score(real: bool = True, squares: bool = False) -> Launch:
     switches = {"BLOCK_T": score.SSD_CHUNK, "BLOCK_P": 64, "SOFTPLUS": True, "BIAS": True, "REAL": real,
                 "ABSOLUTE": False, "SQUARES": squares, "DECAY": True, "BLOCK_H": score.SSD_HEADS}  # fmt: skip
     return _launch(score.ssd_score_kernel, switches, ("groups", "x_channel", "dt_head", "A_head"), real="*i1")
+
+
+def delta_reads(by_channel: bool) -> Launch:
+    """Qwen3-Next, Kimi Linear: K = 128."""
+    switches = {"DECAY": True, "BY_CHANNEL": by_channel, "AHEAD": delta.AHEAD, "BLOCK_K": 128}
+    unit = ("k_channel", "q_channel", "beta_head", "g_channel" if by_channel else "g_head")
+    return _launch(delta.delta_reads_kernel, switches, unit, 1, query="*i64")
 
 
 def convolution() -> Launch:

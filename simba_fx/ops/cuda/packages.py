@@ -1,6 +1,9 @@
-"""Mamba-2's scan by mamba_ssm's kernels, when they can be imported: forward passes on CUDA.
+"""Scans by other packages' kernels, where those can be imported, on CUDA: Mamba-2's by mamba_ssm's, forward; those of
+delta rules by fla's (flash-linear-attention), forward and backward.
 
-Kept to what the package documents (mamba-ssm 2.3.2). Its selective scan and causal_conv1d are not called. On an H200
+Kept to what the packages document (mamba-ssm 2.3.2, flash-linear-attention 0.6.0). fla is what transformers runs too,
+where it is installed. No GPU has run it here yet; in Triton's interpreter its kernels gave our scan's values and
+gradients to 5e-7 (float32, by hand). mamba_ssm: Its selective scan and causal_conv1d are not called. On an H200
 (docs/kernels.md) the scan took 1.2 to 2.5 times as long as ours on operands as models make them; the convolution was a
 little quicker than ours, which a compiled graph launches by itself. Backward passes take the PyTorch path: the
 package's own sit behind autograd functions, which do not record inside an operator, and drop the gradient of
@@ -13,9 +16,10 @@ import functools
 import importlib
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from simba_fx.ops.operands import SSDScan
+from simba_fx.ops.operands import DeltaScan, SSDScan
 
 
 @functools.cache
@@ -39,3 +43,26 @@ def ssd_scan(scan: SSDScan) -> tuple[Tensor, Tensor]:
         dt_softplus=scan.dt_softplus, dt_limit=(scan.dt_min, scan.dt_max), return_final_states=True,
     )  # fmt: skip
     return y.to(scan.x.dtype), last.float()
+
+
+def delta_rule_fn(by_channel: bool = False) -> Any:
+    """`fla`'s gated delta rule, with one decay for each head or for each key channel (Kimi delta attention), or None."""
+    if by_channel:
+        return _function("fla.ops.kda", "chunk_kda")
+    return _function("fla.ops.gated_delta_rule", "chunk_gated_delta_rule")
+
+
+def takes_delta_scan(scan: DeltaScan) -> bool:
+    """Half precision only: of float32 fla's kernels make TF32 (10 bits), which no tolerance here allows for."""
+    half = scan.v.dtype in (torch.bfloat16, torch.float16)
+    return half and scan.k.shape[3] <= 256 and delta_rule_fn(scan.g.dim() == 4) is not None
+
+
+def delta_scan(scan: DeltaScan) -> tuple[Tensor, Tensor]:
+    """As `backends.delta_scan`. Keys and queries take the values' dtype, as they do where fla normalises them."""
+    v, times = scan.v, scan.v.shape[2] // scan.q.shape[2]
+    q, k = (x.to(v.dtype).repeat_interleave(times, 2) if times > 1 else x.to(v.dtype) for x in (scan.q, scan.k))
+    y, last = delta_rule_fn(scan.g.dim() == 4)(
+        q, k, v, scan.g.float(), scan.beta.float(), scale=1.0, output_final_state=True
+    )
+    return y, last.float()
