@@ -17,7 +17,7 @@
 #   a  machine.py       what is there; rates of copying and of a block's matrix products
 #   b  tests/unit/test_cuda.py without (b1) and with (b2) mamba_ssm, and beside it, in as many processes,
 #      end_to_end.py    (cd-*) tiny models on the GPU against themselves on the CPU, and no wait for the GPU in a forward
-#   e  kernel_times.py  kernels of Mamba-1 (e1) and Mamba-2 (e2) against their floors
+#   e  kernel_times.py  kernels of Mamba-1 (e1), Mamba-2 (e2), delta rules (e3) against their floors
 #   f  run_bench.py     `simba-fx bench`, compiled (f1, f2), in the same turns the model itself, compiled, as
 #                       transformers runs it with mamba_ssm; and with CUDA graphs (f3, f4)
 #   g  profiles.py      which kernel takes what, how many there are, and what a call costs in Python
@@ -26,8 +26,8 @@
 #
 # Variables: ONLY (stages; "a b e f g h s"), BUDGET (seconds in all; 540), OUT (gpu-out), GPU_DIR (none), REPO (this
 # checkout), PY (python3), CACHE (a folder for compiled code that outlives the run; none), T_B (seconds of b; 150),
-# N_TESTS (pytest's processes; 4), K2 (which tests of b2; "not whole"), FAMILIES ("mamba mamba2-one-group bamba"),
-# LAYERS (blocks of the big models; 16), H_LAYERS (the same in h; 8), LENGTHS ("8192 32768 2048"; "8192,2048" measures
+# N_TESTS (pytest's processes; 4), K2 (which tests of b2; "not whole"), FAMILIES ("mamba mamba2-one-group bamba
+# qwen3-5"), LAYERS (blocks of the big models; 16), H_LAYERS (the same in h; 8), LENGTHS ("8192 32768 2048"; "8192,2048" measures
 # both in one process), GRAPH_LENGTHS ("8192 2048").
 # DRY=1 runs the same on a CPU with tiny sizes, the kernels in Triton's interpreter; DRY_PATH is added to PYTHONPATH,
 # DRY_K selects tests. A full dry run takes half an hour: BUDGET=2400 T_B=1500 FAMILIES=mamba N_TESTS=1.
@@ -138,7 +138,7 @@ if wants b; then
       part b2 TERM "$seconds" "${tests[@]}" "${select_mamba[@]}") &
     processes+=($!)
   fi
-  for family in ${FAMILIES:-mamba mamba2-one-group bamba}; do
+  for family in ${FAMILIES:-mamba mamba2-one-group bamba qwen3-5}; do
     (export PYTHONPATH=$PYTHONPATH:$REPO/tests/support FAMILY=$family MAMBA=0
       part "cd-$family" TERM "$seconds" "$PY" "$PARTS/end_to_end.py") &
     processes+=($!)
@@ -163,6 +163,8 @@ if wants e; then
   part e1 TERM "$(allot 50 130)" "$PY" "$PARTS/kernel_times.py"
   merge
   part e2 TERM "$(allot 50 120)" "$PY" "$PARTS/kernel_times.py"
+  merge
+  part e3 TERM "$(allot 30 115)" "$PY" "$PARTS/kernel_times.py"
   merge
   unset TRITON_INTERPRET
 fi

@@ -1,4 +1,5 @@
-"""Stage e: kernels at the shapes of mamba-2.8b (e1) and mamba2-2.7b (e2) against what they cannot be faster than.
+"""Stage e: kernels at the shapes of mamba-2.8b (e1), mamba2-2.7b (e2) and Qwen3.5-9B (e3) against what they cannot be
+faster than.
 
 A floor is the time to move the operands and results once, at the rate that stage a measured (COPY_RATE, 1e12 bytes per
 second), or to compute the exponentials (EXP_RATE, 1e12 per second), whichever is longer. simba_fx's kernels come first,
@@ -18,8 +19,10 @@ from typing import Any
 import torch
 from common import DEVICE, DRY, STAGE, add_mamba, attempt, host_us, record, replayed_us, time_us
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from simba_fx.ops import backends, chunked_ssd
+from simba_fx.ops.cuda import packages
 from simba_fx.ops.operands import SSDScan
 
 OPS = torch.ops.simba_fx
@@ -155,6 +158,30 @@ class Ssd:
             line(f"ssd scan, operator, {layout}", length, called, self.moved * 4)
 
 
+class Delta:
+    """Operands of a gated delta rule as a block of Qwen3.5-9B has them, or of Kimi delta attention."""
+
+    G, H, K = (1, 2, 16) if DRY else (16, 32, 128)
+
+    def __init__(self, length: int, by_channel: bool) -> None:
+        mixed = random(1, length, (2 * self.G + self.H) * self.K)
+        q, k, v = mixed.split((self.G * self.K, self.G * self.K, self.H * self.K), dim=2)
+        self.v = v.unflatten(2, (self.H, self.K))
+        self.q, self.k = (normalize(x.unflatten(2, (self.G, self.K)).float(), dim=3) for x in (q, k))
+        steps = torch.rand(1, length, self.H, *(self.K,) * by_channel, device=DEVICE)
+        self.g, self.beta = -0.1 * steps, torch.rand(1, length, self.H, device=DEVICE)
+
+    def timed(self, length: int, name: str, tag: str) -> None:
+        """The scan is fla's where that can be imported; PyTorch's takes a chunk at a time, so only short ones."""
+        operands = self.v, self.q, self.k, self.g, self.beta, 64
+        moved = length * self.H * self.K * 2
+        for criterion in ("simba-l2", "write"):
+            score = partial(OPS.delta_token_score, *operands, None, 1, criterion)
+            line(f"{name} score, {criterion}{tag}", length, score, moved + 4 * self.k.numel())
+        if DRY or not tag and (packages.delta_rule_fn() is not None or length <= 2048):
+            line(f"{name} scan{tag}", length, partial(OPS.delta_scan, *operands), 2 * moved + 8 * self.k.numel())
+
+
 def selection(length: int) -> None:
     """Choosing tokens, taking them, and putting those that left early back."""
     width = 8 if DRY else 2560
@@ -218,6 +245,12 @@ def ssd() -> None:
         Ssd(length, layout).theirs(length, layout, tag, scan)
 
 
+def delta() -> None:
+    for length, tag in each_length():
+        for name in ("delta rule", "Kimi delta"):
+            Delta(length, name == "Kimi delta").timed(length, name, tag)
+
+
 def main() -> None:
     if (kernels := backends.triton_kernels()) is None:
         record("kernels", ok=False, error="Triton cannot be imported")
@@ -226,7 +259,7 @@ def main() -> None:
     if DRY:  # Triton's interpreter runs the kernels on tensors of a CPU
         backends.on_gpu = lambda operand: True
     with torch.no_grad():
-        selective() if STAGE == "e1" else ssd()
+        {"e1": selective, "e2": ssd, "e3": delta}[STAGE]()
     autotuned(kernels)
     record("end", ok=True)
 

@@ -97,7 +97,7 @@ def products(found: list[Row]) -> Iterator[str]:
 def kernels(found: list[Row]) -> Iterator[str]:
     """In a CUDA graph where a kernel can be in one, and called from Python."""
     yield from ("## Kernels (e)", "")
-    mine = [row for row in found if row["stage"] in ("e1", "e2")]
+    mine = [row for row in found if row["stage"] in ("e1", "e2", "e3")]
 
     def cells(row: Row) -> tuple[Any, ...]:
         us = row.get("us")

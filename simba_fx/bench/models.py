@@ -39,6 +39,16 @@ def _bamba(width: int, inner: int, heads: int, head_dim: int = 64, state: int = 
     }  # fmt: skip
 
 
+def _qwen35(width: int, inner: int, heads: int, head_dim: int = 128, values: int = 2, vocabulary: int = 248320) -> Sizes:
+    """Gated delta rules, `heads` of keys, `values` times as many of values; attention in every fourth block."""
+    return lambda _: {
+        "hidden_size": width, "intermediate_size": inner, "linear_num_key_heads": heads,
+        "linear_num_value_heads": values * heads, "linear_key_head_dim": head_dim, "linear_value_head_dim": head_dim,
+        "num_attention_heads": heads, "num_key_value_heads": heads // 4, "head_dim": 2 * head_dim,
+        "vocab_size": vocabulary,
+    }  # fmt: skip
+
+
 NAMED: dict[str, tuple[str, int, Sizes]] = {
     "mamba-130m": ("mamba", 24, _mamba(768)),
     "mamba-370m": ("mamba", 48, _mamba(1024)),
@@ -51,12 +61,16 @@ NAMED: dict[str, tuple[str, int, Sizes]] = {
     "mamba2-1.3b": ("mamba2", 48, _mamba2(2048)),
     "mamba2-2.7b": ("mamba2", 64, _mamba2(2560)),
     "bamba-0.9b": ("bamba", 24, _bamba(1536, 4096, 24)),
+    "qwen3.5-0.5b": ("qwen3_5_text", 24, _qwen35(1024, 3072, 8, vocabulary=50288)),
+    "qwen3.5-9b": ("qwen3_5_text", 32, _qwen35(4096, 12288, 16)),
     "mamba-tiny": ("mamba", 6, _mamba(32, 4, 61)),
     "mamba2-tiny": ("mamba2", 6, _mamba2(32, 16, 8, 61)),
     "bamba-tiny": ("bamba", 6, _bamba(32, 48, 4, 16, 8, 61)),
+    "qwen3.5-tiny": ("qwen3_5_text", 6, _qwen35(32, 48, 4, 8, vocabulary=61)),
 }
-"""Name -> transformers' model type, blocks, other sizes. The sizes of mamba-* and mamba2-* are the published ones;
-bamba-0.9b is a hybrid of Bamba's architecture at a moderate size of our own."""
+"""Name -> transformers' model type, blocks, other sizes. The sizes of mamba-* and mamba2-* are the published ones,
+qwen3.5-9b has transformers' defaults; bamba-0.9b and qwen3.5-0.5b are of those architectures, at moderate sizes of our
+own."""
 
 
 PURE = ("mamba", "mamba2", "falcon_mamba")

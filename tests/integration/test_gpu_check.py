@@ -31,7 +31,7 @@ def run_script(out: Path, only: str, **variables: str) -> tuple[str, list[dict[s
 def test_a_dry_run_measures_and_finds_no_error(tmp_path: Path) -> None:
     """The kernels run in Triton's interpreter, which is installed in a folder of its own (see the Makefile)."""
     kernels = {"DRY_PATH": str(TRITON)} if TRITON.is_dir() else {}
-    parts = ["a", "e1", "e2"] if kernels else ["a"]
+    parts = ["a", "e1", "e2", "e3"] if kernels else ["a"]
     summary, rows, log = run_script(tmp_path, "a e" if kernels else "a", BUDGET="400", **kernels)
     for part in parts:
         assert f"{part}: exit status 0" in log
@@ -45,6 +45,7 @@ def test_a_dry_run_measures_and_finds_no_error(tmp_path: Path) -> None:
         expected += [
             ("e2", name) for name in ("ssd score, mamba2 init, channel-last", "ssd scan, PyTorch, channel-last")
         ]
+        expected += [("e3", name) for name in ("delta rule score, simba-l2", "Kimi delta score, write", "Kimi delta scan")]
     for stage, name in expected:
         assert measured[stage, name] > 0
         assert f"| {name} |" in summary or stage == "a"
@@ -55,7 +56,7 @@ def test_without_time_there_is_a_summary_that_says_so(tmp_path: Path) -> None:
     summary, rows, log = run_script(tmp_path, "a e f g h s", BUDGET="5")
     assert rows == []
     assert summary.endswith("## Errors (0)\n\n")
-    for part in ("a", "e1", "e2", "f1-mamba-16", "f4-mamba2-graphs-16", "g", "h1-mamba-whole", "s"):
+    for part in ("a", "e1", "e2", "e3", "f1-mamba-16", "f4-mamba2-graphs-16", "g", "h1-mamba-whole", "s"):
         assert f"{part}: left out, no time" in log
 
 

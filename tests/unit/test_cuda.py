@@ -16,6 +16,7 @@ import pytest
 import reference as whole
 import torch
 from models import BY_NAME, dense, linear, padded, tokens
+from test_delta import delta_operands
 from test_ops import TOLERANCE, assert_close, check_gradients, selective_operands, ssd_operands
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
@@ -108,6 +109,24 @@ def test_the_ssd_score(dtype: torch.dtype, masked: bool) -> None:
                               1, "simba")  # fmt: skip
     best = reference.ssd_contributions_ref(*scan, True, 0.0, 9.0, query).flatten(2).amax(2)
     assert_close("score", got.cpu(), torch.where(torch.arange(300) <= query[:, None], best, 0.0))
+
+
+@pytest.mark.parametrize("by_channel", [False, True])
+@every_dtype
+def test_delta_rules(dtype: torch.dtype, by_channel: bool) -> None:
+    """The scan is fla's in half precision, where that is installed; the walk of a score is Triton's."""
+    sizes = {"heads": 4, "groups": 2, "size": 128, "width": 64}
+    operands = delta_operands(length=130, dtype=dtype, by_channel=by_channel, decay=0.1, **sizes)
+    moved = there(operands)
+    y, last = ops.delta_scan(*moved.values())
+    right, right_last = reference.delta_scan_ref(*operands.values())
+    assert_close("y", y.cpu(), right, dtype)
+    assert_close("last state", last.cpu(), right_last, dtype)
+    real = right_padding(2, 130)
+    query = ops.query_position(real, 3, rows=2, length=130)
+    got = ops.delta_token_score(*moved.values(), 64, real.to(DEVICE), 3, "simba-l2")
+    norms = reference.delta_contributions_ref(*operands.values(), query).flatten(2).norm(dim=2)
+    assert_close("score", got.cpu(), torch.where(torch.arange(130) <= query[:, None], norms, 0.0))
 
 
 @pytest.mark.parametrize("length", [1, 100, 4097, 65536])

@@ -13,11 +13,11 @@ from typing import Any
 from torch import nn
 
 from simba_fx.capture.rows import Row
-from simba_fx.capture.scan_functions import mamba_ssm, transformers
+from simba_fx.capture.scan_functions import fla, mamba_ssm, transformers
 
 __all__ = ["refuse_unsupported", "row_of", "rows_of"]
 
-LIBRARIES = (transformers, mamba_ssm)
+LIBRARIES = (transformers, mamba_ssm, fla)
 
 
 def row_of(module: str, name: str) -> Row | None:
