@@ -178,7 +178,7 @@ class Delta:
         for criterion in ("simba-l2", "write"):
             score = partial(OPS.delta_token_score, *operands, None, 1, criterion)
             line(f"{name} score, {criterion}{tag}", length, score, moved + 4 * self.k.numel())
-        if DRY or not tag and (packages.delta_rule_fn() is not None or length <= 2048):
+        if DRY or (not tag and (packages.delta_rule_fn() is not None or length <= 2048)):
             line(f"{name} scan{tag}", length, partial(OPS.delta_scan, *operands), 2 * moved + 8 * self.k.numel())
 
 

@@ -39,7 +39,9 @@ def _bamba(width: int, inner: int, heads: int, head_dim: int = 64, state: int = 
     }  # fmt: skip
 
 
-def _qwen35(width: int, inner: int, heads: int, head_dim: int = 128, values: int = 2, vocabulary: int = 248320) -> Sizes:
+def _qwen35(
+    width: int, inner: int, heads: int, head_dim: int = 128, values: int = 2, vocabulary: int = 248320
+) -> Sizes:
     """Gated delta rules, `heads` of keys, `values` times as many of values; attention in every fourth block."""
     return lambda _: {
         "hidden_size": width, "intermediate_size": inner, "linear_num_key_heads": heads,

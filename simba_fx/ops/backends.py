@@ -1,8 +1,8 @@
 """Which code runs an operator on a device: kept apart from the operators, so that they read as their definitions.
 
 CPU: the C++ kernels where they can be built. CUDA: Triton kernels; for the scans of Mamba-2 mamba_ssm's and of delta
-rules fla's, where those can be imported. Else, and for operands that those do not take, PyTorch. Projections come grouped here: B and C of a selective
-scan are `(B, G, N, L)`.
+rules fla's, where those can be imported. Else, and for operands that those do not take, PyTorch. Projections come
+grouped here: B and C of a selective scan are `(B, G, N, L)`.
 """
 
 from __future__ import annotations

@@ -67,13 +67,14 @@ def chunk_delta_rule(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, scale: float
 
 
 def chunk_gla(q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float | None = None,
-              initial_state: Tensor | None = None, output_final_state: bool = False) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+              initial_state: Tensor | None = None, output_final_state: bool = False) -> tuple[Tensor, Any]:  # fmt: skip
     y, state = known.gla(q * (k.shape[-1] ** -0.5 if scale is None else scale), k, v, g)
     return y, state if output_final_state else None
 
 
-def chunk_rwkv7(r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, scale: float = 1.0,
-                initial_state: Tensor | None = None, output_final_state: bool = False) -> tuple[Tensor, None]:  # fmt: skip
+def chunk_rwkv7(
+    r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, scale: float = 1.0, **_: Any
+) -> tuple[Tensor, None]:  # fmt: skip
     return known.rwkv7(r * scale, w, k, v, a, b), None
 
 

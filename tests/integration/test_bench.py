@@ -287,8 +287,15 @@ def test_layer_drop_keeps_the_ends_and_the_model() -> None:
 
 @pytest.mark.parametrize(
     ("name", "millions"),
-    [("mamba-130m", 129), ("mamba-2.8b", 2768), ("mamba2-130m", 129), ("mamba2-2.7b", 2703), ("bamba-0.9b", 855),
-     ("qwen3.5-0.5b", 525), ("qwen3.5-9b", 8954)],
+    [
+        ("mamba-130m", 129),
+        ("mamba-2.8b", 2768),
+        ("mamba2-130m", 129),
+        ("mamba2-2.7b", 2703),
+        ("bamba-0.9b", 855),
+        ("qwen3.5-0.5b", 525),
+        ("qwen3.5-9b", 8954),
+    ],
 )
 def test_named_models_have_their_published_sizes(name: str, millions: int) -> None:
     model = models.build(name, torch.device("meta"), torch.bfloat16)

@@ -45,7 +45,9 @@ def test_a_dry_run_measures_and_finds_no_error(tmp_path: Path) -> None:
         expected += [
             ("e2", name) for name in ("ssd score, mamba2 init, channel-last", "ssd scan, PyTorch, channel-last")
         ]
-        expected += [("e3", name) for name in ("delta rule score, simba-l2", "Kimi delta score, write", "Kimi delta scan")]
+        expected += [
+            ("e3", name) for name in ("delta rule score, simba-l2", "Kimi delta score, write", "Kimi delta scan")
+        ]
     for stage, name in expected:
         assert measured[stage, name] > 0
         assert f"| {name} |" in summary or stage == "a"

@@ -148,7 +148,7 @@ def test_a_needle_survives_and_one_that_was_overwritten_does_not() -> None:
 def test_flas_scan_is_called_as_it_is_documented(
     dtype: torch.dtype, by_channel: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a GPU, in half precision: as many heads of keys as of values, one dtype, float32 gates, no scale of its own."""
+    """On a GPU, in half precision: as many heads of keys as of values, one dtype, float32 gates, no scale."""
     calls = []
 
     def chunk(

@@ -22,7 +22,8 @@ from simba_fx.ops.cuda.triton import conv, delta, scan, score, select
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 POINTERS = dict.fromkeys(("A", "bias", "D", "score", "last", "boundaries", "steps", "sums", "behind", "weights",
-                          "starts", "dlast", "du", "q_query", "k", "g", "beta", "reads", "ddelta", "dz", "dA", "dB", "dC", "dD"), "*fp32")  # fmt: skip
+                          "starts", "dlast", "du", "ddelta", "dz", "dA", "dB", "dC", "dD", "q_query", "k", "g", "beta",
+                          "reads"), "*fp32")  # fmt: skip
 OPERANDS = dict.fromkeys(("u", "delta", "z", "B", "C", "x", "dt", "y", "dy", "weight"), "*bf16")
 LIMITS = {"dt_min": "fp64", "dt_max": "fp64"}
 """What a graph that Inductor compiled hands over for a Python number."""

@@ -46,7 +46,7 @@ def ssd_scan(scan: SSDScan) -> tuple[Tensor, Tensor]:
 
 
 def delta_rule_fn(by_channel: bool = False) -> Any:
-    """`fla`'s gated delta rule, with one decay for each head or for each key channel (Kimi delta attention), or None."""
+    """`fla`'s gated delta rule, with a decay for each head or for each key channel (Kimi delta attention), or None."""
     if by_channel:
         return _function("fla.ops.kda", "chunk_kda")
     return _function("fla.ops.gated_delta_rule", "chunk_gated_delta_rule")
