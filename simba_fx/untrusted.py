@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from simba_fx.capture.scan_functions.transformers import SCANS
+from simba_fx.capture.scan_functions import SCANNING
 from simba_fx.errors import SimbaError
 
 __all__ = ["check_config", "check_files", "check_implementations", "read_json", "scanning_class"]
@@ -159,7 +159,7 @@ def scanning_class(config: Mapping[str, Any], expected: str, file: Path) -> Any:
             f"{file} names the class {name!r}, which transformers {transformers.__version__} does not have; expected "
             f"{expected}. Install a version that has it."
         )
-    if not {name.partition(".")[0] for name in SCANS} & vars(sys.modules[cls.__module__]).keys():
+    if not SCANNING & vars(sys.modules[cls.__module__]).keys():
         raise SimbaError(
             f"{file} names the class {name!r}, a model without a scan; expected {expected}. Save the model again."
         )

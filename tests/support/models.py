@@ -37,6 +37,8 @@ from transformers import (
     MambaConfig,
     MambaForCausalLM,
     MambaModel,
+    MiniMaxConfig,
+    MiniMaxForCausalLM,
     NemotronHConfig,
     NemotronHForCausalLM,
     OlmoHybridConfig,
@@ -58,6 +60,7 @@ from transformers.models.jamba import modeling_jamba
 from transformers.models.kimi_linear import modeling_kimi_linear
 from transformers.models.mamba import modeling_mamba
 from transformers.models.mamba2 import modeling_mamba2
+from transformers.models.minimax import modeling_minimax
 from transformers.models.nemotron_h import modeling_nemotron_h
 from transformers.models.olmo_hybrid import modeling_olmo_hybrid
 from transformers.models.qwen3_5 import modeling_qwen3_5
@@ -283,6 +286,15 @@ def _kimi_linear(**changes: Any) -> nn.Module:
     return _hybrid(KimiLinearForCausalLM, KimiLinearConfig, sizes, changes, experts=experts)
 
 
+def _minimax(**changes: Any) -> nn.Module:
+    """Lightning attention, whose states are in a cache of the model's own; experts in every block."""
+    sizes = {"num_hidden_layers": 5, "head_dim": 8, "block_size": 16, "num_local_experts": 4, "num_experts_per_tok": 2,
+             "layer_types": ["full_attention", *["linear_attention"] * 2, "full_attention", "linear_attention"],
+             }  # fmt: skip
+    experts = changes.pop("experts", "grouped_mm")
+    return _hybrid(MiniMaxForCausalLM, MiniMaxConfig, sizes, changes, experts=experts)
+
+
 REGISTRY: tuple[Entry, ...] = (
     Entry("mamba", _mamba, "selective", modeling_mamba),
     Entry(
@@ -323,7 +335,9 @@ DELTA_RULES: tuple[Entry, ...] = (
     Entry("kimi-linear", _kimi_linear, "delta", modeling_kimi_linear, seed=20),
 )
 """Gated delta rules and attention in turns."""
-BY_NAME: dict[str, Entry] = {entry.name: entry for entry in (*REGISTRY, *HYBRIDS, *DELTA_RULES)}
+MINIMAX = Entry("minimax", _minimax, "ssd", modeling_minimax, seed=21)
+"""Not among the families: its cache has no static kind, moves no rows for beams, and does not continue (test_minimax)."""
+BY_NAME: dict[str, Entry] = {entry.name: entry for entry in (*REGISTRY, *HYBRIDS, *DELTA_RULES, MINIMAX)}
 # For tests that need many captures: one float32 entry per modeling file, and one per kind of scan.
 PER_FAMILY: tuple[Entry, ...] = tuple({entry.modeling: entry for entry in FLOAT32}.values())
 FAMILIES: tuple[Entry, ...] = (*PER_FAMILY, *HYBRIDS, *DELTA_RULES)

@@ -170,12 +170,38 @@ def delta_operands(arguments: dict[str, Any]) -> DeltaRule:
     return DeltaRule(v, q, k, g, beta)
 
 
+def lightning_operands(arguments: dict[str, Any]) -> Scan:
+    """From a call of MiniMax's lightning attention, `(1, L, width)`: one fixed decay for each head, no steps."""
+    own, hidden, mask = (arguments[name] for name in ("self", "hidden_states", "attention_mask"))
+    with torch.no_grad():
+        mixed = own.act_fn(own.qkv_proj(hidden)) * (1 if mask is None else mask[:, :, None])
+    parts = _double(mixed)[0].reshape(mixed.shape[1], own.num_attention_heads, 3, own.head_dim)
+    q, k, v = parts[:, :, 0], parts[:, :, 1], parts[:, :, 2]
+    length, heads, width = v.shape
+    head_of = np.arange(heads * width) // width
+    decay = np.repeat(-_double(own.slope_rate).reshape(-1)[head_of][:, None], width, axis=1)
+    steps = np.ones((length, heads))
+    return Scan(v.reshape(length, -1), steps[:, head_of], decay, k[:, head_of], q[:, head_of], steps)
+
+
 SCAN_FUNCTIONS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "mamba_selective_scan": selective_operands,
     "mamba2_chunk_scan": ssd_operands,
     "torch_chunk_gated_delta_rule": delta_operands,
     "chunk_kimi_delta_attention": delta_operands,
+    "MiniMaxLightningAttention.forward": lightning_operands,
 }
+
+
+def _scan_functions(modeling: types.ModuleType) -> dict[str, tuple[Any, str, Any]]:
+    """By name: what holds a scan function of a modeling file, its name there, and the function."""
+    found = {}
+    for name in SCAN_FUNCTIONS:
+        *owners, own = name.split(".")
+        holder = functools.reduce(lambda holder, owner: getattr(holder, owner, None), owners, modeling)
+        if hasattr(holder, own):
+            found[name] = holder, own, getattr(holder, own)
+    return found
 
 
 @contextlib.contextmanager
@@ -196,21 +222,21 @@ def recorded_scans(model: nn.Module) -> Iterator[list[dict[str, Any]]]:
 
         return wrapper
 
-    found = {name: getattr(modeling, name) for name in SCAN_FUNCTIONS if hasattr(modeling, name)}
+    found = _scan_functions(modeling)
     try:
-        for name, function in found.items():
-            setattr(modeling, name, noting(name, function))
+        for name, (holder, own, function) in found.items():
+            setattr(holder, own, noting(name, function))
         yield calls
     finally:
-        for name, function in found.items():
-            setattr(modeling, name, function)
+        for holder, own, function in found.values():
+            setattr(holder, own, function)
 
 
 @contextlib.contextmanager
 def rounded_otherwise(modeling: types.ModuleType, seed: int) -> Iterator[None]:
     """The model's own scans, their results moved by less than half of bfloat16's spacing."""
     generator = torch.Generator().manual_seed(seed)
-    functions = {name: getattr(modeling, name) for name in SCAN_FUNCTIONS if hasattr(modeling, name)}
+    functions = _scan_functions(modeling).values()
 
     def moved(function: Any, *args: Any, **kwargs: Any) -> Any:
         found = function(*args, **kwargs)
@@ -219,12 +245,12 @@ def rounded_otherwise(modeling: types.ModuleType, seed: int) -> Iterator[None]:
         return (result, *rest) if isinstance(found, tuple) else result
 
     try:
-        for name, function in functions.items():
-            setattr(modeling, name, functools.partial(moved, function))
+        for holder, own, function in functions:
+            setattr(holder, own, functools.partial(moved, function))
         yield
     finally:
-        for name, function in functions.items():
-            setattr(modeling, name, function)
+        for holder, own, function in functions:
+            setattr(holder, own, function)
 
 
 def operands(call: dict[str, Any]) -> Any:
@@ -576,7 +602,8 @@ def run_row(
     if use_cache:
         from transformers import DynamicCache
 
-        cache = DynamicCache(config=model.config)
+        own = getattr(sys.modules[type(model).__module__], "MiniMaxCache", None)
+        cache = DynamicCache(config=model.config) if own is None else own()
     result = Row(logits=ids, hidden=ids, kept=[], cache=cache, margin=float("inf"))
     blocks = backbone.layers
 

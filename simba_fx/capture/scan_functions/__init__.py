@@ -13,11 +13,13 @@ from typing import Any
 from torch import nn
 
 from simba_fx.capture.rows import Row
-from simba_fx.capture.scan_functions import fla, mamba_ssm, transformers
+from simba_fx.capture.scan_functions import fla, mamba_ssm, minimax, transformers
 
-__all__ = ["refuse_unsupported", "row_of", "rows_of"]
+__all__ = ["SCANNING", "minimax", "refuse_unsupported", "row_of", "rows_of"]
 
-LIBRARIES = (transformers, mamba_ssm, fla)
+SCANNING = frozenset(name.partition(".")[0] for name in (*transformers.SCANS, *minimax.ROWS))
+"""A file of transformers that holds one of these has models that can be transformed."""
+LIBRARIES = (minimax, transformers, mamba_ssm, fla)
 
 
 def row_of(module: str, name: str) -> Row | None:

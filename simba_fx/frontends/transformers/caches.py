@@ -1,11 +1,12 @@
 """What transformers' caches hold after a prompt: recorded while a graph is captured, filled in after it has run.
 
 A layer's state is named by an entry `(layer, kind, index)`; kind is "conv" `(B, D, W)`, "recurrent" (as the scan leaves
-it), "keys" or "values" `(B, heads, k, width)`. transformers is imported inside, when a model of its kind is at hand.
+it; "linear" in MiniMax's cache), "keys" or "values" `(B, heads, k, width)`. transformers is imported inside, when a model of its kind is at hand.
 """
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -21,23 +22,34 @@ class NotInCache(CacheError, AttributeError):
     """A model asks its cache for what only a class of its own has."""
 
 
-def recording_cache(config: Any, owner: str) -> Any:
-    """An empty cache of transformers' own class that notes what each layer would store, and changes nothing; `owner`:
-    what the model is called in messages."""
-    from transformers import DynamicCache
+def _class_of(stack: Any) -> tuple[Any, dict[str, Any]]:
+    """The class of a model's caches, and what one is made with: one that stands beside the model, or the usual one."""
+    from transformers.cache_utils import DynamicCache  # Dynamo of torch 2.11 cannot import from the lazy package
 
-    class RecordingCache(Notes, DynamicCache):
+    for cls in type(stack).__mro__:
+        for own in vars(sys.modules[cls.__module__]).values():
+            if isinstance(own, type) and issubclass(own, DynamicCache) and own.__module__ == cls.__module__:
+                return own, {}
+    return DynamicCache, {"config": stack.config}
+
+
+def recording_cache(stack: Any) -> Any:
+    """An empty cache of the model's class that notes what each layer would store, and changes nothing."""
+    cls, made_with = _class_of(stack)
+    owner = type(stack).__name__
+
+    class RecordingCache(Notes, cls):  # type: ignore[misc]  # a class of transformers, known when the model is
         def __getattr__(self, name: str) -> Any:
             raise NotInCache(
-                f"{owner} asks its cache for {name}, which transformers' DynamicCache has not; expected states that a "
-                "prompt leaves there. Pass use_cache=False, or generate with the dense model."
+                f"{owner} asks its cache for {name}, which transformers' {cls.__name__} has not; expected states that "
+                "a prompt leaves there. Pass use_cache=False, or generate with the dense model."
             )
 
         def entries(self) -> dict[Entry, Tensor]:
             return dict(sorted(self.stored.items()))
 
         def ask(self, method: str, layer: Any, *more: Any) -> Any:
-            return getattr(DynamicCache, method)(self, layer, *more)
+            return getattr(cls, method)(self, layer, *more)
 
         def update_conv_state(self, conv_states: Tensor, layer_idx: int, state_idx: int = 0,
                               conv_kernel_size: int | None = None, **_: Any) -> Tensor:  # fmt: skip
@@ -51,15 +63,18 @@ def recording_cache(config: Any, owner: str) -> Any:
             self.store(layer_idx, ("recurrent", state_idx), recurrent_states)
             return recurrent_states
 
+        def set_linear_cache(self, layer_idx: int, linear_cache: Tensor) -> None:
+            self.store(layer_idx, ("linear", 0), linear_cache)
+
         def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> Any:
             self.store(layer_idx, ("keys", 0), key_states)
             self.store(layer_idx, ("values", 0), value_states)
             return key_states, value_states
 
     for name, default in _QUESTIONS.items():
-        if hasattr(DynamicCache, name):
+        if hasattr(cls, name):
             setattr(RecordingCache, name, _question(name, default))
-    cache: Any = RecordingCache(config=config)
+    cache: Any = RecordingCache(**made_with)
     cache.start()
     return cache
 
@@ -83,6 +98,8 @@ def fill(cache: Any, entries: tuple[Entry, ...], tensors: Any) -> None:
             cache.update_conv_state(tensor, layer, state_idx=index, conv_kernel_size=tensor.shape[-1])
         elif kind == "recurrent":
             cache.update_recurrent_state(tensor, layer, state_idx=index)
+        elif kind == "linear":
+            cache.set_linear_cache(layer, tensor)
         elif kind == "keys":
             cache.update(tensor, stored[layer, "values", 0], layer)
 
@@ -95,6 +112,11 @@ def past_of(cache: Any, entries: tuple[Entry, ...]) -> list[Tensor]:
     """
     found, real = [], []
     for layer, kind, index in entries:
+        if kind == "linear":
+            raise InputError(
+                f"Several new tokens on a warm {type(cache).__name__}, whose states this package does not continue; "
+                "expected one token at a time, or the whole text on an empty cache. Pass the tokens one by one."
+            )
         held = cache.layers[layer]
         if getattr(held, "record_past", False):
             raise InputError(
@@ -135,11 +157,12 @@ def is_warm(cache: Any) -> bool:
     started = [getattr(layer, "has_previous_state", None) for layer in layers]
     if any(isinstance(states, dict) and any(states.values()) for states in started):
         return True
+    if any(isinstance(state, Tensor) for state in getattr(cache, "linear_cache", ())):  # MiniMax's
+        return True
     rooms = [(layer, getattr(layer, "keys", None)) for layer in layers]
     return any(isinstance(keys, Tensor) and keys.numel() and bool(layer.get_seq_length() > 0) for layer, keys in rooms)
 
 
-def new_cache(config: Any) -> Any:
-    from transformers.cache_utils import DynamicCache  # Dynamo of torch 2.11 cannot import from the lazy package
-
-    return DynamicCache(config=config)
+def new_cache(stack: Any) -> Any:
+    cls, made_with = _class_of(stack)
+    return cls(**made_with)

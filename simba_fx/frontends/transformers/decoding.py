@@ -143,9 +143,12 @@ def call_with_own_mask(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any
     """A forward pre-hook of an attention module: in decoding steps it gets the mask of its own cache layer."""
     cache = next((kwargs[name] for name in ("cache", "past_key_values") if kwargs.get(name) is not None), None)
     index = kwargs.get("layer_idx", getattr(module, "layer_idx", None))
-    layer = None if cache is None or index is None else getattr(cache, "layers", {index: None})[index]
     hidden: Any = kwargs.get("hidden_states", args[0] if args else None)
-    if layer is None or type(layer) not in _classes.values() or hidden.shape[1] != 1:
+    layers = getattr(cache, "layers", ())
+    if index is None or hidden.shape[1] != 1 or index >= len(layers):  # MiniMax's cache has layers as they are filled
+        return None
+    layer = layers[index]
+    if type(layer) not in _classes.values():
         return None
     additive = module.config._attn_implementation == "eager"
     return args, kwargs | {"attention_mask": mask_for(layer, hidden.dtype, additive)}

@@ -213,8 +213,8 @@ class SparseStack(StackRuntime):
         """
         nodes = returned(captured.graph)[captured.facts.values :]
         keys = {layer: node for (layer, kind, _), node in zip(states, nodes) if kind == "keys"}
-        layers = new_cache(self.stack.config).layers if keys else []
-        if sliding := [layer for layer in keys if getattr(layers[layer], "is_sliding", False)]:
+        layers = dict(enumerate(new_cache(self.stack).layers if keys else ()))  # MiniMax's grows as it is filled
+        if sliding := [layer for layer in keys if getattr(layers.get(layer), "is_sliding", False)]:
             raise CacheError(
                 f"Layers {', '.join(map(str, sliding))} of {type(self.stack).__name__} attend to a sliding window; "
                 "expected attention to the whole past, which is what can be decoded after a pruned prompt. Pass "

@@ -79,7 +79,7 @@ class _Shell(nn.Module):
                 f"({', '.join(CACHE_NAMES)}), so that what a prompt leaves behind cannot be put there. Pass "
                 "use_cache=False, or generate with the dense model."
             )
-        cache = recording_cache(self.stack.config, type(self.stack).__name__) if self.signature.cache else None
+        cache = recording_cache(self.stack) if self.signature.cache else None
         if cache is not None:
             options[cache_name] = cache
         if self.signature.ids:  # the embeddings are looked up outside of the graph; what follows is the model's own
