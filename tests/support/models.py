@@ -336,7 +336,7 @@ DELTA_RULES: tuple[Entry, ...] = (
 )
 """Gated delta rules and attention in turns."""
 MINIMAX = Entry("minimax", _minimax, "ssd", modeling_minimax, seed=21)
-"""Not among the families: its cache has no static kind, moves no rows for beams, and does not continue (test_minimax)."""
+"""Not among the families: its cache has no static kind, moves no rows for beams, does not continue (test_minimax)."""
 BY_NAME: dict[str, Entry] = {entry.name: entry for entry in (*REGISTRY, *HYBRIDS, *DELTA_RULES, MINIMAX)}
 # For tests that need many captures: one float32 entry per modeling file, and one per kind of scan.
 PER_FAMILY: tuple[Entry, ...] = tuple({entry.modeling: entry for entry in FLOAT32}.values())

@@ -11,8 +11,8 @@ import importlib
 import sys
 
 HIDDEN = ("mamba_ssm", "causal_conv1d")
-FAMILIES = ("bamba", "falcon_h1", "falcon_mamba", "granitemoehybrid", "jamba", "kimi_linear", "mamba", "mamba2", "minimax",
-            "nemotron_h", "olmo_hybrid", "qwen3_5", "qwen3_next", "zamba", "zamba2")  # fmt: skip
+FAMILIES = ("bamba", "falcon_h1", "falcon_mamba", "granitemoehybrid", "jamba", "kimi_linear", "mamba", "mamba2",
+            "minimax", "nemotron_h", "olmo_hybrid", "qwen3_5", "qwen3_next", "zamba", "zamba2")  # fmt: skip
 
 
 def _import_modeling_files() -> None:

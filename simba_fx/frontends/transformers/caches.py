@@ -1,7 +1,8 @@
 """What transformers' caches hold after a prompt: recorded while a graph is captured, filled in after it has run.
 
 A layer's state is named by an entry `(layer, kind, index)`; kind is "conv" `(B, D, W)`, "recurrent" (as the scan leaves
-it; "linear" in MiniMax's cache), "keys" or "values" `(B, heads, k, width)`. transformers is imported inside, when a model of its kind is at hand.
+it; "linear" in MiniMax's cache), "keys" or "values" `(B, heads, k, width)`. transformers is imported inside, when a
+model of its kind is at hand.
 """
 
 from __future__ import annotations
