@@ -32,7 +32,7 @@ def kernel_path(device_type: str, packages: tuple[str, ...] = ("mamba_ssm", "fla
         return f"torch ({found})" if isinstance(found, str) else found.description
     if device_type == "cuda":
         limits = {"fla": " (in half precision)"}
-        there = {"mamba_ssm": cuda.ssd_scan_fn, "fla": cuda.delta_rule_fn, "triton": triton_kernels}
+        there: dict[str, Any] = {"mamba_ssm": cuda.ssd_scan_fn, "fla": cuda.delta_rule_fn, "triton": triton_kernels}
         names = [f"{name} {version(name)}{limits.get(name, '')}" for name in packages if there[name]() is not None]
         return ", ".join(names) or f"torch (cannot import {', '.join(packages)})"
     return f"torch (no kernels for {device_type})"

@@ -38,7 +38,7 @@ def lightning_attention(
     """
     state = v.new_zeros(*v.shape[:2], k.shape[3], v.shape[3])
     found = []
-    for q_block, k_block, v_block in zip(*(x.split(block_size, 2) for x in (q, k, v))):
+    for q_block, k_block, v_block in zip(*(torch.split(x, block_size, 2) for x in (q, k, v))):
         size = q_block.shape[2]
         inside = torch.matmul(q_block, k_block.transpose(-1, -2)) * diagonal_decay[:, :, :size, :size]
         before = torch.matmul(q_block * query_decay[:, :size], state)
@@ -61,9 +61,9 @@ def _lightning(q: Tensor, k: Tensor, v: Tensor, slope_rate: Tensor, query_decay:
 
 def _forward(original: Callable[..., Any]) -> Callable[..., Any]:
     def forward(self: Any, hidden_states: Tensor, position_embeddings: Any = None, attention_mask: Any = None,
-                cache: Any = None, past_key_values: Any = None, **_: Any) -> tuple[Tensor, Tensor]:  # fmt: skip
+                cache: Any = None, past_key_values: Any = None, **more: Any) -> tuple[Tensor, Tensor]:  # fmt: skip
         cache = past_key_values if cache is None else cache
-        rows, length, _ = hidden_states.shape
+        rows, length = hidden_states.shape[:2]
         qkv = self.act_fn(self.qkv_proj(hidden_states))
         if attention_mask is not None:
             qkv = (qkv * attention_mask[:, :, None]).to(qkv.dtype)

@@ -39,7 +39,7 @@ def recording_cache(stack: Any) -> Any:
     cls, made_with = _class_of(stack)
     owner = type(stack).__name__
 
-    class RecordingCache(Notes, cls):  # type: ignore[misc]  # a class of transformers, known when the model is
+    class RecordingCache(Notes, cls):  # type: ignore[misc, valid-type]  # a class of transformers, known when the model is
         def __getattr__(self, name: str) -> Any:
             raise NotInCache(
                 f"{owner} asks its cache for {name}, which transformers' {cls.__name__} has not; expected states that "
