@@ -1,62 +1,173 @@
-"""Families that call the scan functions of others: everything kept, padded, generated, pruned. (What `test_families`
-asks of each family is asked of those whose functions these are.)"""
+"""Families that call the scan functions of others, and MiniMax, whose cache is of a class of its own: what
+`test_families` asks of each family, as far as it does not take the usual cache."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+import reference
 import torch
-import transformers
-from models import VOCABULARY, keep_all, padded, tokens
-from torch import nn
+from models import (
+    MINIMAX,
+    RELATIVES,
+    Entry,
+    dense,
+    keep_all,
+    linear,
+    n_blocks,
+    names,
+    padded,
+    sparse,
+    three_rows,
+    tokens,
+)
+from reference import assert_close, cache_name
+from torch import Tensor
 
 import simba_fx
+from simba_fx.capture.scan_functions.minimax import lightning_attention
+from simba_fx.errors import InputError
+from simba_fx.ops import reference as loops
 
-BASE: dict[str, Any] = {"vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 32, "pad_token_id": 0,
-                        "num_hidden_layers": 4, "num_attention_heads": 2}  # fmt: skip
-GATED: dict[str, Any] = {
-    "num_key_value_heads": 1, "head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
-    "linear_key_head_dim": 4, "linear_value_head_dim": 4,
-    "layer_types": ["linear_attention", "full_attention", "linear_attention", "linear_attention"],
-}  # fmt: skip
-LATENT: dict[str, Any] = {
-    "num_key_value_heads": 2, "head_dim": 8, "layer_group_size": 2, "first_k_dense_replace": 1, "kv_lora_rank": 8,
-    "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8, "n_group": 1, "topk_group": 1,
-}  # fmt: skip
-EXPERTS: dict[str, Any] = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
-SIZES: dict[str, dict[str, Any]] = {
-    "Qwen3_5Moe": GATED | EXPERTS | {"num_experts": 4, "shared_expert_intermediate_size": 16},
-    "LaraMini": GATED,
-    "BailingHybrid": LATENT | EXPERTS | {"num_local_experts": 4},
-}
+every_relative = pytest.mark.parametrize("entry", RELATIVES, ids=names(RELATIVES))
 
 
-def build(name: str) -> nn.Module:
-    cls = getattr(transformers, f"{name}ForCausalLM", None)
-    config: Any = getattr(transformers, f"{name}TextConfig", None) or getattr(transformers, f"{name}Config", None)
-    if cls is None or config is None:
-        pytest.skip(f"transformers {transformers.__version__} has no {name}")
-    torch.manual_seed(0)
-    model: nn.Module = cls(config(**BASE, **SIZES[name])).eval()
-    return model
+def states(cache: Any) -> list[Tensor]:
+    """Everything that a cache holds."""
+    held = [state for state in getattr(cache, "linear_cache", ()) if isinstance(state, Tensor)]
+    for layer in cache.layers:
+        for states in (getattr(layer, "conv_states", {}), getattr(layer, "recurrent_states", {})):
+            held += [state for _, state in sorted(states.items()) if state is not None]
+        held += [t for t in (getattr(layer, "keys", None), getattr(layer, "values", None)) if isinstance(t, Tensor)]
+    return held
 
 
-@pytest.mark.parametrize("name", SIZES)
-def test_a_relative_of_a_family(name: str) -> None:
-    model = build(name)
-    everything = simba_fx.transform(model, keep_all(4), kernels="model")
-    sparse: Any = simba_fx.transform(model, "linear")
-    ids, mask = padded([tokens(1, 20), tokens(2, 15)], [0, 5], [0, 0])
+@every_relative
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.capability("parity")
+def test_keeping_everything_gives_the_dense_bits(entry: Entry, masked: bool) -> None:
+    model = dense(entry.name)
+    pruned = sparse(entry.name, keep_all(n_blocks(model)), kernels="model")
+    assert simba_fx.program(pruned).cuts
     with torch.no_grad():
-        for call in ({"input_ids": ids}, {"input_ids": ids, "attention_mask": mask}):
-            real = call.get("attention_mask", torch.ones_like(ids)).bool()
-            assert torch.equal(everything(**call).logits[real], model(**call).logits[real])
-            said = [m.generate(**call, max_new_tokens=8, do_sample=False) for m in (everything, model)]
-            assert torch.equal(*said)
-            found = sparse(**call).logits
-            alone = sparse(input_ids=ids[:1]).logits
-            torch.testing.assert_close(found[:1], alone, rtol=1e-4, atol=1e-5)
-        sparse(input_ids=ids)
-        assert [held.shape[1] for held in simba_fx.kept(sparse)] == [20, 15, 15, 5]
-        assert sparse.generate(input_ids=ids, max_new_tokens=4).shape == (2, 24)
+        expected, found = (one(**three_rows(masked), use_cache=True) for one in (model, pruned))
+    assert torch.equal(found.logits, expected.logits)
+    ours, theirs = (one[cache_name(model)] for one in (found, expected))
+    assert type(ours) is type(theirs)
+    assert len(states(ours)) >= n_blocks(model)
+    assert all(torch.equal(a, b) for a, b in zip(states(ours), states(theirs), strict=True))
+
+
+@every_relative
+@pytest.mark.parametrize("kernels", ["auto", "model"])
+@pytest.mark.capability("padding")
+def test_a_row_of_a_batch_is_its_own_blocks_on_the_tokens_that_add_most(entry: Entry, kernels: str) -> None:
+    model, shares = dense(entry.name), linear(entry)
+    pruned, draws = sparse(entry.name, shares, kernels=kernels), reference.Draws()
+
+    def rows(seed: int) -> tuple[Tensor, Tensor]:
+        return padded([tokens(10 * seed, 40), tokens(10 * seed + 1, 33)], [0, 7], [0, 0])
+
+    with torch.no_grad():
+        ids, mask, expected = draws.first(model, shares, rows, use_cache=True)
+        assert mask is not None
+        found = pruned(input_ids=ids, attention_mask=mask)
+    for block, right in zip(simba_fx.kept(pruned), expected.kept, strict=True):
+        assert [row[row >= 0].tolist() for row in block] == right
+    assert len({len(block[0]) for block in expected.kept}) > 2
+    for b, real in enumerate(mask.bool()):
+        assert_close(f"row {b}", found.logits[b, real], expected.logits[b, real], 1e-4)
+
+
+@every_relative
+@pytest.mark.capability("generate")
+def test_greedy_generation_equals_the_reference_token_for_token(entry: Entry) -> None:
+    """50 tokens, the rows alone and as one batch padded on the left."""
+    pruned, shares, draws = sparse(entry.name, linear(entry)), linear(entry), reference.Draws()
+    lengths = [44, 13, 43]
+    prompts = draws.prompts(dense(entry.name), shares, lengths, 50)
+    for (ids, row), length in zip(prompts, lengths, strict=True):
+        found = pruned.generate(ids[None], max_new_tokens=50, do_sample=False)
+        assert found[0, length:].tolist() == row.tokens
+    ids, mask = padded([ids for ids, _ in prompts], [0, 31, 1], [0, 0, 0])
+    found = pruned.generate(ids, attention_mask=mask, max_new_tokens=50, do_sample=False)
+    assert found[:, 44:].tolist() == [row.tokens for _, row in prompts]
+
+
+@every_relative
+@pytest.mark.capability("train")
+def test_it_trains(entry: Entry) -> None:
+    """Everything kept: the dense gradients, bit for bit; pruned: the reference's."""
+    model = entry.build().train()
+    whole = simba_fx.transform(model, keep_all(n_blocks(model)), kernels="model", criterion="simba")
+    named, found = dict(model.named_parameters()), []
+    for one in (model, whole):
+        logits = one(**three_rows(True), use_cache=False).logits
+        found.append(torch.autograd.grad(logits.square().mean(), list(named.values()), allow_unused=True))
+    for name, own, other in zip(named, *found):
+        assert (own is None) == (other is None), name
+        assert own is None or torch.equal(own, other), name
+    model, shares = dense(entry.name), linear(entry)
+    ids, _, expected = reference.Draws().first(model, shares, lambda seed: tokens(seed, 1, 40))
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    logits = sparse(entry.name, shares)(input_ids=ids, use_cache=False).logits[0]
+    every = [torch.autograd.grad(one.square().mean(), weights, allow_unused=True)
+             for one in (logits, expected.rows[0].logits)]  # fmt: skip
+    for own, other in zip(*every, strict=True):
+        if other is not None and other.abs().max() > 1e-6:
+            assert_close("gradient", own, other, reference.GRADIENT_TOLERANCE[torch.float32])
+
+
+@every_relative
+@pytest.mark.capability("compile")
+def test_it_compiles_for_every_length(entry: Entry) -> None:
+    torch._dynamo.reset()
+    pruned = sparse(entry.name, linear(entry))
+    compiled = torch.compile(pruned, backend="aot_eager")
+    with torch.no_grad():
+        compiled(tokens(1, 2, 30), use_cache=False)
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            for rows, length in ((2, 17), (5, 64), (3, 90)):
+                ids = tokens(length, rows, length)
+                assert_close("logits", compiled(ids, use_cache=False).logits, pruned(ids, use_cache=False).logits, 1e-5)
+    torch._dynamo.reset()
+
+
+@every_relative
+def test_it_is_saved_loaded_and_reported(entry: Entry, tmp_path: Path) -> None:
+    pruned, ids = sparse(entry.name, linear(entry)), tokens(4, 1, 40)
+    simba_fx.save(pruned, tmp_path)
+    loaded = simba_fx.load(tmp_path)
+    with torch.no_grad():  # LaraMini's experts themselves round otherwise where their weights were read from a file
+        assert_close("logits", loaded(ids).logits, pruned(ids).logits, 1e-5)
+    assert all(torch.equal(*held) for held in zip(simba_fx.kept(loaded), simba_fx.kept(pruned), strict=True))
+    said = str(simba_fx.report(pruned, ids))
+    title = {"ssd": "ssd scan", "delta": "delta rule"}[entry.kind]
+    assert said.count(title) >= len(simba_fx.program(pruned).cuts) > 0
+
+
+# MiniMax alone.
+
+
+@pytest.mark.parametrize("length", [1, 5, 16, 40])
+def test_lightning_attention_is_the_scan_of_mamba_2(length: int) -> None:
+    """A float64 loop, by the operands that its row gives."""
+    attention: Any = dense(MINIMAX.name).get_submodule("model.layers.1.self_attn")
+    q, k, v = torch.randn(3, 2, 4, length, 8, generator=torch.Generator().manual_seed(length))
+    decays = attention.slope_rate, attention.query_decay, attention.key_decay, attention.diagonal_decay
+    y, state = lightning_attention(q, k, v, *decays, attention.block_size)
+    x, B, C = (operand.transpose(1, 2) for operand in (v, k, q))
+    steps = torch.ones(2, length, 4)
+    right, last = loops.ssd_scan_ref(x, steps, -attention.slope_rate.flatten(), B, C, None, None, None, False, 0.0, 9.0)
+    assert_close("y", y.transpose(1, 2), right, 1e-5)
+    assert_close("state", state.mT, last, 1e-5)
+
+
+def test_several_tokens_on_a_warm_cache_of_its_own_are_refused() -> None:
+    pruned, ids = sparse(MINIMAX.name, linear(MINIMAX)), tokens(4, 1, 40)
+    with torch.no_grad():
+        warm = pruned(ids, use_cache=True)[cache_name(pruned)]
+        with pytest.raises(InputError, match="Several new tokens on a warm MiniMaxCache, whose states this package"):
+            pruned(ids[:, :5], use_cache=True, **{cache_name(pruned): warm})

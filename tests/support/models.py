@@ -9,8 +9,9 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+import sys
 import types
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 
 import plain_transformers  # noqa: F401  # before the modeling files
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import (
     BambaConfig,
@@ -295,6 +297,26 @@ def _minimax(**changes: Any) -> nn.Module:
     return _hybrid(MiniMaxForCausalLM, MiniMaxConfig, sizes, changes, experts=experts)
 
 
+_GATED: dict[str, Any] = _DELTA | {"head_dim": 8}
+_LATENT: dict[str, Any] = {
+    "num_hidden_layers": 4, "head_dim": 8, "layer_group_size": 2, "first_k_dense_replace": 1, "kv_lora_rank": 8,
+    "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8, "n_group": 1, "topk_group": 1,
+    "num_key_value_heads": 4,
+}  # fmt: skip
+_EXPERTS: dict[str, Any] = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
+
+
+def _relative(name: str, sizes: dict[str, Any], seed: int) -> Iterator[Entry]:
+    """A family of delta rules, if transformers has it."""
+    cls = getattr(transformers, f"{name}ForCausalLM", None)
+    config = getattr(transformers, f"{name}TextConfig", None) or getattr(transformers, f"{name}Config", None)
+    if cls is not None and config is not None:
+        experts = "grouped_mm" if _EXPERTS.keys() <= sizes.keys() else None
+        make = functools.partial(_hybrid, cls, config, sizes, experts=experts)
+        modeling = sys.modules[cls.__module__]
+        yield Entry(modeling.__name__.split(".")[-2].replace("_", "-"), make, "delta", modeling, seed=seed)
+
+
 REGISTRY: tuple[Entry, ...] = (
     Entry("mamba", _mamba, "selective", modeling_mamba),
     Entry(
@@ -336,8 +358,15 @@ DELTA_RULES: tuple[Entry, ...] = (
 )
 """Gated delta rules and attention in turns."""
 MINIMAX = Entry("minimax", _minimax, "ssd", modeling_minimax, seed=21)
-"""Not among the families: its cache has no static kind, moves no rows for beams, does not continue (test_minimax)."""
-BY_NAME: dict[str, Entry] = {entry.name: entry for entry in (*REGISTRY, *HYBRIDS, *DELTA_RULES, MINIMAX)}
+"""Its cache has no static kind, moves no rows for beams, does not continue."""
+RELATIVES: tuple[Entry, ...] = (
+    *_relative("Qwen3_5Moe", _GATED | _EXPERTS | {"num_experts": 4, "shared_expert_intermediate_size": 16}, seed=22),
+    *_relative("BailingHybrid", _LATENT | _EXPERTS | {"num_local_experts": 4}, seed=23),
+    *_relative("LaraMini", _GATED, seed=24),
+    MINIMAX,
+)
+"""Those whose scan functions are others', as far as this transformers has them, and MiniMax (test_relatives)."""
+BY_NAME: dict[str, Entry] = {entry.name: entry for entry in (*REGISTRY, *HYBRIDS, *DELTA_RULES, *RELATIVES)}
 # For tests that need many captures: one float32 entry per modeling file, and one per kind of scan.
 PER_FAMILY: tuple[Entry, ...] = tuple({entry.modeling: entry for entry in FLOAT32}.values())
 FAMILIES: tuple[Entry, ...] = (*PER_FAMILY, *HYBRIDS, *DELTA_RULES)
