@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 from simba_fx.capture import lift
 from simba_fx.capture.function_adapter import first_line
 from simba_fx.capture.rows import Adapter
+from simba_fx.capture.writes import NoWrites
 from simba_fx.errors import CaptureError, OperandError
 
 __all__ = ["compare_adapters", "run_on_random_tokens", "say_not_compared"]
@@ -68,7 +69,7 @@ def compare_adapters(module: nn.Module, owner: nn.Module, inputs: Mapping[str, A
 
     try:
         with lift.lifted(owner, compared):
-            run_on_random_tokens(module, inputs, mask)
+            run_on_random_tokens(module, owner, inputs, mask)
     except _Enough:
         return ""
     except CaptureError:
@@ -96,13 +97,15 @@ def _not_compared(functions: Any) -> list[tuple[Callable[..., Any], Adapter]]:
     return list(dict.fromkeys(pair for pair in known if pair not in _agreed))
 
 
-def run_on_random_tokens(module: nn.Module, inputs: Mapping[str, Any], mask: str | None) -> None:
-    """Run a module on inputs like these, with values. Its buffers and torch's random state stay what they are."""
+def run_on_random_tokens(module: nn.Module, owner: nn.Module, inputs: Mapping[str, Any], mask: str | None) -> None:
+    """Run `module`, the user's `owner` inside, on inputs like these, with values. Weights and buffers stay what they
+    are, and torch's random state."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         few = {name: _random(held, name == mask) for name, held in inputs.items()}
         buffers = {name: held.clone() for name, held in module.named_buffers()}
-        torch.func.functional_call(module, buffers, kwargs=few)
+        with NoWrites(owner):
+            torch.func.functional_call(module, buffers, kwargs=few)
 
 
 def _random(held: Any, mask: bool) -> Any:

@@ -27,6 +27,7 @@ from simba_fx.capture.kinds import Differs, expand, once_per_kind
 from simba_fx.capture.normalise import Captured, annotate, check_every_mixer, cut, drop_no_ops, strip_paths
 from simba_fx.capture.recurrences import keep_contract
 from simba_fx.capture.refusals import Watch, advice, explained, refuse_quantised, told_in_words
+from simba_fx.capture.writes import refuse_writes
 from simba_fx.errors import CaptureError, ScanNotFoundError, SimbaError
 from simba_fx.graph.facts import expression, look_up, tensor_paths, value
 from simba_fx.ops.recurrences import SCANS
@@ -158,6 +159,7 @@ def capture_graph(module: nn.Module, owner: nn.Module, inputs: Mapping[str, Any]
         node.target = constants.get(path, path)
         node.name = graph._graph_namespace.create_name(node.target.replace(".", "_"), None)
         attributes[node.target] = tensor
+    refuse_writes(graph, attributes)
     given = [name for name, held in inputs.items() if isinstance(held, Tensor)]
     named = dict(zip(given, graph.find_nodes(op="placeholder")))
     for name in [name for name in spare if name in named and not named[name].users]:

@@ -118,7 +118,7 @@ def keep_contract(module: nn.Module, owner: nn.Module, inputs: Mapping[str, Any]
             return
         try:
             with _undisturbed(module):
-                run_on_random_tokens(module, inputs, mask)
+                run_on_random_tokens(module, owner, inputs, mask)
         except SimbaError:
             raise
         except Exception as error:  # the trace meets it as well, or a call that was not examined

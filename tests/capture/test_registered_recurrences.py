@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import sys
@@ -21,7 +22,7 @@ from torch.utils import _pytree as pytree
 import simba_fx
 from simba_fx.capture import lift
 from simba_fx.capture.function_adapter import Contract, contract
-from simba_fx.errors import CacheError, CaptureError, CriterionError, SimbaError
+from simba_fx.errors import CacheError, CaptureError, CriterionError, InputError, SimbaError
 from simba_fx.ops.function_scan import FunctionCall, known_as
 
 OPS = torch.ops.simba_fx
@@ -342,9 +343,8 @@ def xlstm() -> nn.Module:
 
 
 OTHER_CACHES = [
-    (rwkv, "takes no cache"),
-    (recurrent_gemma, "attend to a sliding window"),
-    (xlstm, "asks its cache for rnn_state"),
+    pytest.param(make, why, marks=pytest.mark.capability("parity", f"transformers `{make.__name__}`"))
+    for make, why in ((recurrent_gemma, "attend to a sliding window"), (xlstm, "asks its cache for rnn_state"))
 ]
 
 
@@ -365,6 +365,137 @@ def test_a_model_of_transformers(make: Callable[[], nn.Module], why: str) -> Non
             sparse(input_ids=ids, use_cache=True)
 
 
+@pytest.mark.filterwarnings("ignore:.*assigned during export")
+@pytest.mark.capability("parity", "transformers `rwkv`")
+def test_rwkv_returns_its_states() -> None:
+    """Everything kept: the dense model's bits."""
+    torch.manual_seed(0)
+    module, ids = rwkv(), tokens(1, 2, 20)
+    everything = simba_fx.transform(module, [1, 1 - 1e-6, 1 - 2e-6], criterion="simba")
+    with torch.no_grad():
+        for cache in (False, True):
+            dense, found = (one(input_ids=ids, use_cache=cache) for one in (module, everything))
+            assert torch.equal(found.logits, dense.logits)
+        assert len(found.state) == 5
+        assert all(torch.equal(own, right) for own, right in zip(found.state, dense.state, strict=True))
+        with pytest.raises(InputError, match="several tokens and the state of an earlier call, which this package"):
+            everything(input_ids=ids, state=found.state, use_cache=True)
+
+
+@pytest.mark.capability("generate", "transformers `rwkv`")
+def test_rwkv_generates_from_the_states_of_its_own_blocks_on_the_survivors() -> None:
+    torch.manual_seed(0)
+    module: Any = rwkv()
+    ids, stack = tokens(1, 1, 40), module.rwkv
+    sparse: Any = simba_fx.transform(module, "linear")
+    with torch.no_grad():
+        found = sparse(input_ids=ids, use_cache=True)
+        kept = simba_fx.kept(sparse)
+        assert [held.shape[1] for held in kept] == [40, 23, 5]
+        states = [torch.zeros(1, 16, 3) for _ in range(4)] + [torch.full((1, 16, 3), -1e30)]
+        hidden, before = stack.embeddings(ids), torch.arange(40)
+        for block, (positions,) in zip(stack.blocks, kept):
+            hidden = hidden[:, torch.searchsorted(before, positions)]
+            hidden, states, _ = block(hidden, state=states, use_cache=True)
+            before = positions
+        for own, right in zip(found.state, states, strict=True):
+            assert_close("state", own, right, 1e-5)
+        logits, said = module.head(stack.ln_out(hidden[:, -1])), []
+        while len(said) < 50:
+            said.append(int(logits.argmax()))
+            step = module(input_ids=torch.tensor([said[-1:]]), state=states, use_cache=True)
+            logits, states = step.logits[:, -1], step.state
+        assert sparse.generate(ids, max_new_tokens=50, do_sample=False)[0, 40:].tolist() == said
+
+
+@pytest.mark.capability("train", "transformers `rwkv`")
+@pytest.mark.capability("compile", "transformers `rwkv`")
+def test_rwkv_learns_the_same_and_compiles() -> None:
+    torch.manual_seed(0)
+    module, ids = rwkv().train(), tokens(1, 2, 30)
+    everything = simba_fx.transform(module, [1, 1 - 1e-6, 1 - 2e-6], criterion="simba")
+    losses = [model(input_ids=ids, labels=ids, use_cache=False).loss for model in (module, everything)]
+    found = [torch.autograd.grad(loss, list(module.parameters())) for loss in losses]
+    for (name, _), mine, own in zip(module.named_parameters(), found[1], found[0], strict=True):
+        assert_close(name, mine, own, 1e-5)
+    sparse = simba_fx.transform(module.eval(), "linear")
+    torch._dynamo.reset()
+    compiled = torch.compile(sparse, backend="aot_eager")
+    with torch.no_grad():
+        for length in (30, 41):
+            ids = tokens(length, 2, length)
+            assert_close("logits", compiled(ids, use_cache=False).logits, sparse(ids, use_cache=False).logits, 1e-5)
+
+
+@pytest.mark.parametrize("called", [False, True])
+def test_a_rwkv_that_rescales_its_weights_is_refused(called: bool) -> None:
+    """In place, at its first call and whenever it begins or ends to train; and the sparse model shares them."""
+    from transformers import RwkvConfig, RwkvForCausalLM
+
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 16, "num_hidden_layers": 4, "attention_hidden_size": 16}
+    module, ids = RwkvForCausalLM(RwkvConfig(**sizes, rescale_every=2)).eval(), tokens(1, 2, 20)
+    if called:
+        module(ids)
+    before = copy.deepcopy(module.state_dict())
+    with pytest.raises(
+        CaptureError, match=r"RwkvModel rescales its weights in place .* Load the model with rescale_ev"
+    ):
+        simba_fx.transform(module, "linear")
+    assert all(torch.equal(held, before[name]) for name, held in module.state_dict().items())
+    right = RwkvForCausalLM(RwkvConfig(**sizes, rescale_every=0)).eval()
+    with torch.no_grad():
+        dense = right(ids, use_cache=False).logits
+        assert torch.equal(
+            simba_fx.transform(right, [1, 0.999999, 0.999998, 0.999997])(ids, use_cache=False).logits, dense
+        )
+
+
+class WritesOnce(Model):
+    """Halves a weight when it is first called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.halved = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.halved:
+            with torch.no_grad():
+                self.layers[1].out.weight[:, :3].mul_(0.5)  # type: ignore[union-attr,index]
+        self.halved = True
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("registered", [True, False])
+@pytest.mark.parametrize("learns", [True, False])
+def test_a_forward_that_writes_into_its_own_weights_is_refused(learns: bool, registered: bool,
+                                                               monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    """Before anything is written, whether the model runs on values first or is only traced."""
+    if not registered:
+        monkeypatch.setattr(HERE, "own_scan", as_ssd)
+        simba_fx.register_scan(as_ssd, ssd_of)
+    torch.manual_seed(0)
+    module, x = WritesOnce().eval().requires_grad_(learns), torch.randn(2, 20, 12)
+    before = copy.deepcopy(module.state_dict())
+    told = r"The model's forward writes into its own weight layers\.1\.out\.weight; expected .*call the model once"
+    with pytest.raises(CaptureError, match=told):
+        simba_fx.transform(module, "linear", example_inputs=EXAMPLE)
+    assert all(torch.equal(held, before[name]) for name, held in module.state_dict().items())
+    dense = module(x)
+    everything = simba_fx.transform(module, [1 - i * 1e-6 for i in range(4)], example_inputs=EXAMPLE, criterion="simba")
+    assert_close("output", everything(x), dense, 1e-5)
+
+
+def as_ssd(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> tuple[Tensor, None]:
+    """One decay for all heads, and no other gate."""
+    return known.gla(q, k, v, torch.full_like(g, -0.5))[0], None
+
+
+def ssd_of(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Any:
+    steps = torch.ones_like(v[..., 0])
+    return simba_fx.SSDScan(v, steps, torch.full((2,), -0.5), k, q), lambda y, state: (y, None)
+
+
+@pytest.mark.capability("compile", "transformers `xlstm`")
 def test_xlstm_is_its_own_blocks_on_the_survivors() -> None:
     """Which are those that contribute most, by a loop in float64 over what its first block computes."""
     torch.manual_seed(0)
@@ -399,6 +530,7 @@ def test_xlstm_is_its_own_blocks_on_the_survivors() -> None:
         assert torch.equal(torch.cat((best, torch.tensor([40]))).sort().values, positions)
 
 
+@pytest.mark.capability("train", "transformers `xlstm`")
 def test_xlstm_learns_the_same() -> None:
     torch.manual_seed(0)
     module, ids = xlstm().train(), tokens(1, 2, 30)

@@ -85,6 +85,11 @@ def _absent(_: Any) -> Any:
     return lambda *_, **__: None
 
 
+def _nothing(_: Any) -> Any:
+    """What divides RWKV's weights when it is first called (`refuse_rescaling`: of no more blocks than it divides)."""
+    return lambda *_, **__: None
+
+
 def _causal_mask(create: Callable[..., Any]) -> Callable[..., Any]:
     """No mask where nothing is padded: `scaled_dot_product_attention` then runs causally by itself, as it does outside
     of a trace, and builds no `(L, L)` tensor. Survivors keep their order, so causal stays causal."""
@@ -118,6 +123,7 @@ ROWS: dict[str, Row] = {
     **SCANS,
     "causal_conv1d_fn": _conv,
     "create_causal_mask": StandIn(_causal_mask, dynamo=False),  # one function of all models, whoever compiles them
+    "RwkvModel._rescale_layers": StandIn(_nothing),
     "mamba_inner_fn": StandIn(_absent),
     "mamba2_split_conv1d_scan_combined": StandIn(_absent),
 }

@@ -39,6 +39,7 @@ __all__ = [
     "ModelCall",
     "cache_parameter",
     "inspect_parameters",
+    "returns_states",
     "sparse_class",
     "takes_positions",
     "usual_signature",
@@ -60,6 +61,11 @@ def usual_signature(stack: nn.Module, weight: Tensor, trailing: bool = False) ->
 
 def cache_parameter(parameters: Any) -> str:
     return next((name for name in CACHE_NAMES if name in parameters), CACHE_NAMES[-1])
+
+
+def returns_states(parameters: Any) -> bool:
+    """Whether a model takes its states as `state` and returns them among its values, new ones at each call (RWKV)."""
+    return "state" in parameters and not any(name in parameters for name in CACHE_NAMES)
 
 
 def _with_own_names(parameters: tuple[str, ...], given: dict[str, Any]) -> dict[str, Any]:
@@ -209,7 +215,7 @@ def prepare(stack: Any, given: dict[str, Any]) -> ModelCall | None:
                           stack.training, bool(hidden), ids is not None, extra,
                           tuple((name, constants[name]) for name in sorted(constants)),
                           autocast_dtype(embeds.device), ends.lengths is not None, bool(warm))  # fmt: skip
-    if use_cache and cache is None:
+    if use_cache and cache is None and not returns_states(inspect_parameters(type(stack))):
         cache = new_cache(stack)
     return_dict = given.get("return_dict")
     return_dict = bool(stack.config.return_dict if return_dict is None else return_dict)
@@ -286,6 +292,12 @@ def refuse_or_describe(stack: Any, more: dict[str, Any], embeds: Tensor) -> tupl
     for name in sorted(more):
         value = more[name]
         if not isinstance(value, Tensor):
+            if name == "state" and isinstance(value, list):
+                raise InputError(
+                    f"{type(stack).__name__} was called with several tokens and the state of an earlier call, which "
+                    "this package does not continue; expected one token, or the whole text and no state. Pass the "
+                    "tokens one by one."
+                )
             raise InputError(
                 f"{type(stack).__name__} was called with {name}={value!r}, which a captured graph cannot take; "
                 "expected tensors, numbers, flags and words. Leave the argument out."

@@ -16,6 +16,7 @@ __all__ = [
     "refuse_generation_without_cache",
     "refuse_other_attention",
     "refuse_packed",
+    "refuse_rescaling",
     "refuse_wrappers",
 ]
 
@@ -78,6 +79,17 @@ def refuse_eager_experts(model: nn.Module) -> None:
         raise CaptureError(
             "experts_implementation='eager' loops over experts in Python and cannot be captured; expected 'grouped_mm' "
             "or 'batched_mm'. Load the model with experts_implementation='grouped_mm'."
+        )
+
+
+def refuse_rescaling(stack: Any) -> None:
+    """RWKV divides the weights of later blocks in place when it is first called, and multiplies them when it trains."""
+    every = getattr(stack.config, "rescale_every", 0)
+    if hasattr(stack, "layers_are_rescaled") and 0 < every <= stack.config.num_hidden_layers:
+        raise CaptureError(
+            f"{type(stack).__name__} rescales its weights in place when it is called (rescale_every={every}), and the "
+            "sparse model shares them; expected weights that a call leaves as they are. Load the model with "
+            "rescale_every=0: the rescaling is for float16, where sums may overflow."
         )
 
 

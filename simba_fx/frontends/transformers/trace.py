@@ -17,7 +17,7 @@ from simba_fx.capture.export import capture_graph
 from simba_fx.capture.normalise import Captured
 from simba_fx.errors import CacheError
 from simba_fx.frontends.transformers.caches import recording_cache
-from simba_fx.frontends.transformers.calls import CACHE_NAMES, cache_parameter
+from simba_fx.frontends.transformers.calls import CACHE_NAMES, cache_parameter, returns_states
 from simba_fx.runtime.clone import own_forward
 from simba_fx.runtime.stack import Entry, Signature
 
@@ -73,13 +73,13 @@ class _Shell(nn.Module):
         if "output_hidden_states" in parameters or self.signature.hidden_states:
             options["output_hidden_states"] = self.signature.hidden_states
         cache_name = cache_parameter(parameters)
-        if self.signature.cache and cache_name not in parameters:
+        if self.signature.cache and cache_name not in parameters and not returns_states(parameters):
             raise CacheError(
                 f"{type(self.stack).__name__}.forward takes no cache by a name that transformers' others have "
                 f"({', '.join(CACHE_NAMES)}), so that what a prompt leaves behind cannot be put there. Pass "
                 "use_cache=False, or generate with the dense model."
             )
-        cache = recording_cache(self.stack) if self.signature.cache else None
+        cache = recording_cache(self.stack) if self.signature.cache and cache_name in parameters else None
         if cache is not None:
             options[cache_name] = cache
         if self.signature.ids:  # the embeddings are looked up outside of the graph; what follows is the model's own

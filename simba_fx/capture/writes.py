@@ -1,0 +1,82 @@
+"""A forward that writes into the model's own weights is refused.
+
+A captured graph would write at each call, also where the model does so once (RWKV divides its weights when it is first
+called), and it shares its weights with the dense model. Buffers are another matter: they are what a model keeps from
+call to call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from simba_fx.errors import CaptureError
+
+__all__ = ["NoWrites", "refuse_writes"]
+
+
+class NoWrites(TorchDispatchMode):
+    """While `module` runs: stops before one of its parameters would be written into.
+
+    Raises:
+        CaptureError: naming it.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.name = type(module).__name__
+        weights = ((path, weight.untyped_storage().data_ptr()) for path, weight in module.named_parameters())
+        self.weights = {address: path for path, address in weights if address}  # 0: no memory, as on meta
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for tensor in _written(operator, args, kwargs or {}):
+            if not isinstance(tensor, Tensor) or tensor.is_meta:
+                continue
+            if (path := self.weights.get(tensor.untyped_storage().data_ptr())) is not None:
+                raise _error(path)
+        return operator(*args, **(kwargs or {}))
+
+
+def refuse_writes(graph: fx.Graph, attributes: Mapping[str, Any]) -> None:
+    """`attributes` holds what `get_attr` nodes name.
+
+    Raises:
+        CaptureError: a node writes into a parameter, or into a view of one.
+    """
+    for node in graph.nodes:
+        if not isinstance(node.target, torch._ops.OpOverload):
+            continue
+        for base in _written(node.target, node.args, node.kwargs):
+            while isinstance(base, fx.Node) and _is_view(base.target):
+                base = base.args[0]
+            named = isinstance(base, fx.Node) and base.op == "get_attr"
+            if named and isinstance(attributes.get(base.target), nn.Parameter):
+                raise _error(base.target)
+
+
+def _written(operator: Any, args: Any, kwargs: Mapping[str, Any]) -> Iterator[Any]:
+    """The arguments that an operator writes into."""
+    if not operator._schema.is_mutable:
+        return
+    for place, argument in enumerate(operator._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            held = args[place] if place < len(args) else kwargs.get(argument.name)
+            yield from pytree.tree_leaves(held)
+
+
+def _is_view(operator: Any) -> bool:
+    returns = operator._schema.returns if isinstance(operator, torch._ops.OpOverload) else ()
+    return any(result.alias_info is not None for result in returns)
+
+
+def _error(path: str) -> CaptureError:
+    return CaptureError(
+        f"The model's forward writes into its own weight {path}; expected weights that a call leaves as they are, "
+        "since a captured graph would write at each call, and the dense model has the same weights. Do it before the "
+        "model is transformed: call the model once, if it writes at its first call only."
+    )
