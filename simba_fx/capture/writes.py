@@ -20,7 +20,7 @@ from simba_fx.errors import CaptureError
 __all__ = ["NoWrites", "refuse_writes"]
 
 
-class NoWrites(TorchDispatchMode):
+class NoWrites(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untyped in torch
     """While `module` runs: stops before one of its parameters would be written into.
 
     Raises:
@@ -28,7 +28,7 @@ class NoWrites(TorchDispatchMode):
     """
 
     def __init__(self, module: nn.Module) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.name = type(module).__name__
         weights = ((path, weight.untyped_storage().data_ptr()) for path, weight in module.named_parameters())
         self.weights = {address: path for path, address in weights if address}  # 0: no memory, as on meta

@@ -19,7 +19,9 @@ from models import (
     BY_NAME,
     CHECKPOINT,
     FAMILIES,
+    MINIMAX,
     PER_KIND,
+    RELATIVES,
     SPREAD,
     Entry,
     dense,
@@ -42,7 +44,8 @@ from simba_fx.errors import CacheError, InputError
 from simba_fx.frontends.transformers.calls import takes_positions
 from simba_fx.ops import continued
 
-every_family = pytest.mark.parametrize("entry", FAMILIES, ids=names(FAMILIES))
+CONTINUING = (*FAMILIES, *(entry for entry in RELATIVES if entry is not MINIMAX))
+every_family = pytest.mark.parametrize("entry", CONTINUING, ids=names(CONTINUING))
 every_build = pytest.mark.parametrize("entry", SPREAD, ids=names(SPREAD))
 
 
