@@ -10,11 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from simba_fx.compiling import TorchDispatchMode
 from simba_fx.errors import CaptureError
 
 __all__ = ["NoWrites", "refuse_writes"]
@@ -49,8 +48,6 @@ def refuse_writes(graph: fx.Graph, attributes: Mapping[str, Any]) -> None:
         CaptureError: a node writes into a parameter, or into a view of one.
     """
     for node in graph.nodes:
-        if not isinstance(node.target, torch._ops.OpOverload):
-            continue
         for base in _written(node.target, node.args, node.kwargs):
             while isinstance(base, fx.Node) and _is_view(base.target):
                 base = base.args[0]
@@ -61,17 +58,18 @@ def refuse_writes(graph: fx.Graph, attributes: Mapping[str, Any]) -> None:
 
 def _written(operator: Any, args: Any, kwargs: Mapping[str, Any]) -> Iterator[Any]:
     """The arguments that an operator writes into."""
-    if not operator._schema.is_mutable:
+    schema = getattr(operator, "_schema", None)  # Python's own functions have none
+    if schema is None or not schema.is_mutable:
         return
-    for place, argument in enumerate(operator._schema.arguments):
+    for place, argument in enumerate(schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
             held = args[place] if place < len(args) else kwargs.get(argument.name)
             yield from pytree.tree_leaves(held)
 
 
 def _is_view(operator: Any) -> bool:
-    returns = operator._schema.returns if isinstance(operator, torch._ops.OpOverload) else ()
-    return any(result.alias_info is not None for result in returns)
+    schema = getattr(operator, "_schema", None)
+    return schema is not None and any(result.alias_info is not None for result in schema.returns)
 
 
 def _error(path: str) -> CaptureError:
