@@ -13,13 +13,15 @@
 # Writes, anew after every part: $OUT/summary.md (read first: errors stand at its end), results.json (every number, the
 # benchmark's raw times), log.txt (parts, exit statuses, ends of their logs), tests.txt, profile.txt, bench.md.
 #
+# Wheels of fla_core, flash_linear_attention and einops beside those are what a scan of delta rules runs on.
+#
 # Stages (files in benchmarks/gpu_check/):
 #   a  machine.py       what is there; rates of copying and of a block's matrix products
 #   b  tests/unit/test_cuda.py without (b1) and with (b2) mamba_ssm, and beside it, in as many processes,
 #      end_to_end.py    (cd-*) tiny models on the GPU against themselves on the CPU, and no wait for the GPU in a forward
 #   e  kernel_times.py  kernels of Mamba-1 (e1), Mamba-2 (e2), delta rules (e3) against their floors
 #   f  run_bench.py     `simba-fx bench`, compiled (f1, f2), in the same turns the model itself, compiled, as
-#                       transformers runs it with mamba_ssm; and with CUDA graphs (f3, f4)
+#                       transformers runs it with mamba_ssm; with CUDA graphs (f3, f4); delta rules (f5)
 #   g  profiles.py      which kernel takes what, how many there are, and what a call costs in Python
 #   h  run_bench.py     as one graph with CUDA graphs, 2048 tokens
 #   s  memory_errors.py the Triton kernels under compute-sanitizer
@@ -176,7 +178,7 @@ bench() {
   local name=$1 seconds=$2 model=$3 mode=$4 length=$5 kind=(--layers "$LAYERS" --dtype bfloat16 --repeats 20)
   shift 5
   if [ "$DRY" = 1 ]; then
-    case $model in mamba2*) model=mamba2-tiny ;; *) model=mamba-tiny ;; esac
+    case $model in mamba2*) model=mamba2-tiny ;; qwen*) model=qwen3.5-tiny ;; *) model=mamba-tiny ;; esac
     mode=${mode//cuda-graphs/compiled} mode=${mode//whole-compiled/whole}
     length=16 kind=(--layers 6 --dtype float32 --repeats 3 --device cpu)
   fi
@@ -222,6 +224,7 @@ if wants f; then
     bench "f3-mamba-graphs-$length" "$(allot 125 3)" mamba-2.8b cuda-graphs "$length"
     bench "f4-mamba2-graphs-$length" "$(allot 125 3)" mamba2-2.7b cuda-graphs "$length"
   done
+  bench f5-qwen3.5-8192 "$(allot 110 3)" qwen3.5-9b compiled 8192
 fi
 if wants h; then
   LAYERS=${H_LAYERS:-8}

@@ -23,7 +23,7 @@ from real_text import sources
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from train_small import TRAINING, options_for, train
-from transformers import MambaForCausalLM
+from transformers import AutoModelForCausalLM
 
 KEYS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 DIGITS = "0123456789abcdef"
@@ -87,14 +87,15 @@ def loss_of(model: torch.nn.Module, ids: Tensor, answers: Tensor) -> tuple[Tenso
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--start", type=Path, default=Path(__file__).parent / "mamba-py-3m")
+    parser.add_argument("--start", type=Path, default=Path(__file__).parent / "mamba-py-3m", help="the model to begin with")
     parser.add_argument("--out", type=Path, default=Path("needles"))
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--lengths", type=int, nargs="+", default=[128, 192, 256, 384, 512, 768, 1024, 1536, 2048])
     parser.add_argument("--grow", type=float, default=0.9, help="share of right answers at which windows grow")
     options = options_for(parser, rate=1e-3).parse_args()
     resumed = (options.out / "training.pt").is_file()
-    model = MambaForCausalLM.from_pretrained(options.out if resumed else options.start)
+    read: Any = AutoModelForCausalLM.from_pretrained
+    model = read(options.out if resumed else options.start)
     texts = sources(TRAINING)
 
     def turn(sparse: nn.Module, memory: dict[str, Any], draw: random.Random) -> tuple[Tensor, int, dict[str, Any]]:

@@ -28,7 +28,6 @@ class NoWrites(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untyped i
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.name = type(module).__name__
         weights = ((path, weight.untyped_storage().data_ptr()) for path, weight in module.named_parameters())
         self.weights = {address: path for path, address in weights if address}  # 0: no memory, as on meta
 

@@ -29,7 +29,7 @@ def _class_of(stack: Any) -> tuple[Any, dict[str, Any]]:
 
     for cls in type(stack).__mro__:
         for own in vars(sys.modules[cls.__module__]).values():
-            if isinstance(own, type) and issubclass(own, DynamicCache) and own.__module__ == cls.__module__:
+            if isinstance(own, type) and issubclass(own, DynamicCache) and hasattr(own, "set_linear_cache"):  # MiniMax
                 return own, {}
     return DynamicCache, {"config": stack.config}
 
