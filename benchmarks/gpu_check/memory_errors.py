@@ -35,6 +35,10 @@ def every_kernel(length: int, channels: int) -> dict[str, Any]:
     x, dt = random(ROWS, length, 2, 16), random(ROWS, length, 2)
     B, C = (random(ROWS, length, 1, N) for _ in range(2))
     OPS.ssd_token_score(x, dt, A[:2, 0], B, C, None, True, 0.0, 9.0, real, 1, "simba")
+    q, k = (random(ROWS, length, 1, N) / N for _ in "qk")
+    for shape in ((2,), (2, N)):
+        g, beta = -random(ROWS, length, *shape).abs(), random(ROWS, length, 2).sigmoid()
+        OPS.delta_token_score(x, q, k, g, beta, 64, real, 1, "simba")
     score, positions = random(ROWS, length), torch.arange(length, device=DEVICE).expand(ROWS, length)
     rule = length, 1, 1, 2, 0
     OPS.select_tokens(score, positions, *rule)
