@@ -87,7 +87,9 @@ def loss_of(model: torch.nn.Module, ids: Tensor, answers: Tensor) -> tuple[Tenso
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--start", type=Path, default=Path(__file__).parent / "mamba-py-3m", help="the model to begin with")
+    parser.add_argument(
+        "--start", type=Path, default=Path(__file__).parent / "mamba-py-3m", help="the model to begin with"
+    )
     parser.add_argument("--out", type=Path, default=Path("needles"))
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--lengths", type=int, nargs="+", default=[128, 192, 256, 384, 512, 768, 1024, 1536, 2048])

@@ -141,6 +141,11 @@ def test_a_small_model_trains_from_nothing_and_goes_on(tmp_path: Path) -> None:
     assert [line["step"] for line in lines] == [2, 3]
     assert [line["bytes"] for line in lines] == [2 * 2 * 65, 3 * 2 * 65]
     assert all(1 < line["loss"] < 7 for line in lines)
+    hybrid = [*command, "--family", "qwen3.5", "--blocks", "4", "--steps", "1", "--out", str(tmp_path / "hybrid")]
+    result = subprocess.run(hybrid, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    layers = json.loads((tmp_path / "hybrid" / "config.json").read_text())["layer_types"]
+    assert layers == ["linear_attention"] * 3 + ["full_attention"]
 
 
 def test_memory_of_chunks_is_measured() -> None:
@@ -149,3 +154,15 @@ def test_memory_of_chunks_is_measured() -> None:
     result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     assert 0 <= float(result.stdout.split()[-1]) < 1000
+
+
+def test_what_dropped_tokens_could_leave_behind_is_measured() -> None:
+    """The script stops where dropping alone is not what simba_fx computes."""
+    script = EXAMPLES.parent / "benchmarks" / "beyond_dropping.py"
+    command = [sys.executable, str(script), "--count", "2", "--length", "256"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    rows = [line.split(" | ") for line in result.stdout.splitlines() if line.startswith("| 0.")]
+    left = ["dense", "drop", "merge", "half", "decay", "both"]
+    assert [row[:2] for row in rows] == [[f"| {share}", what] for share in (0.5, 0.3) for what in left]
+    assert all(row[3].startswith("+0.0000 ±") for row in rows if row[1] == "drop")

@@ -58,7 +58,18 @@ def test_without_time_there_is_a_summary_that_says_so(tmp_path: Path) -> None:
     summary, rows, log = run_script(tmp_path, "a e f g h s", BUDGET="5")
     assert rows == []
     assert summary.endswith("## Errors (0)\n\n")
-    for part in ("a", "e1", "e2", "e3", "f1-mamba-16", "f4-mamba2-graphs-16", "f5-qwen3.5-8192", "g", "h1-mamba-whole", "s"):
+    for part in (
+        "a",
+        "e1",
+        "e2",
+        "e3",
+        "f1-mamba-16",
+        "f4-mamba2-graphs-16",
+        "f5-qwen3.5-8192",
+        "g",
+        "h1-mamba-whole",
+        "s",
+    ):
         assert f"{part}: left out, no time" in log
 
 
