@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import reference
 import torch
+import transformers
 from models import (
     MINIMAX,
     RELATIVES,
+    VOCABULARY,
     Entry,
     dense,
     keep_all,
@@ -28,7 +30,7 @@ from torch import Tensor
 
 import simba_fx
 from simba_fx.capture.scan_functions.minimax import lightning_attention
-from simba_fx.errors import InputError
+from simba_fx.errors import CaptureError, InputError
 from simba_fx.ops import reference as loops
 
 every_relative = pytest.mark.parametrize("entry", RELATIVES, ids=names(RELATIVES))
@@ -171,3 +173,23 @@ def test_several_tokens_on_a_warm_cache_of_its_own_are_refused() -> None:
         warm = pruned(ids, use_cache=True)[cache_name(pruned)]
         with pytest.raises(InputError, match="Several new tokens on a warm MiniMaxCache, whose states this package"):
             pruned(ids[:, :5], use_cache=True, **{cache_name(pruned): warm})
+
+
+# Refused.
+
+
+def test_attention_by_pools_of_tokens_is_refused_before_anything_is_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """GLM-5.3: Kimi delta attention, and sparse attention whose pools survivors would make anew."""
+    if not hasattr(transformers, "Glm5NextTextModel"):
+        pytest.skip(f"transformers {transformers.__version__} has no GLM-5.3")
+    config = transformers.Glm5NextTextConfig(
+        vocab_size=VOCABULARY, hidden_size=16, intermediate_size=24, moe_intermediate_size=8, num_hidden_layers=4,
+        num_attention_heads=2, num_key_value_heads=2, n_routed_experts=4, num_experts_per_tok=2, kv_lora_rank=8,
+        q_lora_rank=8, v_head_dim=8, qk_nope_head_dim=8, index_topk=16, index_head_dim=8, index_n_heads=2,
+        linear_head_dim=8, linear_num_heads=2, index_kpool=4, pad_token_id=0, hc_mult=2,
+    )  # fmt: skip
+    monkeypatch.setattr(torch.export, "export", None)
+    with pytest.raises(
+        CaptureError, match=r"\.layers\.3\.self_attn\.indexer \(Glm5NextTextIndexer\) chooses keys by po"
+    ):
+        simba_fx.transform(transformers.Glm5NextTextModel(config), "linear")

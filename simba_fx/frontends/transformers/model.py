@@ -39,6 +39,7 @@ from simba_fx.frontends.transformers.refusals import (
     refuse_generation_without_cache,
     refuse_other_attention,
     refuse_packed,
+    refuse_pools,
     refuse_rescaling,
     refuse_wrappers,
 )
@@ -94,6 +95,7 @@ def install(model: nn.Module, options: Options, example_inputs: Any = None) -> n
     refuse_eager_experts(base_of(model))
     refuse_other_attention(stack)
     refuse_rescaling(stack)
+    refuse_pools(stack)
     blocks = options.compile == "blocks"
     runtime = SparseStack(stack, options, budget_cost(model, stack, options), store=stored_with(stack))
     clone = clone_around(model, runtime, sparse_class(type(stack), blocks), blocks)

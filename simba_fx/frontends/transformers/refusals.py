@@ -16,6 +16,7 @@ __all__ = [
     "refuse_generation_without_cache",
     "refuse_other_attention",
     "refuse_packed",
+    "refuse_pools",
     "refuse_rescaling",
     "refuse_wrappers",
 ]
@@ -80,6 +81,17 @@ def refuse_eager_experts(model: nn.Module) -> None:
             "experts_implementation='eager' loops over experts in Python and cannot be captured; expected 'grouped_mm' "
             "or 'batched_mm'. Load the model with experts_implementation='grouped_mm'."
         )
+
+
+def refuse_pools(stack: Any) -> None:
+    """GLM-5.3's sparse attention reads keys by pools of tokens that stand side by side; survivors would make others."""
+    for path, module in stack.named_modules():
+        if getattr(module, "index_kpool", 1) > 1:
+            raise CaptureError(
+                f"{type(stack).__name__}.{path} ({type(module).__name__}) chooses keys by pools of {module.index_kpool} "
+                "neighbouring tokens; expected attention that reads tokens one by one, since survivors would make other "
+                "pools. Leave such a model dense."
+            )
 
 
 def refuse_rescaling(stack: Any) -> None:
