@@ -22,8 +22,7 @@ from simba_fx.ops.cuda.triton import conv, delta, scan, score, select
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 POINTERS = dict.fromkeys(("A", "bias", "D", "score", "last", "boundaries", "steps", "sums", "behind", "weights",
-                          "starts", "dlast", "du", "ddelta", "dz", "dA", "dB", "dC", "dD", "q_query", "k", "g", "beta",
-                          "reads"), "*fp32")  # fmt: skip
+                          "starts", "dlast", "du", "ddelta", "dz", "dA", "dB", "dC", "dD"), "*fp32")  # fmt: skip
 OPERANDS = dict.fromkeys(("u", "delta", "z", "B", "C", "x", "dt", "y", "dy", "weight"), "*bf16")
 LIMITS = {"dt_min": "fp64", "dt_max": "fp64"}
 """What a graph that Inductor compiled hands over for a Python number."""
@@ -95,7 +94,8 @@ def delta_reads(by_channel: bool) -> Launch:
     """Qwen3-Next, Kimi Linear: K = 128."""
     switches = {"DECAY": True, "BY_CHANNEL": by_channel, "AHEAD": delta.AHEAD, "BLOCK_K": 128}
     unit = ("k_channel", "q_channel", "beta_head", "g_channel" if by_channel else "g_head")
-    return _launch(delta.delta_reads_kernel, switches, unit, 1, query="*i64")
+    pointers = dict.fromkeys(("q_query", "k", "g", "beta", "reads"), "*fp32")
+    return _launch(delta.delta_reads_kernel, switches, unit, 1, query="*i64", **pointers)
 
 
 def convolution() -> Launch:
