@@ -88,9 +88,9 @@ def refuse_pools(stack: Any) -> None:
     for path, module in stack.named_modules():
         if getattr(module, "index_kpool", 1) > 1:
             raise CaptureError(
-                f"{type(stack).__name__}.{path} ({type(module).__name__}) chooses keys by pools of {module.index_kpool} "
-                "neighbouring tokens; expected attention that reads tokens one by one, since survivors would make other "
-                "pools. Leave such a model dense."
+                f"{type(stack).__name__}.{path} ({type(module).__name__}) chooses keys by pools of "
+                f"{module.index_kpool} neighbouring tokens; expected attention that reads tokens one by one, since "
+                "survivors would make other pools. Leave such a model dense."
             )
 
 
