@@ -7,13 +7,12 @@
 #
 # Needs a GPU, bash, and a Python with torch, transformers and pytest; simba_fx is taken from the checkout. To compare
 # with mamba_ssm: name by GPU_DIR a folder with its and causal_conv1d's wheels, and their extensions as *.so or *.tgz
-# where the wheels hold none. Each part is a process of its own with a limit of its own: what fails or is late costs the
+# where the wheels hold none. Wheels of fla_core, flash_linear_attention and einops beside those are what scans of delta
+# rules run on. Each part is a process of its own with a limit of its own: what fails or is late costs the
 # others nothing. Timed parts run alone.
 #
 # Writes, anew after every part: $OUT/summary.md (read first: errors stand at its end), results.json (every number, the
 # benchmark's raw times), log.txt (parts, exit statuses, ends of their logs), tests.txt, profile.txt, bench.md.
-#
-# Wheels of fla_core, flash_linear_attention and einops beside those are what a scan of delta rules runs on.
 #
 # Stages (files in benchmarks/gpu_check/):
 #   a  machine.py       what is there; rates of copying and of a block's matrix products
@@ -29,8 +28,8 @@
 # Variables: ONLY (stages; "a b e f g h s"), BUDGET (seconds in all; 540), OUT (gpu-out), GPU_DIR (none), REPO (this
 # checkout), PY (python3), CACHE (a folder for compiled code that outlives the run; none), T_B (seconds of b; 150),
 # N_TESTS (pytest's processes; 4), K2 (which tests of b2; "not whole"), FAMILIES ("mamba mamba2-one-group bamba
-# qwen3-5"), LAYERS (blocks of the big models; 16), H_LAYERS (the same in h; 8), LENGTHS ("8192 32768 2048"; "8192,2048" measures
-# both in one process), GRAPH_LENGTHS ("8192 2048").
+# qwen3-5"), LAYERS (blocks of the big models; 16), H_LAYERS (the same in h; 8), LENGTHS ("8192 32768 2048"; "8192,2048"
+# measures both in one process), GRAPH_LENGTHS ("8192 2048").
 # DRY=1 runs the same on a CPU with tiny sizes, the kernels in Triton's interpreter; DRY_PATH is added to PYTHONPATH,
 # DRY_K selects tests. A full dry run takes half an hour: BUDGET=2400 T_B=1500 FAMILIES=mamba N_TESTS=1.
 set -u

@@ -3,7 +3,7 @@
 Needs torch and Triton. In this repository's own environment `make test` has put Triton into .venv/triton:
 `PYTHONPATH=.venv/triton .venv/bin/python benchmarks/kernel_counts.py` (without that path it is looked for there, too).
 
-Shapes are those of mamba-2.8b (D = 5120, N = 16), mamba2-2.7b (H = 80, P = 64) and Qwen3.5-4B (H = 32, K = 128), bf16,
+Shapes are those of mamba-2.8b (D = 5120, N = 16), mamba2-2.7b (H = 80, P = 64) and Qwen3.5-9B (H = 32, K = 128), bf16,
 channel-last, without padding.
 Instructions are those of the loop that computes most, or of a whole kernel without one. From them: the time that
 issuing a token's instructions takes an H200, and the time that its MUFU units take: at best, a launch takes the longer
@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CHANNELS, HEADS, WIDTH = 5120, 80, 64
 """D of mamba-2.8b; H and P of mamba2-2.7b."""
 DELTA_HEADS = 32
-"""Of values, of Qwen3.5-4B and Kimi-Linear-48B; K = 128. (A walk is bound by its steps, not by what is issued.)"""
+"""Of values, of Qwen3.5-9B; K = 128. (A walk is bound by its steps, not by what is issued.)"""
 
 MULTIPROCESSORS, CYCLES = 132, 1.98
 """Of an H200; cycles a nanosecond."""

@@ -173,7 +173,7 @@ def _callers(model: nn.Module) -> Iterator[Any]:
     classes -= {nn.Module, object}
     yield from {id(m): m for cls in classes if (m := sys.modules.get(cls.__module__)) is not None}.values()
     yield from classes
-    yield scan_functions.minimax  # what stands in for its forward calls a function there
+    yield from scan_functions.CALLERS
 
 
 def _holders(model: nn.Module) -> Iterator[Any]:

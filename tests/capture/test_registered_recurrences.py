@@ -408,17 +408,25 @@ def test_rwkv_generates_from_the_states_of_its_own_blocks_on_the_survivors() -> 
         assert sparse.generate(ids, max_new_tokens=50, do_sample=False)[0, 40:].tolist() == said
 
 
-@pytest.mark.capability("train", "transformers `rwkv`")
-@pytest.mark.capability("compile", "transformers `rwkv`")
-def test_rwkv_learns_the_same_and_compiles() -> None:
+LEARNING = [pytest.param(make, marks=pytest.mark.capability("train", f"transformers `{make.__name__}`"))
+            for make in (rwkv, xlstm)]  # fmt: skip
+
+
+@pytest.mark.parametrize("make", LEARNING)
+def test_it_learns_the_same(make: Callable[[], nn.Module]) -> None:
     torch.manual_seed(0)
-    module, ids = rwkv().train(), tokens(1, 2, 30)
+    module, ids = make().train(), tokens(1, 2, 30)
     everything = simba_fx.transform(module, [1, 1 - 1e-6, 1 - 2e-6], criterion="simba")
     losses = [model(input_ids=ids, labels=ids, use_cache=False).loss for model in (module, everything)]
     found = [torch.autograd.grad(loss, list(module.parameters())) for loss in losses]
     for (name, _), mine, own in zip(module.named_parameters(), found[1], found[0], strict=True):
         assert_close(name, mine, own, 1e-5)
-    sparse = simba_fx.transform(module.eval(), "linear")
+
+
+@pytest.mark.capability("compile", "transformers `rwkv`")
+def test_rwkv_compiles() -> None:
+    torch.manual_seed(0)
+    sparse = simba_fx.transform(rwkv(), "linear")
     torch._dynamo.reset()
     compiled = torch.compile(sparse, backend="aot_eager")
     with torch.no_grad():
@@ -528,17 +536,6 @@ def test_xlstm_is_its_own_blocks_on_the_survivors() -> None:
     for row, positions in zip(score, kept[1]):
         best = row[:-1].topk(len(positions) - 1).indices
         assert torch.equal(torch.cat((best, torch.tensor([40]))).sort().values, positions)
-
-
-@pytest.mark.capability("train", "transformers `xlstm`")
-def test_xlstm_learns_the_same() -> None:
-    torch.manual_seed(0)
-    module, ids = xlstm().train(), tokens(1, 2, 30)
-    everything = simba_fx.transform(module, [1, 1 - 1e-6, 1 - 2e-6], criterion="simba")
-    losses = [model(input_ids=ids, labels=ids, use_cache=False).loss for model in (module, everything)]
-    found = [torch.autograd.grad(loss, list(module.parameters())) for loss in losses]
-    for (name, _), mine, own in zip(module.named_parameters(), found[1], found[0], strict=True):
-        assert_close(name, mine, own, 1e-5)
 
 
 class HeadFirst(Block):

@@ -34,7 +34,7 @@ from models import (
     sparse,
     tokens,
 )
-from reference import cache_name, run_row
+from reference import cache_name, held, run_row
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from transformers import DynamicCache, MambaForCausalLM
@@ -64,16 +64,6 @@ def pieces(model: Any, ids: Tensor, *ends: int, **more: Any) -> tuple[Tensor, An
         logits, cache = call(model, ids[:, begin:end], cache, **more)
         found.append(logits)
     return torch.cat(found, 1), cache
-
-
-def held(cache: Any) -> list[Tensor]:
-    """All that a cache holds."""
-    found = []
-    for layer in cache.layers:
-        for states in (getattr(layer, "conv_states", {}), getattr(layer, "recurrent_states", {})):
-            found += [state for _, state in sorted(states.items()) if state is not None]
-        found += [t for t in (getattr(layer, "keys", None), getattr(layer, "values", None)) if isinstance(t, Tensor)]
-    return found
 
 
 def assert_same_caches(one: Any, other: Any, rows: slice = slice(None), atol: float = 1e-4) -> None:

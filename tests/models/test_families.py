@@ -258,16 +258,7 @@ def test_a_row_in_a_batch_equals_the_row_alone(entry: Entry, data: st.DataObject
 @every_family
 @pytest.mark.capability("generate")
 def test_greedy_generation_equals_the_reference_token_for_token(entry: Entry) -> None:
-    """50 tokens, the rows alone and as one batch padded on the left."""
-    pruned = sparse(entry.name, shares_of(entry))
-    lengths = [44, 13, 43]
-    prompts = DRAWS.prompts(dense(entry.name), shares_of(entry), lengths, 50)
-    for (ids, row), length in zip(prompts, lengths, strict=True):
-        found = pruned.generate(ids[None], max_new_tokens=50, do_sample=False)
-        assert found[0, length:].tolist() == row.tokens
-    ids, mask = padded([ids for ids, _ in prompts], [0, 31, 1], [0, 0, 0])
-    found = pruned.generate(ids, attention_mask=mask, max_new_tokens=50, do_sample=False)
-    assert found[:, 44:].tolist() == [row.tokens for _, row in prompts]
+    DRAWS.check_generation(sparse(entry.name, shares_of(entry)), dense(entry.name), shares_of(entry))
 
 
 @every_hybrid

@@ -25,7 +25,7 @@ from models import (
     three_rows,
     tokens,
 )
-from reference import assert_close, cache_name
+from reference import assert_close, cache_name, held
 from torch import Tensor
 
 import simba_fx
@@ -34,16 +34,6 @@ from simba_fx.errors import CaptureError, InputError
 from simba_fx.ops import reference as loops
 
 every_relative = pytest.mark.parametrize("entry", RELATIVES, ids=names(RELATIVES))
-
-
-def states(cache: Any) -> list[Tensor]:
-    """Everything that a cache holds."""
-    held = [state for state in getattr(cache, "linear_cache", ()) if isinstance(state, Tensor)]
-    for layer in cache.layers:
-        for states in (getattr(layer, "conv_states", {}), getattr(layer, "recurrent_states", {})):
-            held += [state for _, state in sorted(states.items()) if state is not None]
-        held += [t for t in (getattr(layer, "keys", None), getattr(layer, "values", None)) if isinstance(t, Tensor)]
-    return held
 
 
 @every_relative
@@ -58,8 +48,8 @@ def test_keeping_everything_gives_the_dense_bits(entry: Entry, masked: bool) -> 
     assert torch.equal(found.logits, expected.logits)
     ours, theirs = (one[cache_name(model)] for one in (found, expected))
     assert type(ours) is type(theirs)
-    assert len(states(ours)) >= n_blocks(model)
-    assert all(torch.equal(a, b) for a, b in zip(states(ours), states(theirs), strict=True))
+    assert len(held(ours)) >= n_blocks(model)
+    assert all(torch.equal(a, b) for a, b in zip(held(ours), held(theirs), strict=True))
 
 
 @every_relative
@@ -86,16 +76,7 @@ def test_a_row_of_a_batch_is_its_own_blocks_on_the_tokens_that_add_most(entry: E
 @every_relative
 @pytest.mark.capability("generate")
 def test_greedy_generation_equals_the_reference_token_for_token(entry: Entry) -> None:
-    """50 tokens, the rows alone and as one batch padded on the left."""
-    pruned, shares, draws = sparse(entry.name, linear(entry)), linear(entry), reference.Draws()
-    lengths = [44, 13, 43]
-    prompts = draws.prompts(dense(entry.name), shares, lengths, 50)
-    for (ids, row), length in zip(prompts, lengths, strict=True):
-        found = pruned.generate(ids[None], max_new_tokens=50, do_sample=False)
-        assert found[0, length:].tolist() == row.tokens
-    ids, mask = padded([ids for ids, _ in prompts], [0, 31, 1], [0, 0, 0])
-    found = pruned.generate(ids, attention_mask=mask, max_new_tokens=50, do_sample=False)
-    assert found[:, 44:].tolist() == [row.tokens for _, row in prompts]
+    reference.Draws().check_generation(sparse(entry.name, linear(entry)), dense(entry.name), linear(entry))
 
 
 @every_relative

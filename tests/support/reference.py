@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from models import tokens
+from models import padded, tokens
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -708,6 +708,16 @@ def generate(
         logits = model(input_ids=torch.tensor([row.tokens[-1:]]), use_cache=True, **given).logits[0, -1]
 
 
+def held(cache: Any) -> list[Tensor]:
+    """All that a cache holds."""
+    found = [state for state in getattr(cache, "linear_cache", ()) if isinstance(state, Tensor)]  # MiniMax's
+    for layer in cache.layers:
+        for states in (getattr(layer, "conv_states", {}), getattr(layer, "recurrent_states", {})):
+            found += [state for _, state in sorted(states.items()) if state is not None]
+        found += [t for t in (getattr(layer, "keys", None), getattr(layer, "values", None)) if isinstance(t, Tensor)]
+    return found
+
+
 # Near ties.
 
 
@@ -755,6 +765,17 @@ class Draws:
                     break
         assert len(found) == len(lengths), "five draws in a row had near ties"
         return found
+
+    def check_generation(self, pruned: Any, model: nn.Module, shares: Sequence[Fraction | float]) -> None:
+        """Greedy, 50 tokens, against `generate`: three rows alone, and as one batch padded on the left."""
+        lengths = [44, 13, 43]
+        prompts = self.prompts(model, shares, lengths, 50)
+        for (ids, row), length in zip(prompts, lengths, strict=True):
+            found = pruned.generate(ids[None], max_new_tokens=50, do_sample=False)
+            assert found[0, length:].tolist() == row.tokens
+        ids, mask = padded([ids for ids, _ in prompts], [0, 31, 1], [0, 0, 0])
+        found = pruned.generate(ids, attention_mask=mask, max_new_tokens=50, do_sample=False)
+        assert found[:, 44:].tolist() == [row.tokens for _, row in prompts]
 
     def check(self) -> None:
         """Discarding is the exception: if it is not, the tests prove little."""

@@ -15,10 +15,12 @@ from torch import nn
 from simba_fx.capture.rows import Row
 from simba_fx.capture.scan_functions import fla, mamba_ssm, minimax, transformers
 
-__all__ = ["SCANNING", "minimax", "refuse_unsupported", "row_of", "rows_of"]
+__all__ = ["CALLERS", "SCANNING", "refuse_unsupported", "row_of", "rows_of"]
 
 SCANNING = frozenset(name.partition(".")[0] for name in (*transformers.SCANS, *minimax.ROWS))
 """A file of transformers that holds one of these has models that can be transformed."""
+CALLERS = (minimax,)
+"""Files here whose stand-ins call functions that have rows themselves."""
 LIBRARIES = (minimax, transformers, mamba_ssm, fla)
 
 

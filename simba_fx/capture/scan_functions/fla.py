@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from simba_fx.capture.rows import Finish, Linear, Row
+from simba_fx.capture.scan_functions.delta import delta_rule
 from simba_fx.errors import CaptureError
-from simba_fx.ops.operands import DeltaScan, Operands
+from simba_fx.ops.operands import Operands
 
 __all__ = ["OWNERS", "ROWS"]
 
@@ -31,10 +32,6 @@ def _gated(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: floa
            **others: Any) -> tuple[Operands, Finish]:  # fmt: skip
     """q, k `(B, L, G, K)`, v `(B, L, H, V)`, beta `(B, L, H)`; g likewise, or `(B, L, H, K)`."""
     _refuse_unread(others | {"initial_state": initial_state})
-    dtype = q.dtype
-    q, k = q.float(), k.float()
-    if use_qk_l2norm_in_kernel:
-        q, k = (x * torch.rsqrt((x * x).sum(-1, keepdim=True) + 1e-6) for x in (q, k))
     if use_gate_in_kernel:
         assert A_log is not None
         shift = 0.0 if dt_bias is None else dt_bias.float().view(g.shape[2:])
@@ -42,12 +39,7 @@ def _gated(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: floa
         g = -(rate if g.dim() == 3 else rate.unsqueeze(1)) * F.softplus(g.float() + shift)
     if use_beta_sigmoid_in_kernel:
         beta = beta.float().sigmoid() * (2 if allow_neg_eigval else 1)
-    scaled = q * (q.shape[-1] ** -0.5 if scale is None else scale)
-
-    def finish(y: Tensor, state: Tensor) -> Any:
-        return y.to(dtype), state if output_final_state else None
-
-    return DeltaScan(v, scaled, k, g, beta), finish
+    return delta_rule(q, k, v, g, beta, normalised=use_qk_l2norm_in_kernel, scale=scale, state=output_final_state)
 
 
 def _plain(q: Tensor, k: Tensor, v: Tensor, beta: Tensor, scale: float | None = None,

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from simba_fx.capture.rows import Finish, Linear, Row, StandIn
+from simba_fx.capture.scan_functions.delta import delta_rule
 from simba_fx.errors import CaptureError
-from simba_fx.ops.operands import CausalConv, DeltaScan, Operands, SelectiveScan, SSDScan
+from simba_fx.ops.operands import CausalConv, Operands, SelectiveScan, SSDScan
 
 __all__ = ["OWNERS", "ROWS", "SCANS"]
 
@@ -63,14 +64,8 @@ def _delta(query: Tensor, key: Tensor, value: Tensor, g: Tensor, beta: Tensor, c
             f"The gated delta rule was called with {given}; only whole sequences that start from a zero state can be "
             "pruned. Call the model without packed sequences and without a warm cache."
         )
-    q, k = query.float(), key.float()
-    if use_qk_l2norm_in_kernel:
-        q, k = (x * torch.rsqrt((x * x).sum(-1, keepdim=True) + 1e-6) for x in (q, k))
-
-    def finish(y: Tensor, state: Tensor) -> Any:
-        return y.to(query.dtype), state if output_final_state else None
-
-    return DeltaScan(value, q * q.shape[-1] ** -0.5, k, g, beta, chunk_size), finish
+    return delta_rule(query, key, value, g, beta, normalised=use_qk_l2norm_in_kernel, scale=None,
+                      state=output_final_state, chunk_size=chunk_size)  # fmt: skip
 
 
 def _conv(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None,
