@@ -32,6 +32,8 @@ __all__ = ["Guard", "Question", "check_guards", "guards_of", "is_foreign", "line
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 _CONVERSIONS = (os.path.join(_TORCH, "__init__.py"), ("__bool__", "__int__"))
+_BETWEEN = 8
+"""Frames from `ShapeEnv.evaluate_expr` up to a conversion: at most. (They are five in torch 2.11 to 2.14.)"""
 _OURS = str(Path(__file__).parents[1]) + os.sep
 
 
@@ -82,12 +84,12 @@ def watched(scans: Collection[Any]) -> Iterator[list[Question]]:
         known = len(self.guards)
         answer = own(self, expr, *args, **kwargs)
         if threading.get_ident() == thread:
-            asker, direct = _asker(sys._getframe(1))
             facts = [guard.expr for guard in self.guards[known:]]
             new = bool(facts)
-            if direct and not new and isinstance(expr, sympy.logic.boolalg.Boolean):
+            if not new and isinstance(expr, sympy.logic.boolalg.Boolean) and _is_converted(sys._getframe(1)):
                 facts = [expr if answer else sympy.Not(expr)]
             if facts:
+                asker = _asker(sys._getframe(1))
                 line = line_of(asker.f_code.co_filename, asker.f_lineno) if asker else ""
                 modules = _modules(asker)
                 questions.extend(Question(fact, line, len(scans), new, modules) for fact in facts)
@@ -111,13 +113,23 @@ def _is_foreign_file(name: str) -> bool:
     return name.startswith((_TORCH, _OURS))
 
 
-def _asker(frame: FrameType | None) -> tuple[FrameType | None, bool]:
-    """The model's own code that a question comes from, and whether it asked, not a function of torch that it called."""
-    direct = False
+def _asker(frame: FrameType | None) -> FrameType | None:
+    """The model's own code that a question comes from."""
     while frame is not None and is_foreign(frame):
-        direct = frame.f_code.co_filename == _CONVERSIONS[0] and frame.f_code.co_name in _CONVERSIONS[1]
         frame = frame.f_back
-    return frame, direct and frame is not None
+    return frame
+
+
+def _is_converted(frame: FrameType | None) -> bool:
+    """Whether the model's own code asked, by `bool` or `int`, rather than a function of torch that it called. Nearly
+    all questions are torch's: the conversion is looked for a few frames up, where torch has it."""
+    for _ in range(_BETWEEN):
+        if frame is None or not is_foreign(frame):
+            return False
+        if frame.f_code.co_filename == _CONVERSIONS[0] and frame.f_code.co_name in _CONVERSIONS[1]:
+            return frame.f_back is not None and not is_foreign(frame.f_back)
+        frame = frame.f_back
+    return False
 
 
 def line_of(file: str, number: int) -> str:

@@ -107,8 +107,9 @@ def snapshot(root: nn.Module, live: Collection[nn.Module] = ()) -> Snapshot:
 class Fingerprint:
     """Snapshots of one module tree, taken anew where anything that its modules hold is another object than before.
 
-    That is asked at every prompt: by identity, in C, over views of the modules' own containers. (What was held then is
-    kept alive until it is asked again.)
+    That is asked at every prompt: by identity, in C, in the modules' own containers, and without a glance at what a
+    snapshot leaves out. To touch an object takes longer than to compare it. (What was held then is kept alive until it
+    is asked again.)
     """
 
     def __init__(self, root: nn.Module, blocks: bool, around: Callable[[], set[nn.Module]] = set) -> None:
@@ -120,6 +121,12 @@ class Fingerprint:
         self._named: set[str] = set()
         self._modules: list[nn.Module] = []
         self._classes: list[type] = []
+        self._sized: list[Collection[Any]] = []
+        """Everything that can gain or lose members."""
+        self._sizes: list[int] = []
+        self._attributes: list[dict[str, Any]] = []
+        self._read: list[Callable[[dict[str, Any]], tuple[Any, ...]]] = []
+        """For each module, what of its attributes counts."""
         self._views: list[Iterable[Any]] = []
         self._held: list[Any] = []
         self._tensors: list[Tensor] = []
@@ -143,27 +150,51 @@ class Fingerprint:
         return live
 
     def snapshot(self) -> Snapshot:
-        now = itertools.chain(itertools.chain.from_iterable(self._views), _END)
-        same = all(map(operator.is_, now, self._held)) and [*map(type, self._modules)] == self._classes
-        if self._last is None or not same or [*map(_look, self._tensors)] != self._looks:
+        if self._last is None or not self._is_the_same():
             self._last = snapshot(self.root, self.live())
             self._name_hooked(self._last)
-            self._modules = list(self.root.modules())
-            self._classes = [*map(type, self._modules)]
-            config = getattr(self.root, "config", None)
-            objects = {} if config is None else {id(config): config}
-            self._views = []
-            for module in self._modules:
-                self._views += _views(module.__dict__)
-                objects |= {id(held): held for held in module.__dict__.values()
-                            if type(held) not in _USUAL and is_plain_object(held)}  # fmt: skip
-            for held in objects.values():
-                self._views += _views(vars(held))
-            self._held = [*itertools.chain.from_iterable(self._views), *_END]
-            self._tensors = [tensor for module in self._modules for held in (module._parameters, module._buffers)
-                             for tensor in held.values() if tensor is not None]  # fmt: skip
-            self._looks = [*map(_look, self._tensors)]
+            self._watch()
         return self._last
+
+    def _is_the_same(self) -> bool:
+        """Whether the tree holds what it held when it was last looked at."""
+        try:
+            return (
+                [*map(len, self._sized)] == self._sizes
+                and all(map(operator.is_, self._now(), self._held))
+                and [*map(type, self._modules)] == self._classes
+                and [*map(_look, self._tensors)] == self._looks
+            )
+        except KeyError:  # one attribute went, another came
+            return False
+
+    def _now(self) -> Iterator[Any]:
+        attributes = itertools.chain.from_iterable(map(operator.call, self._read, self._attributes))
+        return itertools.chain(attributes, itertools.chain.from_iterable(self._views))
+
+    def _watch(self) -> None:
+        """Note what the tree holds."""
+        self._modules = list(self.root.modules())
+        self._classes = [*map(type, self._modules)]
+        self._attributes = [module.__dict__ for module in self._modules]
+        names = [[*_WATCHED, *(name for name in held if name not in _INTERNAL)] for held in self._attributes]
+        self._read = [operator.itemgetter(*watched) for watched in names]
+        config = getattr(self.root, "config", None)
+        objects = {} if config is None else {id(config): config}
+        containers: list[Any] = []
+        for held, watched in zip(self._attributes, names):
+            containers += [held[name] for name in watched if type(held[name]) in CONTAINERS or name in _WATCHED]
+            objects |= {id(held[name]): held[name] for name in watched
+                        if type(held[name]) not in _USUAL and is_plain_object(held[name])}  # fmt: skip
+        containers += map(vars, objects.values())
+        inside = [*itertools.chain.from_iterable(map(_with_containers, containers))]
+        self._sized = [*self._attributes, *inside]
+        self._sizes = [*map(len, self._sized)]
+        self._views = [held.values() if isinstance(held, dict) else held for held in inside if held]
+        self._held = [*self._now()]
+        self._tensors = [tensor for module in self._modules for held in (module._parameters, module._buffers)
+                         for tensor in held.values() if tensor is not None]  # fmt: skip
+        self._looks = [*map(_look, self._tensors)]
 
     def captured(self, called: Collection[str]) -> None:
         """A graph was captured, in which the blocks at these paths are called as modules."""
@@ -184,25 +215,16 @@ class Fingerprint:
 
 
 _USUAL = _PLAIN | CONTAINERS
-_END = (object(),)
 _look = operator.attrgetter("shape", "dtype", "device")
 _WATCHED = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
 
 
-def _views(attributes: dict[str, Any]) -> Iterator[Iterable[Any]]:
-    """What an object holds, and what the containers among that hold, at whatever time it is looked at."""
-    yield attributes.values()
-    for name, held in attributes.items():
-        if name in _WATCHED or (type(held) in CONTAINERS and name not in _INTERNAL):
-            yield from _contents(held)
-
-
-def _contents(container: Any) -> Iterator[Iterable[Any]]:
-    values = container.values() if isinstance(container, dict) else container
-    yield values
-    for held in values:
+def _with_containers(container: Any) -> Iterator[Any]:
+    """A container, and those that it holds."""
+    yield container
+    for held in container.values() if isinstance(container, dict) else container:
         if type(held) in CONTAINERS:
-            yield from _contents(held)
+            yield from _with_containers(held)
 
 
 def hooks_of(module: nn.Module) -> list[Any]:

@@ -255,24 +255,29 @@ def message_of(run: Callable[[], Any]) -> str:
     raise AssertionError("nothing was refused")
 
 
+def check_all(name: str) -> None:
+    if name == "plain":
+        check_a_plain_module()
+        return
+    entry = BY_NAME[name]
+    check_training_equals_one_process(entry, WAYS if name == "mamba" else (sharded,))
+    check_padded_rows_and_generation(entry)
+    check_mixed_precision_is_the_dense_models(entry)
+    check_counts_depend_on_shapes_alone(entry)
+    if name == "mamba":
+        check_what_is_refused(entry)
+
+
 def main() -> None:
     torch.set_num_threads(1)
     torch._dynamo.config.cache_size_limit = 64
     dist.init_process_group("gloo")
-    name = sys.argv[1]
-    if name == "plain":
-        check_a_plain_module()
-    else:
-        entry = BY_NAME[name]
-        check_training_equals_one_process(entry, WAYS if name == "mamba" else (sharded,))
-        check_padded_rows_and_generation(entry)
-        check_mixed_precision_is_the_dense_models(entry)
-        check_counts_depend_on_shapes_alone(entry)
-        if name == "mamba":
-            check_what_is_refused(entry)
-    dist.barrier()
+    for name in sys.argv[1:]:
+        check_all(name)
+        dist.barrier()
+        torch._dynamo.reset()
+        print(f"checks of {name} passed", flush=True)
     dist.destroy_process_group()
-    print(f"checks of {name} passed", flush=True)
     os._exit(0)  # threads of torch that still run then have once aborted a process whose checks had passed
 
 

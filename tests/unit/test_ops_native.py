@@ -3,7 +3,9 @@ what packages for a GPU are called, and whether they are there."""
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
+import json
 import os
 import shutil
 import stat
@@ -12,6 +14,7 @@ import sys
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -108,13 +111,43 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+FORKS = """
+import json, os, sys
+from simba_fx import ops
+
+for line in sys.stdin:
+    if os.fork() == 0:
+        os.environ.update(json.loads(line))
+        print(ops.kernel_path("cpu"), os.getenv("TORCHINDUCTOR_CACHE_DIR"), flush=True)
+        os._exit(0)
+    print("ended", os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
+"""
+"""A process that has torch, and has not looked for kernels: each question is answered by a child of its own."""
+
+
+@functools.cache
+def _forks() -> subprocess.Popen[str]:
+    environment = {name: held for name, held in os.environ.items() if name != "TORCHINDUCTOR_CACHE_DIR"}
+    pipe = subprocess.PIPE
+    return subprocess.Popen([sys.executable, "-c", FORKS], env=environment, stdin=pipe, stdout=pipe, text=True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forks_end() -> Iterator[None]:
+    yield
+    if _forks.cache_info().currsize:
+        _forks().communicate()
+        _forks.cache_clear()
+
+
 def run_in(folder: Path, **variables: str) -> str:
     """`kernel_path` of a new process with that cache: where a bad file crashes it, the test goes on and fails."""
-    code = "from simba_fx import ops; import os; print(ops.kernel_path('cpu'), os.getenv('TORCHINDUCTOR_CACHE_DIR'))"
-    environment = {**os.environ, "SIMBA_FX_CACHE": str(folder), **variables}
-    environment.pop("TORCHINDUCTOR_CACHE_DIR", None)
-    done = subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True)
-    path, asked = done.stdout.strip().rsplit(" ", 1)
+    forks: Any = _forks()
+    print(json.dumps({"SIMBA_FX_CACHE": str(folder), **variables}), file=forks.stdin, flush=True)
+    told = forks.stdout.readline().strip()
+    assert not told.startswith("ended"), told
+    assert forks.stdout.readline() == "ended 0\n"
+    path, asked = told.rsplit(" ", 1)
     assert asked == "None", "asking set Inductor's folder"
     return path
 
