@@ -31,6 +31,7 @@ __all__ = [
     "disable_compile",
     "dynamic_marker",
     "exported",
+    "is_compiled_method",
     "one_at_a_time",
     "recorded",
     "skip_frame",
@@ -163,18 +164,31 @@ def disable_compile(function: Any) -> Any:
 
 
 @functools.cache
-def dynamic_marker() -> Callable[[Iterable[Any], Iterable[tuple[int, ...]]], None]:
-    """A function that lets the first compilation serve every size of the given dimensions of the given tensors."""
+def dynamic_marker() -> Callable[..., None]:
+    """A function that lets the first compilation serve every size of the given dimensions of the given tensors, where
+    one may come: inside of a compiled call, or, if told `always`, in a call that is to follow."""
     import torch._dynamo
 
-    def mark(values: Iterable[Any], dims: Iterable[tuple[int, ...]]) -> None:
+    compiler = torch._C._dynamo.eval_frame.get_eval_frame_callback
+
+    def mark(values: Iterable[Any], dims: Iterable[tuple[int, ...]], always: bool = False) -> None:
+        if compiler() is None and not always:  # eager: nobody reads marks
+            return
         for tensor, dynamic in zip(values, dims):
             if isinstance(tensor, Tensor):
                 for dim in dynamic[: tensor.dim()]:
                     torch._dynamo.maybe_mark_dynamic(tensor, dim)
 
-    marker: Callable[[Iterable[Any], Iterable[tuple[int, ...]]], None] = skip_frame(mark)
+    marker: Callable[..., None] = skip_frame(mark)
     return marker
+
+
+def is_compiled_method(held: Any) -> bool:
+    """Whether `torch.compile` made this of a module's method: it goes on running that module, whoever holds it."""
+    if not isinstance(held, types.FunctionType):
+        return False
+    method = getattr(held, "_torchdynamo_orig_callable", None)
+    return isinstance(getattr(method, "__self__", None), torch.nn.Module)
 
 
 def vary(tensor: Tensor, *dims: int) -> None:

@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, settings
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
-# No test reads the lines of Python behind a graph's nodes, which take a tenth of a capture (torch 2.11 always notes them).
+# No test reads the lines of Python behind a graph's nodes, a tenth of each capture. (torch 2.11 always notes them.)
 if hasattr(torch.fx.config, "do_not_emit_stack_traces"):
     torch.fx.config.do_not_emit_stack_traces = True
 

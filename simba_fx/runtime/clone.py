@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-from simba_fx.compiling import dynamic_marker, skip_frame, skip_frame_unless_inlined
+from simba_fx.compiling import dynamic_marker, is_compiled_method, skip_frame, skip_frame_unless_inlined
 from simba_fx.errors import CaptureError
 from simba_fx.runtime.fingerprint import hooks_of
 from simba_fx.runtime.fsdp import dense_class, is_hook, is_sharded, own_class, state_of, whole_shape
@@ -84,6 +84,12 @@ def refuse_other_forwards(root: nn.Module, stack: nn.Module | None = None) -> No
     """
     inside = frozenset() if stack is None else frozenset(stack.modules()) - {stack}
     for path, module in root.named_modules():
+        if "_orig_mod" in module._modules:
+            raise CaptureError(
+                f"{path or 'the model'} is wrapped by torch.compile ({type(module).__name__}); expected modules that "
+                "are not compiled inside of a model that is transformed. Take that wrapper off, transform, and compile "
+                "the sparse model: torch.compile(sparse) compiles each kind of block once."
+            )
         forward = module.__dict__.get("forward")
         if forward is None or "_hf_hook" in module.__dict__ or module in inside:
             continue
@@ -101,7 +107,7 @@ def refuse_other_forwards(root: nn.Module, stack: nn.Module | None = None) -> No
 def _shallow(module: nn.Module) -> nn.Module:
     """The same parameters, buffers, hooks and submodules in containers of its own."""
     clone: nn.Module = object.__new__(type(module))  # classes of FSDP and of parametrisations refuse copies
-    clone.__dict__.update(module.__dict__)
+    clone.__dict__.update(_state(module))
     for name, held in clone.__dict__.items():
         if type(held) in (dict, set) or (name.startswith("_") and hasattr(held, "copy") and "hooks" in name):
             clone.__dict__[name] = copy.copy(held)
@@ -233,15 +239,21 @@ def _transformed_again(model: nn.Module, options: Any) -> nn.Module:
     return sparse
 
 
+def _state(module: nn.Module) -> dict[str, Any]:
+    """What a copy starts with: not what `module.compile()`, or transformers for the steps of `generate`, made of the
+    original, which would go on running that."""
+    return {name: held for name, held in module.__dict__.items() if not is_compiled_method(held)}
+
+
 def _shallow_copy(self: Any) -> Any:
     clone = object.__new__(type(self))
-    clone.__dict__.update(self.__dict__)
+    clone.__dict__.update(_state(self))
     return clone
 
 
 def _deep_copy(self: Any, memo: dict[int, Any]) -> Any:
     clone = memo[id(self)] = object.__new__(type(self))
-    clone.__dict__.update(copy.deepcopy(self.__dict__, memo))
+    clone.__dict__.update(copy.deepcopy(_state(self), memo))
     return clone
 
 

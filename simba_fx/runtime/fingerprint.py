@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from simba_fx.capture.alike import CALLABLE, CONTAINERS, PLAIN, is_plain_object
+from simba_fx.compiling import is_compiled_method
 from simba_fx.runtime.fsdp import dense_class, dtype_in_forward, is_hook, is_sharded, state_of
 
 __all__ = ["Fingerprint", "Identity", "Snapshot", "hooks_of", "snapshot"]
@@ -277,9 +278,11 @@ _NOT_COMPUTED = ("forward", "_gradient_checkpointing_func")
 
 def _look_of(value: Any) -> Any:
     """Of an attribute that is neither plain nor a container: functions by identity, members of enumerations, objects
-    that hold plain values alone by those; None for anything else."""
+    that hold plain values alone by those; None for anything else, and for a module's own method once more, compiled."""
     if isinstance(value, enum.Enum):
         return value
+    if is_compiled_method(value):
+        return None
     if isinstance(value, types.MethodType):  # of a clone it is bound to the clone
         return Identity(value.__func__)
     if isinstance(value, CALLABLE):

@@ -141,8 +141,8 @@ def _frames() -> tuple[Any, Any]:
 
     def call(block: Any, *inputs: Any) -> Any:
         kind = block.kind
-        mark(inputs, kind.dynamic)
         module = block.module()
+        mark(inputs, kind.dynamic, module._compiled_call_impl is not None)  # `module.compile()`
         if not block.hooked:
             return block.run(module, inputs)
         cls = type(module)

@@ -6,9 +6,11 @@ captures, and when it captures again, does not depend on the backend. Inductor i
 
 from __future__ import annotations
 
+import copy
 import functools
 import gc
 import importlib
+import pickle
 import resource
 import subprocess
 import sys
@@ -27,6 +29,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 from torch._inductor.utils import fresh_cache
+from transformers import CompileConfig
 
 import simba_fx
 from simba_fx.capture.examples import autocast_dtype
@@ -356,6 +359,100 @@ def test_generate_runs_on_a_compiled_model() -> None:
     compiled_in_place.compile(backend="eager")
     assert torch.equal(compiled_in_place.generate(**call, **options), expected)
     assert counters["stats"]["unique_graphs"] > 0
+
+
+# `module.compile()`, which leaves its result on the module.
+
+
+@pytest.mark.parametrize("path", ["", "backbone", "backbone.layers.1", "backbone.layers.1.mixer"])
+def test_what_was_compiled_in_place_before_is_compiled_no_longer(path: str) -> None:
+    """It ran the model that it was made of: a sparse model that kept it would be that dense model."""
+    model, ids, counter = dense("mamba"), tokens(1, 2, 30), CompileCounterWithBackend("eager")
+    expected = simba_fx.transform(model, "linear")(ids).logits
+    model.get_submodule(path).compile(backend=counter)
+    sparse = simba_fx.transform(model, "linear")
+    assert torch.equal(sparse(ids).logits, expected)
+    assert counter.frame_count == 0
+    assert model.get_submodule(path)._compiled_call_impl is not None
+
+
+def test_what_is_compiled_in_place_before_is_compiled_no_longer_of_a_plain_module(plain: nn.Module) -> None:
+    ids, counter = tokens(1, 2, 60), CompileCounterWithBackend("eager")
+    expected = simba_fx.transform(plain, "linear")(ids)
+    for path in ("", "blocks.1"):
+        module = plain.get_submodule(path)
+        module.compile(backend=counter)
+        assert torch.equal(simba_fx.transform(plain, "linear")(ids), expected)
+        module._compiled_call_impl = None
+    assert counter.frame_count == 0
+
+
+@pytest.mark.parametrize("family", ["mamba", "bamba"])
+def test_blocks_compiled_in_place_are_compiled_once_for_every_length(family: str) -> None:
+    model = dense(family)
+    sparse, eager = simba_fx.transform(model, "linear"), simba_fx.transform(model, "linear")
+    counter = CompileCounterWithBackend("eager")
+    for block in sparse.base_model.layers:
+        block.compile(backend=counter)
+    with torch.no_grad():
+        compiled = set()
+        for rows, length in FEW_SIZES:
+            ids = tokens(length, rows, length)
+            assert torch.equal(sparse(ids, use_cache=False).logits, eager(ids, use_cache=False).logits)
+            compiled.add(counter.frame_count)
+        assert len(compiled) == 1
+        assert 0 < counter.frame_count <= 4
+    options = {"max_new_tokens": 4, "do_sample": False}
+    assert torch.equal(sparse.generate(ids, **options), eager.generate(ids, **options))
+
+
+def test_steps_that_transformers_compiled_for_the_dense_model_are_not_the_sparse_ones(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With a static cache it keeps a compiled call on the model, where the device is a GPU or it is told to."""
+    model, ids = BY_NAME["jamba"].build(), tokens(1, 2, 30)
+    static = {"max_new_tokens": 6, "do_sample": False, "cache_implementation": "static"}
+    expected = simba_fx.transform(model, "linear").generate(ids, disable_compile=True, **static)
+    everywhere = CompileConfig(backend="eager", fullgraph=False, mode=None)
+    everywhere._compile_all_devices = True
+    dense_tokens = model.generate(ids, compile_config=everywhere, **static)
+    assert "_compiled_call" in model.__dict__
+    sparse, calls = simba_fx.transform(model, "linear"), []
+    model.register_forward_pre_hook(lambda *_: calls.append(1))
+    assert torch.equal(sparse.generate(ids, compile_config=everywhere, **static), expected)
+    assert calls == []
+    assert not torch.equal(dense_tokens, expected)
+
+
+def test_a_copy_is_not_compiled() -> None:
+    sparse, ids = simba_fx.transform(dense("mamba"), "linear"), tokens(1, 2, 30)
+    before = sparse(ids).logits
+    sparse.compile(backend="eager")
+    for copied in (copy.deepcopy(sparse), pickle.loads(pickle.dumps(sparse))):
+        with torch.no_grad():
+            for parameter in copied.parameters():
+                parameter.zero_()
+        assert not copied(ids).logits.any()
+    assert torch.equal(sparse(ids).logits, before)
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
+def test_compiled_wrappers_inside_a_model_are_refused(before: bool) -> None:
+    model, ids = dense("mamba"), tokens(1, 2, 30)
+    if not before:
+        model = simba_fx.transform(model, "linear")
+    layers: Any = model.base_model.layers
+    layers[1] = torch.compile(layers[1])
+    with pytest.raises(simba_fx.errors.CaptureError) as caught:
+        simba_fx.transform(model, "linear") if before else model(ids)
+    path = "backbone.layers.1" if before else "layers.1"
+    assert str(caught.value) == (
+        f"{path} is wrapped by torch.compile (OptimizedModule); expected modules that are not compiled inside of a "
+        "model that is transformed. Take that wrapper off, transform, and compile the sparse model: "
+        "torch.compile(sparse) compiles each kind of block once."
+    )
+    layers[1] = layers[1]._orig_mod
+    (simba_fx.transform(model, "linear") if before else model)(ids)
 
 
 # Depth costs nothing.
