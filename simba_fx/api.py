@@ -110,10 +110,10 @@ def transform(model: nn.Module, schedule: ScheduleLike = SCHEDULE, *, criterion:
             f"This {type(model).__name__} holds a result of simba_fx.transform; expected a dense model, or that result "
             "itself. Transform what is inside."
         )
-    if isinstance(model, nn.parallel.DistributedDataParallel):
+    if isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
         raise SimbaError(
-            "transform expects a model of one process, found one wrapped in DistributedDataParallel. Transform the "
-            "model inside it (model.module), and wrap the result."
+            f"transform expects a model of one process, found one wrapped in {type(model).__name__}. Transform the "
+            "model inside it (model.module), and wrap the result in DistributedDataParallel."
         )
     if sharded := [path for path, tensor in model.named_parameters() if is_sharded(tensor)]:
         raise SimbaError(

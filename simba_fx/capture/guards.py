@@ -33,7 +33,7 @@ __all__ = ["Guard", "Question", "check_guards", "guards_of", "is_foreign", "line
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 _CONVERSIONS = (os.path.join(_TORCH, "__init__.py"), ("__bool__", "__int__"))
 _BETWEEN = 8
-"""Frames from `ShapeEnv.evaluate_expr` up to a conversion: at most. (They are five in torch 2.11 to 2.14.)"""
+"""Frames from `ShapeEnv.evaluate_expr` up to a conversion: at most. (They are six in torch 2.11 to 2.14.)"""
 _OURS = str(Path(__file__).parents[1]) + os.sep
 
 
@@ -123,11 +123,11 @@ def _asker(frame: FrameType | None) -> FrameType | None:
 def _is_converted(frame: FrameType | None) -> bool:
     """Whether the model's own code asked, by `bool` or `int`, rather than a function of torch that it called. Nearly
     all questions are torch's: the conversion is looked for a few frames up, where torch has it."""
+    converted = False
     for _ in range(_BETWEEN):
         if frame is None or not is_foreign(frame):
-            return False
-        if frame.f_code.co_filename == _CONVERSIONS[0] and frame.f_code.co_name in _CONVERSIONS[1]:
-            return frame.f_back is not None and not is_foreign(frame.f_back)
+            return converted and frame is not None
+        converted = frame.f_code.co_filename == _CONVERSIONS[0] and frame.f_code.co_name in _CONVERSIONS[1]
         frame = frame.f_back
     return False
 

@@ -17,11 +17,12 @@ from typing import Any
 from torch import nn
 
 from simba_fx.compiling import dynamic_marker, is_compiled_method, skip_frame, skip_frame_unless_inlined
-from simba_fx.errors import CaptureError
+from simba_fx.errors import CaptureError, InputError
 from simba_fx.runtime.fingerprint import hooks_of
 from simba_fx.runtime.fsdp import dense_class, is_hook, is_sharded, own_class, state_of, whole_shape
 
-__all__ = ["adopt_block", "clone_around", "copies_of", "copy_to_trace", "dense_again", "own_forward", "subclass"]
+__all__ = ["adopt_block", "clone_around", "copies_of", "copy_to_trace", "dense_again", "own_forward", "refuse_replicas",
+           "subclass"]  # fmt: skip
 
 _classes: weakref.WeakValueDictionary[tuple[type, str], type] = weakref.WeakValueDictionary()
 
@@ -175,7 +176,8 @@ def subclass(cls: type[nn.Module], kind: str, forward: Callable[..., Any], **mem
             forward.__signature__ = inspect.signature(cls.forward)  # type: ignore[attr-defined]
             forward.__doc__ = cls.forward.__doc__
         names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "_simba_class": True}
-        ways = {"__reduce_ex__": _pickled, "__copy__": _shallow_copy, "__deepcopy__": _deep_copy}
+        ways = {"__reduce_ex__": _pickled, "__copy__": _shallow_copy, "__deepcopy__": _deep_copy,
+                "_replicate_for_data_parallel": refuse_replicas}  # fmt: skip
         ours = _classes[cls, kind] = type(cls.__name__, (cls,), {**names, **ways, **members})
         ours.forward = forward  # after transformers has wrapped it
     return ours  # type: ignore[no-any-return]
@@ -194,6 +196,16 @@ def adopt_block(module: nn.Module) -> None:
 
     module.__class__ = subclass(cls, "block", skip_frame_unless_inlined(forward), _simba_block=True,
                                 __reduce_ex__=_pickled_alone, __init_subclass__=_as_it_is)  # fmt: skip
+
+
+def refuse_replicas(self: nn.Module) -> Any:
+    """`nn.DataParallel` asks every module for a replica. The code of a program would go on reading the original."""
+    raise InputError(
+        f"DataParallel copies this {type(self).__name__} to several devices in one process, and a sparse model runs on "
+        "one; expected a process for each device. Launch with torchrun (DistributedDataParallel or fully_shard), or "
+        "let the process see one device (CUDA_VISIBLE_DEVICES=0). The Trainer of transformers uses DataParallel where "
+        "it sees several."
+    )
 
 
 def _as_it_is(cls: type) -> None:

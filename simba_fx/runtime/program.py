@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from simba_fx.capture import leftovers
 from simba_fx.compiling import disable_compile, dynamic_marker, skip_frame
 from simba_fx.graph.facts import BLOCK, CRITERION, BlockCode, expression, look_up, tensor_paths, value
-from simba_fx.runtime.clone import adopt_block
+from simba_fx.runtime.clone import adopt_block, refuse_replicas
 from simba_fx.runtime.fsdp import MET, as_captured, refuse_sharded
 
 __all__ = ["Block", "Kind", "Program", "blocks_of"]
@@ -178,6 +178,8 @@ class Program(fx.GraphModule):
     """What is no part of the model: constants, and a user's criterion. (Everything, until there is a model.)"""
     _simba_root: Any = None
     """The module that tensors are read from."""
+
+    _replicate_for_data_parallel = refuse_replicas
 
     def __init__(self, attributes: Mapping[str, Any], graph: fx.Graph, name: str = "Program") -> None:
         super().__init__(nn.Module(), fx.Graph(), class_name=name)

@@ -241,7 +241,7 @@ def check_what_is_refused(entry: Entry) -> None:
         message_of(lambda: simba_fx.transform(ddp(entry.build()), "linear"))
         == (
             "transform expects a model of one process, found one wrapped in DistributedDataParallel. Transform the "
-            "model inside it (model.module), and wrap the result."
+            "model inside it (model.module), and wrap the result in DistributedDataParallel."
         ),
         "wrapped before",
     )

@@ -84,12 +84,14 @@ def broken_links(page: Path, text: str) -> list[str]:
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Where a page runs; what it imports from the examples is forgotten behind it."""
-    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    for name in ("examples", "benchmarks"):
+        (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
     modules = set(sys.modules)
     yield tmp_path
-    for name in {path.stem for path in (ROOT / "examples").glob("*.py")} & (set(sys.modules) - modules):
+    scripts = {path.stem for name in ("examples", "benchmarks") for path in (ROOT / name).glob("*.py")}
+    for name in scripts & (set(sys.modules) - modules):
         del sys.modules[name]
     torch.compiler.reset()
 

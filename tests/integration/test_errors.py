@@ -90,6 +90,34 @@ def refused(error: type[SimbaError], message: str, *models: nn.Module) -> Iterat
     assert all(torch.equal(output(model), logits) for model, logits in zip(models, outputs))
 
 
+# Copies on several devices.
+
+REPLICAS = (
+    "DataParallel copies this {} to several devices in one process, and a sparse model runs on one; expected a process "
+    "for each device. Launch with torchrun (DistributedDataParallel or fully_shard), or let the process see one device "
+    "(CUDA_VISIBLE_DEVICES=0). The Trainer of transformers uses DataParallel where it sees several."
+)
+
+
+def test_replicas_of_data_parallel(sparse: Any, own: nn.Module) -> None:
+    """What `nn.parallel.replicate` asks of every module of a model, and first of the model itself."""
+    for inner in (sparse.backbone, sparse.backbone.layers[0]):
+        with refused(InputError, REPLICAS.format(type(inner).__name__), sparse):
+            inner._replicate_for_data_parallel()
+    plain = simba_fx.transform(own, "linear")
+    with refused(InputError, REPLICAS.format(type(plain).__name__), plain):
+        plain._replicate_for_data_parallel()
+
+
+def test_a_model_in_data_parallel(model: nn.Module) -> None:
+    message = (
+        "transform expects a model of one process, found one wrapped in DataParallel. Transform the model inside it "
+        "(model.module), and wrap the result in DistributedDataParallel."
+    )
+    with refused(SimbaError, message, model):
+        simba_fx.transform(nn.DataParallel(model), "linear")
+
+
 # Arguments of transform.
 
 

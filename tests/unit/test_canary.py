@@ -100,6 +100,7 @@ ON_OBJECTS: dict[str, Callable[[], bool]] = {
     "_TorchCompileWrapper": lambda: hasattr(torch, "_TorchCompileWrapper"),
     "_attn_implementation": lambda: hasattr(_config(), "_attn_implementation"),
     "_buffers": lambda: "_buffers" in vars(nn.Module()),
+    "_compiled_call_impl": lambda: hasattr(nn.Module, "_compiled_call_impl"),
     "_dynamo_source": lambda: True,  # of ours
     "_expr": lambda: "self._expr" in _text("torch.fx.experimental.sym_node"),
     "_forward_hooks": lambda: "_forward_hooks" in vars(nn.Module()),
@@ -126,12 +127,15 @@ IN_STRINGS: dict[str, Callable[[], bool]] = {
     "_hf_peft_config_loaded": lambda: "_hf_peft_config_loaded" in _text("transformers.integrations.peft"),
     "_mp_policy": lambda: "_mp_policy" in _text("torch.distributed.fsdp._fully_shard._fsdp_state"),
     "_non_persistent_buffers_set": lambda: "_non_persistent_buffers_set" in vars(nn.Module()),
+    "_orig_mod": lambda: "_orig_mod" in _text("torch._dynamo.eval_frame"),
     "_output_capturing_hooks_installed": lambda: (
         "_output_capturing_hooks_installed" in _text("transformers.utils.output_capturing")
     ),
     "_param_name_to_source": lambda: "_param_name_to_source" in _text("torch._dynamo.output_graph"),
+    "_replicate_for_data_parallel": lambda: hasattr(nn.Module, "_replicate_for_data_parallel"),
     "_source_to_user_stacks": lambda: "_source_to_user_stacks" in _text("torch._dynamo.output_graph"),
     "_torchdynamo_orig_backend": lambda: "_torchdynamo_orig_backend" in _text("torch._dynamo.eval_frame"),
+    "_torchdynamo_orig_callable": lambda: "_torchdynamo_orig_callable" in _text("torch._dynamo.eval_frame"),
     "ShapeEnv.evaluate_expr": lambda: hasattr(torch.fx.experimental.symbolic_shapes.ShapeEnv, "evaluate_expr"),
 }
 """Names that the source has in strings, or that it replaces."""
