@@ -110,9 +110,13 @@ def _shallow(module: nn.Module) -> nn.Module:
     clone: nn.Module = object.__new__(type(module))  # classes of FSDP and of parametrisations refuse copies
     clone.__dict__.update(_state(module))
     for name, held in clone.__dict__.items():
-        if type(held) in (dict, set) or (name.startswith("_") and hasattr(held, "copy") and "hooks" in name):
+        if type(held) in (dict, set) or name in _CONTAINERS:
             clone.__dict__[name] = copy.copy(held)
     return clone
+
+
+_CONTAINERS = frozenset(name for name, held in vars(nn.Module()).items() if isinstance(held, dict | set))
+"""Of every module. Mostly plain, but `del model.layers[i]` leaves an `OrderedDict`, and hooks come in one."""
 
 
 def copy_to_trace(stack: nn.Module, live: Iterable[nn.Module]) -> nn.Module:

@@ -139,7 +139,8 @@ class Fingerprint:
         them the blocks: before these are known, the members of outermost lists of modules."""
         live = {self.root, *self.around()}
         if self.called is not None:
-            return live | {self.root.get_submodule(path) for path in self.called}
+            paths = dict(self.root.named_modules(remove_duplicate=False))
+            return live | {paths[path] for path in self.called if path in paths}  # a block may have been taken out
         inside: list[nn.Module] = [self.root] if self.blocks else []
         while inside:
             module = inside.pop()
