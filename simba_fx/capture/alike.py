@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import types
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 __all__ = ["CALLABLE", "CONTAINERS", "PLAIN", "Alike", "Member", "alike_blocks", "is_plain_object"]
 
 PLAIN: tuple[Any, ...] = (bool, int, float, complex, str, type(None), torch.dtype, torch.device)
-CONTAINERS: frozenset[Any] = frozenset({list, tuple, set, dict})
+CONTAINERS: tuple[Any, ...] = (list, tuple, set, frozenset, dict, deque)
 CALLABLE = (types.FunctionType, types.BuiltinFunctionType, functools.partial, type)
 
 
@@ -128,18 +128,19 @@ def _same(a: Any, b: Any) -> bool:
         return [*a] == [*b] and all(map(_same, a.values(), b.values()))
     if kind is set:
         return a == b and all(isinstance(held, PLAIN) for held in a)
-    holds_more = isinstance(a, tuple(CONTAINERS))  # than its attributes
+    holds_more = isinstance(a, CONTAINERS)  # than its attributes
     return not holds_more and is_plain_object(a) and _same(vars(a), vars(b))
 
 
-def is_plain_object(value: Any) -> bool:
-    """Whether an object holds plain values alone, as configurations do."""
+def is_plain_object(value: Any, depth: int = 4) -> bool:
+    """Whether an object holds plain values alone, as configurations do, or others of its kind."""
     state = getattr(value, "__dict__", None)
-    return bool(state) and not isinstance(value, (nn.Module, Tensor, types.MethodType, *CALLABLE)) and _is_plain(state)
+    other = isinstance(value, (nn.Module, Tensor, types.MethodType, *CALLABLE, *CONTAINERS))
+    return bool(state) and depth > 0 and not other and _is_plain(state, depth)
 
 
-def _is_plain(value: Any) -> bool:
-    kind = type(value)
-    if kind is dict:
-        return all(map(_is_plain, value)) and all(map(_is_plain, value.values()))
-    return all(map(_is_plain, value)) if kind in CONTAINERS else kind in PLAIN
+def _is_plain(value: Any, depth: int) -> bool:
+    if isinstance(value, CONTAINERS):
+        held = (*value, *value.values()) if isinstance(value, dict) else value
+        return all(_is_plain(one, depth) for one in held)
+    return type(value) in PLAIN or is_plain_object(value, depth - 1)

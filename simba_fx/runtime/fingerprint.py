@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from simba_fx.capture.alike import CALLABLE, CONTAINERS, PLAIN, is_plain_object
+from simba_fx.capture.alike import CONTAINERS, PLAIN, is_plain_object
 from simba_fx.compiling import is_compiled_method
 from simba_fx.runtime.fsdp import dense_class, dtype_in_forward, is_hook, is_sharded, state_of
 
@@ -182,14 +182,15 @@ class Fingerprint:
         names = [[*_WATCHED, *(name for name in held if name not in _INTERNAL)] for held in self._attributes]
         self._read = [operator.itemgetter(*watched) for watched in names]
         config = getattr(self.root, "config", None)
-        objects = {} if config is None else {id(config): config}
+        objects = {} if config is None else {id(config): vars(config)}
         containers: list[Any] = []
         for held, watched in zip(self._attributes, names):
-            containers += [held[name] for name in watched if type(held[name]) in CONTAINERS or name in _WATCHED]
-            objects |= {id(held[name]): held[name] for name in watched
-                        if type(held[name]) not in _USUAL and is_plain_object(held[name])}  # fmt: skip
-        containers += map(vars, objects.values())
-        inside = [*itertools.chain.from_iterable(map(_with_containers, containers))]
+            for name in watched:
+                if name in _WATCHED:
+                    containers.append(held[name])
+                elif type(held[name]) not in _PLAIN:  # configurations are many modules'
+                    objects[id(held[name])] = held[name]
+        inside = [*containers, *itertools.chain.from_iterable(map(_containers_in, objects.values()))]
         self._sized = [*self._attributes, *inside]
         self._sizes = [*map(len, self._sized)]
         self._views = [held.values() if isinstance(held, dict) else held for held in inside if held]
@@ -216,17 +217,20 @@ class Fingerprint:
             )
 
 
-_USUAL = _PLAIN | CONTAINERS
 _look = operator.attrgetter("shape", "dtype", "device")
 _WATCHED = ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks")
 
 
-def _with_containers(container: Any) -> Iterator[Any]:
-    """A container, and those that it holds."""
-    yield container
-    for held in container.values() if isinstance(container, dict) else container:
-        if type(held) in CONTAINERS:
-            yield from _with_containers(held)
+def _containers_in(held: Any) -> Iterator[Any]:
+    """A container, and those that it holds; of an object that holds plain values alone, what it holds them in."""
+    if not isinstance(held, CONTAINERS):
+        if not is_plain_object(held):
+            return
+        held = vars(held)
+    yield held
+    for inner in held.values() if isinstance(held, dict) else held:
+        if type(inner) not in _PLAIN:
+            yield from _containers_in(inner)
 
 
 def hooks_of(module: nn.Module) -> list[Any]:
@@ -261,11 +265,11 @@ def _values(attributes: Mapping[str, Any], looks: dict[int, Any]) -> tuple[tuple
         if kind in _PLAIN:
             if "fsdp" not in name:  # FSDP's own notes
                 found.append((name, value))
-        elif kind in CONTAINERS:
+        elif isinstance(value, CONTAINERS):
             found.append((name, _frozen(value)))
         elif name == "_hf_hook":  # of accelerate: weights may be elsewhere
             found.append((name, kind))
-        elif name not in _NOT_COMPUTED:
+        elif name not in _NOT_COMPUTED and not name.startswith("_simba"):
             if id(value) not in looks:
                 looks[id(value)] = _look_of(value)
             if looks[id(value)] is not None:
@@ -278,29 +282,31 @@ _NOT_COMPUTED = ("forward", "_gradient_checkpointing_func")
 
 
 def _look_of(value: Any) -> Any:
-    """Of an attribute that is neither plain nor a container: functions by identity, members of enumerations, objects
-    that hold plain values alone by those; None for anything else, and for a module's own method once more, compiled."""
+    """Of what is neither plain nor a container: members of enumerations, objects that hold plain values alone by those,
+    anything else by identity. None for tensors, which may be states that a forward leaves there; for modules, which
+    stand elsewhere; and for a module's own method once more, compiled."""
     if isinstance(value, enum.Enum):
         return value
-    if is_compiled_method(value):
+    if isinstance(value, Tensor | nn.Module) or is_compiled_method(value):
         return None
     if isinstance(value, types.MethodType):  # of a clone it is bound to the clone
         return Identity(value.__func__)
-    if isinstance(value, CALLABLE):
-        return Identity(value)
-    return (type(value), _frozen(vars(value))) if is_plain_object(value) else None
+    return (type(value), _frozen(vars(value))) if is_plain_object(value) else Identity(value)
 
 
 def _frozen(value: Any) -> Any:
-    """Containers as tuples; of anything that is not a plain value only its type."""
+    """Containers as tuples; of tensors and modules in them only the type."""
     kind = type(value)
-    if kind is dict:
-        return tuple((key if type(key) in _PLAIN else type(key), _frozen(held)) for key, held in value.items())
-    if kind is list or kind is tuple:
-        return tuple(map(_frozen, value))
-    if kind is set:
-        return tuple(sorted(map(repr, value)))
-    return value if kind in _PLAIN else kind
+    if kind in _PLAIN:
+        return value
+    if isinstance(value, dict):
+        return kind, tuple((key if type(key) in _PLAIN else type(key), _frozen(held)) for key, held in value.items())
+    if isinstance(value, set | frozenset):
+        return kind, tuple(sorted(map(repr, value)))
+    if isinstance(value, CONTAINERS):
+        return kind, tuple(map(_frozen, value))
+    look = _look_of(value)
+    return kind if look is None else look
 
 
 class Identity:

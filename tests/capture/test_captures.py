@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 import functools
 import gc
@@ -10,8 +11,10 @@ import time
 import types
 import weakref
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from models import BY_NAME, logits, tokens
@@ -280,3 +283,128 @@ def test_a_sweep_is_cheap() -> None:
         simba_fx.transform(model, simba_fx.Linear(share))
         taken.append(time.process_time() - begun)
     assert min(taken) < 1.5, taken
+
+
+# --- what a module may hold a setting in --------------------------------------------------------------------------
+
+
+class Slotted:
+    __slots__ = ("scale",)
+
+    def __init__(self, scale: float) -> None:
+        self.scale = scale
+
+
+class Mixed(types.SimpleNamespace):
+    """No plain object: it holds another."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__(scale=scale, more=object())
+
+
+Held = types.SimpleNamespace
+Named = collections.namedtuple("Named", "scale")
+SETTINGS: dict[str, tuple[Callable[[float], Any], Callable[[Any], float]]] = {
+    "dict": (lambda x: {"scale": x}, lambda held: held["scale"]),
+    "OrderedDict": (lambda x: collections.OrderedDict(scale=x), lambda held: held["scale"]),
+    "defaultdict": (lambda x: collections.defaultdict(float, scale=x), lambda held: held["scale"]),
+    "namedtuple": (Named, lambda held: held.scale),
+    "deque": (lambda x: collections.deque([x]), lambda held: held[0]),
+    "frozenset": (lambda x: frozenset([x]), lambda held: next(iter(held))),
+    "torch.Size": (lambda x: torch.Size([int(x)]), lambda held: held[0]),
+    "object": (lambda x: Held(scale=x), lambda held: held.scale),
+    "object in a list": (lambda x: [Held(scale=x)], lambda held: held[0].scale),
+    "object in an object": (
+        lambda x: types.SimpleNamespace(o=types.SimpleNamespace(scale=x)),
+        lambda held: held.o.scale,
+    ),
+    "slots": (Slotted, lambda held: held.scale),
+    "object of any kind": (Mixed, lambda held: held.scale),
+    "Fraction": (Fraction, float),
+    "range": (lambda x: range(int(x)), len),
+    "bytes": (lambda x: bytes([int(x)]), lambda held: held[0]),
+    "NumPy": (np.float32, float),
+    "closure": (lambda x: lambda: x, lambda held: held()),
+}
+
+
+def scaled_by(read: Callable[[Any], float]) -> Any:
+    """A model that reads a number from its attribute `setting`."""
+
+    class Scaled(own_model.MyMamba):  # type: ignore[misc]  # the example's own
+        def forward(self, ids: Tensor) -> Tensor:
+            hidden = self.embedding(ids)
+            for block in self.blocks:
+                hidden = block(hidden) * read(self.setting)
+            return self.head(self.norm(hidden))  # type: ignore[no-any-return]
+
+    simba_fx.register_scan(own_model.scan, own_model.adapter)
+    torch.manual_seed(0)
+    return Scaled(50, 16, 4, 2).eval()
+
+
+@pytest.mark.parametrize("kind", SETTINGS)
+def test_a_setting_that_is_exchanged_is_seen_whatever_holds_it(kind: str, traces: Traces) -> None:
+    """On the model, by the next transform; and on a sparse model, by its next call."""
+    make, read = SETTINGS[kind]
+
+    model = scaled_by(read)
+    model.setting = make(1.0)
+    sparse = simba_fx.transform(model, 0.5)
+    first = sparse(PLAIN)
+    model.setting = make(2.0)
+    second = simba_fx.transform(model, 0.5)(PLAIN)
+    assert not torch.equal(first, second)
+    assert torch.equal(sparse(PLAIN), first)
+    runtime: Any = sparse._simba
+    runtime.root.setting = make(2.0)
+    assert torch.equal(sparse(PLAIN), second)
+    before = traces.count
+    assert torch.equal(sparse(PLAIN), second)
+    assert traces.count == before
+
+
+@pytest.mark.parametrize("name", ["object", "object in a list", "object in an object", "OrderedDict", "deque"])
+def test_a_setting_that_is_changed_where_it_is_held_is_seen(name: str) -> None:
+    make, read = SETTINGS[name]
+
+    model = scaled_by(read)
+    model.setting = held = make(1.0)
+    sparse = simba_fx.transform(model, 0.5)
+    first = sparse(PLAIN)
+    if isinstance(held, dict):
+        held["scale"] = 2.0
+    elif isinstance(held, collections.deque):
+        held[0] = 2.0
+    else:
+        holder = held[0] if isinstance(held, list) else getattr(held, "o", held)
+        holder.scale = 2.0
+    assert torch.equal(sparse(PLAIN), simba_fx.transform(model, 0.5)(PLAIN))
+    assert not torch.equal(sparse(PLAIN), first)
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
+@pytest.mark.parametrize("name", ["mamba", "jamba", "plain"])
+def test_a_list_of_blocks_that_lost_one(name: str, before: bool) -> None:
+    """`del layers[i]` leaves an OrderedDict of modules, which is copied like any other."""
+
+    def blocks(held: Any) -> Any:
+        return held.blocks if name == "plain" else held.base_model.layers
+
+    def shortened(held: Any) -> Any:
+        del blocks(held)[-1]
+        return held
+
+    model, other = build(name), shortened(build(name))
+    if name != "plain":
+        other.config.num_hidden_layers = len(other.base_model.layers)
+    expected = run(simba_fx.transform(other, "linear"), name)
+    if before:
+        shortened(model)
+    own = list(blocks(model))
+    sparse = simba_fx.transform(model, "linear")
+    if not before:
+        shortened(sparse._simba.root if name == "plain" else sparse)
+    assert torch.equal(run(sparse, name), expected)
+    assert list(blocks(model)) == own
+    assert [type(block) for block in own] == [type(block) for block in blocks(build(name))][: len(own)]
