@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -79,3 +81,21 @@ if not TYPE_CHECKING:  # type checkers know the names from above, and that there
 
     def __dir__() -> list[str]:
         return sorted({*globals(), *__all__})
+
+
+class _BesideThisFolder:
+    """Finds `simba_fx.passes` where a clone is imported and not an installation, as in `python` at its top: there the
+    passes are a folder of their own, beside this one."""
+
+    folder = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "passes")
+
+    @classmethod
+    def find_spec(cls, name: str, *_: Any) -> Any:
+        if name != f"{__name__}.passes":
+            return None
+        file = os.path.join(cls.folder, "__init__.py")
+        return importlib.util.spec_from_file_location(name, file, submodule_search_locations=[cls.folder])
+
+
+if not os.path.isdir(os.path.join(os.path.dirname(__file__), "passes")):
+    sys.meta_path.insert(0, _BesideThisFolder)  # first: an installation may be of other sources

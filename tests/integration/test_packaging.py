@@ -144,6 +144,15 @@ def sources() -> set[str]:
     return found | {f"simba_fx/passes/{path.relative_to(ROOT / 'passes')}" for path in (ROOT / "passes").rglob("*.py")}
 
 
+def test_a_clone_that_is_not_installed_is_whole(tmp_path: Path) -> None:
+    """`python` at its top imports the sources, whatever is installed: a newcomer's first line."""
+    for folder in ("simba_fx", "passes"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    code = "import simba_fx, simba_fx.passes.score_tokens as one; print(simba_fx.transform.__module__, one.__file__)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["simba_fx.api", str(tmp_path / "passes" / "score_tokens.py")]
+
+
 @pytest.mark.slow
 def test_a_wheel_holds_the_whole_package_and_nothing_else(tmp_path: Path) -> None:
     checkout = tmp_path / "checkout"
