@@ -86,11 +86,15 @@ def _code(root: nn.Module) -> Hashable:
                 hung += _objects(held)
     files = {cls.__module__ for cls in classes} - {"builtins"}
     names = [vars(cls) for cls in classes] + [vars(sys.modules[file]) for file in files if file in sys.modules]
-    code: list[Any] = [held for held_by in names for held in held_by.values() if isinstance(held, _CODE)]
+    code: list[Any] = [held for held_by in names for name, held in held_by.items()
+                       if isinstance(held, _CODE) and not name.startswith(_OF_DYNAMO)]  # fmt: skip
     code += [held for row in lift.user_rows() for held in row]
     return tuple(map(Identity, (*code, *(held for held in hung if not is_plain_object(held)))))
 
 
+_OF_DYNAMO = ("___", "__compiled_fn_", "__resume_at_", "__init__", "__setstate__")
+"""What it puts into the files whose frames it has compiled, and what it changes of every module: a forward
+runs none of that."""
 _TREE = ("_parameters", "_buffers", "_modules")
 _CODE = (types.FunctionType, property, staticmethod, classmethod, bool, int, float, str)
 

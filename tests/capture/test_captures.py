@@ -7,6 +7,7 @@ import copy
 import functools
 import gc
 import importlib
+import sys
 import time
 import types
 import weakref
@@ -89,6 +90,18 @@ def test_other_options_need_no_other_trace(name: str, traces: Traces) -> None:
         assert torch.equal(found, run(fresh, name))
         assert all(torch.equal(a, b) for a, b in zip(simba_fx.kept(again), simba_fx.kept(fresh), strict=True))
         traces.count = before = min(before, count)
+
+
+def test_what_dynamo_leaves_in_a_file_is_no_other_code(traces: Traces) -> None:
+    model = build("mamba")
+    sparse = simba_fx.transform(model, "linear")
+    run(sparse, "mamba")
+    file = vars(sys.modules[type(model).__module__])
+    before, traced = len(file), traces.count
+    run(torch.compile(sparse, backend="eager"), "mamba")
+    run(simba_fx.transform(model, 0.5), "mamba")
+    assert len(file) > before
+    assert traces.count == traced
 
 
 def test_a_kind_of_call_that_one_has_met_is_known_to_the_next(traces: Traces) -> None:
