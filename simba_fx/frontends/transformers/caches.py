@@ -23,15 +23,24 @@ class NotInCache(CacheError, AttributeError):
     """A model asks its cache for what only a class of its own has."""
 
 
-def _class_of(stack: Any) -> tuple[Any, dict[str, Any]]:
-    """The class of a model's caches, and what one is made with: one that stands beside the model, or the usual one."""
-    from transformers.cache_utils import DynamicCache  # Dynamo of torch 2.11 cannot import from the lazy package
+def own_cache(cls: type) -> Any:
+    """The class of caches that stands beside the class of a model; None: the usual one serves."""
+    from transformers.cache_utils import DynamicCache
 
-    for cls in type(stack).__mro__:
-        for own in vars(sys.modules[cls.__module__]).values():
+    for base in cls.__mro__:
+        for own in vars(sys.modules[base.__module__]).values():
             if isinstance(own, type) and issubclass(own, DynamicCache) and hasattr(own, "set_linear_cache"):  # MiniMax
-                return own, {}
-    return DynamicCache, {"config": stack.config}
+                return own
+    return None
+
+
+def _class_of(stack: Any) -> tuple[Any, dict[str, Any]]:
+    """The class of a model's caches, and what one is made with. (Of a sparse model it is known: Dynamo of torch 2.11
+    cannot look for it, nor import from the lazy package.)"""
+    from transformers.cache_utils import DynamicCache
+
+    own = stack._simba_cache if hasattr(stack, "_simba_cache") else own_cache(type(stack))
+    return (DynamicCache, {"config": stack.config}) if own is None else (own, {})
 
 
 def recording_cache(stack: Any) -> Any:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from simba_fx.capture.examples import autocast_dtype, named_sizes
 from simba_fx.compiling import disable_compile, skip_frame, traced
 from simba_fx.errors import InputError
-from simba_fx.frontends.transformers.caches import is_warm, new_cache, past_length, past_of
+from simba_fx.frontends.transformers.caches import is_warm, new_cache, own_cache, past_length, past_of
 from simba_fx.frontends.transformers.decoding import (
     expect_token,
     sparse_layers,
@@ -114,7 +114,9 @@ def sparse_class(cls: type[nn.Module], blocks: bool) -> type:
             raise
 
     decode = skip_frame(guarded) if blocks else lambda self, given: own(self, **decoding(given))
-    return stack_class(cls, blocks, prepare, decode, functools.partial(_with_own_names, names))
+    made: Any = stack_class(cls, blocks, prepare, decode, functools.partial(_with_own_names, names))
+    made._simba_cache = own_cache(cls)
+    return made  # type: ignore[no-any-return]
 
 
 def prepare(stack: Any, given: dict[str, Any]) -> ModelCall | None:
