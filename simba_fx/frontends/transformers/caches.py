@@ -39,7 +39,7 @@ def _class_of(stack: Any) -> tuple[Any, dict[str, Any]]:
     cannot look for it, nor import from the lazy package.)"""
     from transformers.cache_utils import DynamicCache
 
-    own = stack._simba_cache if hasattr(stack, "_simba_cache") else own_cache(type(stack))
+    own = stack.simba_cache_class if hasattr(stack, "simba_cache_class") else own_cache(type(stack))
     return (DynamicCache, {"config": stack.config}) if own is None else (own, {})
 
 

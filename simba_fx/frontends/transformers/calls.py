@@ -115,7 +115,7 @@ def sparse_class(cls: type[nn.Module], blocks: bool) -> type:
 
     decode = skip_frame(guarded) if blocks else lambda self, given: own(self, **decoding(given))
     made: Any = stack_class(cls, blocks, prepare, decode, functools.partial(_with_own_names, names))
-    made._simba_cache = own_cache(cls)
+    made.simba_cache_class = own_cache(cls)
     return made  # type: ignore[no-any-return]
 
 
