@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -288,7 +289,7 @@ def _state(block: nn.Module) -> list[Any]:
     for module in block.modules():
         for name, held in vars(module).items():
             kind = type(held)
-            inside = held.values() if issubclass(kind, dict) else held if kind in (list, tuple, set) else ()
+            inside = held.values() if issubclass(kind, dict) else held if kind in (list, tuple, set, deque) else ()
             state.append((id(module), name, id(held), [*map(id, inside)]))
     return state
 

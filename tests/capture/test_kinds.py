@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -171,7 +172,7 @@ class Writing(Block):
 
 
 class Appending(Block):
-    def __init__(self, kept: list[Any]) -> None:
+    def __init__(self, kept: list[Any] | collections.deque[Any]) -> None:
         super().__init__()
         self.kept = kept
 
@@ -283,6 +284,7 @@ def hooked() -> Plain:
 OTHERS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "writes to its module": (lambda: Plain(*(Writing() for _ in range(4))), 0),
     "appends to a list of its own": (lambda: Plain(*(Appending([]) for _ in range(4))), 0),
+    "appends to a queue of all": (lambda: Plain(*map(Appending, [collections.deque()] * 4)), 0),
     "hands a tensor out by another way": (lambda: Collecting(*(Leaking() for _ in range(4))), 0),
     "is given its number": (lambda: Handed(*(Taking() for _ in range(4)), arguments=lambda i, _: i), 0),
     "is given a word, the same": (lambda: Handed(*(Taking() for _ in range(4)), arguments=lambda *_: "same"), 3),

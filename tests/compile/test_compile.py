@@ -406,9 +406,7 @@ def test_blocks_compiled_in_place_are_compiled_once_for_every_length(family: str
     assert torch.equal(sparse.generate(ids, **options), eager.generate(ids, **options))
 
 
-def test_steps_that_transformers_compiled_for_the_dense_model_are_not_the_sparse_ones(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_steps_that_transformers_compiled_for_the_dense_model_are_not_the_sparse_ones() -> None:
     """With a static cache it keeps a compiled call on the model, where the device is a GPU or it is told to."""
     model, ids = BY_NAME["jamba"].build(), tokens(1, 2, 30)
     static = {"max_new_tokens": 6, "do_sample": False, "cache_implementation": "static"}

@@ -39,7 +39,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert INTERPRETED
     assert cuda.ssd_scan_fn() is None
     monkeypatch.setattr(backends, "on_gpu", lambda operand: True)
-    # a launch prepares the language, and each call of a function in a kernel does so anew: a quarter of the time
+    # a launch prepares the language, and each call of a function in a kernel does so anew, which takes long
     own = InterpretedFunction.__call__
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
