@@ -336,23 +336,17 @@ def recurrent_gemma() -> nn.Module:
 def xlstm() -> nn.Module:
     from transformers import xLSTMConfig, xLSTMForCausalLM
 
-    config = xLSTMConfig(vocab_size=VOCABULARY, hidden_size=16, embedding_dim=16, num_blocks=3, num_heads=2,
-                         chunk_size=8)  # fmt: skip
+    config = xLSTMConfig(vocab_size=VOCABULARY, hidden_size=128, embedding_dim=128, num_blocks=3, num_heads=4,
+                         chunk_size=8)  # fmt: skip  # of smaller ones transformers' own cache has other sizes
     made: nn.Module = xLSTMForCausalLM(config).eval()
     return made
 
 
-OTHER_CACHES = [
-    pytest.param(make, why, marks=pytest.mark.capability("parity", f"transformers `{make.__name__}`"))
-    for make, why in ((recurrent_gemma, "attend to a sliding window"), (xlstm, "asks its cache for rnn_state"))
-]
-
-
 @pytest.mark.filterwarnings("ignore:.*assigned during export")
-@pytest.mark.parametrize(("make", "why"), OTHER_CACHES)
-def test_a_model_of_transformers(make: Callable[[], nn.Module], why: str) -> None:
+@pytest.mark.capability("parity", "transformers `recurrent_gemma`")
+def test_recurrent_gemma_runs_without_a_cache() -> None:
     torch.manual_seed(0)
-    module, ids = make(), tokens(1, 2, 20)
+    module, ids = recurrent_gemma(), tokens(1, 2, 20)
     with torch.no_grad():
         dense = module(input_ids=ids, use_cache=False).logits
         everything = simba_fx.transform(module, [1, 1 - 1e-6, 1 - 2e-6], criterion="simba")
@@ -361,7 +355,8 @@ def test_a_model_of_transformers(make: Callable[[], nn.Module], why: str) -> Non
         found = sparse(input_ids=ids, use_cache=False).logits
         assert found.shape == dense.shape
         assert [held.shape[1] for held in simba_fx.kept(sparse)] == [20, 12, 5]
-        with pytest.raises(CacheError, match=rf"{why}.*Pass use_cache=False, or generate with the dense model"):
+        told = r"attend to a sliding window.*Pass use_cache=False, or generate with the dense model"
+        with pytest.raises(CacheError, match=told):
             sparse(input_ids=ids, use_cache=True)
 
 
@@ -503,6 +498,79 @@ def ssd_of(q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Any:
     return simba_fx.SSDScan(v, steps, torch.full((2,), -0.5), k, q), lambda y, state: (y, None)
 
 
+@pytest.mark.capability("parity", "transformers `xlstm`")
+def test_xlstm_fills_its_own_cache() -> None:
+    """A table of states. Everything kept: the dense model's bits."""
+    torch.manual_seed(0)
+    module, ids = xlstm(), tokens(1, 2, 41)
+    everything = simba_fx.transform(module, [1, 1 - 1e-6, 1 - 2e-6], criterion="simba")
+    with torch.no_grad():
+        for cache in (False, True):
+            dense, found = (one(input_ids=ids, use_cache=cache) for one in (module, everything))
+            assert torch.equal(found.logits, dense.logits)
+        own, right = found.cache, dense.cache
+        assert type(own) is type(right)
+        assert torch.equal(own.seqlen_offset, right.seqlen_offset)
+        for layer, states in right.rnn_state.items():
+            assert len(states) == 3
+            assert all(map(torch.equal, own.rnn_state[layer], states))
+        with pytest.raises(InputError, match="Several new tokens on a warm xLSTMCache, whose states this package does"):
+            everything(input_ids=ids, cache=own)
+        step = tokens(2, 2, 1)
+        assert torch.equal(everything(input_ids=step, cache=own).logits, module(input_ids=step, cache=right).logits)
+
+
+@pytest.mark.capability("generate", "transformers `xlstm`")
+def test_xlstm_generates_from_the_states_of_its_own_blocks_on_the_survivors() -> None:
+    torch.manual_seed(0)
+    module: Any = xlstm()
+    ids, stack, cap = tokens(1, 1, 41), module.backbone, module.config.output_logit_soft_cap
+    sparse: Any = simba_fx.transform(module, "linear", criterion="simba")
+    with torch.no_grad():
+        found = sparse(input_ids=ids, use_cache=True)
+        kept = simba_fx.kept(sparse)
+        assert [held.shape[1] for held in kept] == [41, 23, 5]
+        hidden, before, states = stack.embeddings(ids), torch.arange(41), []
+        for block, (positions,) in zip(stack.blocks, kept):
+            hidden, left = block(hidden[:, torch.searchsorted(before, positions)], None)
+            before = positions
+            states.append(left)
+        for layer, left in enumerate(states):
+            for own, right in zip(found.cache.rnn_state[layer], left, strict=True):
+                assert_close("state", own, right, 1e-5)
+        said: list[int] = []
+        while len(said) < 50:
+            said.append(int((cap * torch.tanh(module.lm_head(stack.out_norm(hidden[:, -1])) / cap)).argmax()))
+            hidden = stack.embeddings(torch.tensor([said[-1:]]))
+            for layer, block in enumerate(stack.blocks):
+                hidden, states[layer] = block(hidden, states[layer])
+        assert sparse.generate(ids, max_new_tokens=50, do_sample=False)[0, 41:].tolist() == said
+
+
+def test_a_long_prompt_of_xlstm_runs_in_one_piece() -> None:
+    """Which transformers computes in pieces, to rounding the same."""
+    torch.manual_seed(0)
+    module, ids = xlstm(), tokens(1, 2, 41)
+    module.config.max_inference_chunksize = 16
+    everything = simba_fx.transform(module, [1, 1 - 1e-6, 1 - 2e-6], criterion="simba")
+    with torch.no_grad():
+        dense, found = (one(input_ids=ids, use_cache=True) for one in (module, everything))
+    assert module.config.max_inference_chunksize == everything.config.max_inference_chunksize == 16
+    assert_close("logits", found.logits, dense.logits, 1e-3)  # their scan casts keys and values to bfloat16
+    for layer in range(3):
+        for own, right in zip(found.cache.rnn_state[layer], dense.cache.rnn_state[layer], strict=True):
+            assert_close("state", own, right, 1e-3)
+
+
+def test_an_xlstm_in_half_precision_is_refused() -> None:
+    """transformers' own scan multiplies float32 by it, unless it is given states."""
+    module: Any = xlstm().to(torch.bfloat16)
+    with pytest.raises(RuntimeError, match="same dtype"):
+        module(tokens(1, 2, 41), use_cache=False)
+    with pytest.raises(CaptureError, match=r"weights of torch.bfloat16, .*expected torch.float32. Load the model with"):
+        simba_fx.transform(module)
+
+
 @pytest.mark.capability("compile", "transformers `xlstm`")
 def test_xlstm_is_its_own_blocks_on_the_survivors() -> None:
     """Which are those that contribute most, by a loop in float64 over what its first block computes."""
@@ -520,7 +588,7 @@ def test_xlstm_is_its_own_blocks_on_the_survivors() -> None:
         states, before = stack.embeddings(ids), torch.arange(41).expand(2, 41)
         for block, positions in zip(stack.blocks, kept):
             place = torch.stack([torch.searchsorted(b, p) for b, p in zip(before, positions)])
-            states = block(states.gather(1, place[..., None].expand(-1, -1, 16)), None)[0]
+            states = block(states.gather(1, place[..., None].expand(-1, -1, 128)), None)[0]
             before = positions
         hook.remove()
         cap = module.config.output_logit_soft_cap

@@ -1,13 +1,15 @@
 """What transformers' caches hold after a prompt: recorded while a graph is captured, filled in after it has run.
 
 A layer's state is named by an entry `(layer, kind, index)`; kind is "conv" `(B, D, W)`, "recurrent" (as the scan leaves
-it; "linear" in MiniMax's cache), "keys" or "values" `(B, heads, k, width)`. transformers is imported inside, when a
-model of its kind is at hand.
+it; "linear" in MiniMax's cache, "rnn" in xLSTM's), "keys" or "values" `(B, heads, k, width)`. transformers is imported
+inside, when a model of its kind is at hand.
 """
 
 from __future__ import annotations
 
+import functools
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -31,22 +33,63 @@ def own_cache(cls: type) -> Any:
         for own in vars(sys.modules[base.__module__]).values():
             if isinstance(own, type) and issubclass(own, DynamicCache) and hasattr(own, "set_linear_cache"):  # MiniMax
                 return own
+            if isinstance(own, type) and own.__name__ == _TABLE:
+                return own
     return None
 
 
-def _class_of(stack: Any) -> tuple[Any, dict[str, Any]]:
-    """The class of a model's caches, and what one is made with. (Of a sparse model it is known: Dynamo of torch 2.11
-    cannot look for it, nor import from the lazy package.)"""
+_TABLE = "xLSTMCache"
+"""No Cache: a table of states that a model writes into, with room for so many rows."""
+
+
+def _class_of(stack: Any) -> Any:
+    """The class of a model's caches. (Of a sparse model it is known: Dynamo of torch 2.11 cannot look for it, nor
+    import from the lazy package.)"""
     from transformers.cache_utils import DynamicCache
 
     own = stack.simba_cache_class if hasattr(stack, "simba_cache_class") else own_cache(type(stack))
-    return (DynamicCache, {"config": stack.config}) if own is None else (own, {})
+    return DynamicCache if own is None else own
+
+
+def new_cache(stack: Any, like: Tensor | None = None) -> Any:
+    """Of the model's class; `like` `(B, ...)`: rows, dtype and device of a table of states."""
+    cls = _class_of(stack)
+    if cls.__name__ == _TABLE and like is not None:
+        return cls(stack.config, like.shape[0], dtype=like.dtype, device=like.device)
+    return cls() if hasattr(cls, "set_linear_cache") else cls(config=stack.config)
+
+
+class RecordingTable:
+    """An empty table of states that notes what a model would write into it (xLSTM)."""
+
+    def __init__(self) -> None:
+        self.rnn_state, self.seqlen_offset = _Rows(), 0
+
+    def entries(self) -> dict[Entry, Tensor]:
+        return dict(sorted(self.rnn_state.stored.items()))
+
+
+class _Rows:
+    """A block is given the states of its layer (cell, normalizer, maximum of the gates), of which there are none; what
+    it returns is then copied to where they would stand."""
+
+    def __init__(self) -> None:
+        self.read: set[int] = set()
+        self.stored: dict[Entry, Tensor] = {}
+
+    def __getitem__(self, layer: int) -> Any:
+        if layer not in self.read:
+            self.read.add(layer)
+            return None, None, None
+        entries = [(layer, "rnn", index) for index in range(3)]
+        return [SimpleNamespace(copy_=functools.partial(self.stored.__setitem__, entry)) for entry in entries]
 
 
 def recording_cache(stack: Any) -> Any:
     """An empty cache of the model's class that notes what each layer would store, and changes nothing."""
-    cls, made_with = _class_of(stack)
-    owner = type(stack).__name__
+    cls, owner = _class_of(stack), type(stack).__name__
+    if cls.__name__ == _TABLE:
+        return RecordingTable()
 
     class RecordingCache(Notes, cls):  # type: ignore[misc, valid-type]  # a class of transformers, known when the model is
         def __getattr__(self, name: str) -> Any:
@@ -84,7 +127,7 @@ def recording_cache(stack: Any) -> Any:
     for name, default in _QUESTIONS.items():
         if hasattr(cls, name):
             setattr(RecordingCache, name, _question(name, default))
-    cache: Any = RecordingCache(**made_with)
+    cache: Any = RecordingCache() if hasattr(cls, "set_linear_cache") else RecordingCache(config=stack.config)
     cache.start()
     return cache
 
@@ -100,8 +143,11 @@ def _question(name: str, default: Any) -> Any:
     return question
 
 
-def fill(cache: Any, entries: tuple[Entry, ...], tensors: Any) -> None:
-    """Give a real cache, through its own methods, what each layer saw."""
+def fill(cache: Any, entries: tuple[Entry, ...], tensors: Any, length: int) -> None:
+    """Give a real cache, through its own methods, what each layer saw of `length` tokens."""
+    if hasattr(cache, "seqlen_offset"):  # a table
+        cache.seqlen_offset += length
+        cache.rnn_state_initial = False  # as the model leaves it
     stored = dict(zip(entries, tensors))
     for (layer, kind, index), tensor in stored.items():
         if kind == "conv":
@@ -110,6 +156,8 @@ def fill(cache: Any, entries: tuple[Entry, ...], tensors: Any) -> None:
             cache.update_recurrent_state(tensor, layer, state_idx=index)
         elif kind == "linear":
             cache.set_linear_cache(layer, tensor)
+        elif kind == "rnn":
+            cache.rnn_state[layer][index].copy_(tensor)
         elif kind == "keys":
             cache.update(tensor, stored[layer, "values", 0], layer)
 
@@ -122,7 +170,7 @@ def past_of(cache: Any, entries: tuple[Entry, ...]) -> list[Tensor]:
     """
     found, real = [], []
     for layer, kind, index in entries:
-        if kind == "linear":
+        if kind in ("linear", "rnn"):
             raise InputError(
                 f"Several new tokens on a warm {type(cache).__name__}, whose states this package does not continue; "
                 "expected one token at a time, or the whole text on an empty cache. Pass the tokens one by one."
@@ -169,10 +217,7 @@ def is_warm(cache: Any) -> bool:
         return True
     if any(isinstance(state, Tensor) for state in getattr(cache, "linear_cache", ())):  # MiniMax's
         return True
+    if not getattr(cache, "rnn_state_initial", True):  # xLSTM's
+        return True
     rooms = [(layer, getattr(layer, "keys", None)) for layer in layers]
     return any(isinstance(keys, Tensor) and keys.numel() and bool(layer.get_seq_length() > 0) for layer, keys in rooms)
-
-
-def new_cache(stack: Any) -> Any:
-    cls, made_with = _class_of(stack)
-    return cls(**made_with)

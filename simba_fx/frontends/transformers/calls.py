@@ -218,7 +218,7 @@ def prepare(stack: Any, given: dict[str, Any]) -> ModelCall | None:
                           tuple((name, constants[name]) for name in sorted(constants)),
                           autocast_dtype(embeds.device), ends.lengths is not None, bool(warm))  # fmt: skip
     if use_cache and cache is None and not returns_states(inspect_parameters(type(stack))):
-        cache = new_cache(stack)
+        cache = new_cache(stack, embeds)
     return_dict = given.get("return_dict")
     return_dict = bool(stack.config.return_dict if return_dict is None else return_dict)
     return ModelCall(signature, tensors, cache if use_cache else None, cache_name, return_dict, length, ends, real)

@@ -244,9 +244,9 @@ class SparseStack(StackRuntime):
         last = self.last = LastCall(rows, call.length, variant.built, kept[::step], real, call.real)
         named, _ = pytree.tree_unflatten([*values, *states], variant.built.captured.out_spec)
         if call.cache is not None:
-            warm, layers = call.signature.warm, call.cache.layers
-            before = {layer: describe(layers[layer]) if warm else (0, None, 0) for layer in variant.attention}
-            fill(call.cache, variant.states, states)
+            before = {layer: describe(call.cache.layers[layer]) if call.signature.warm else (0, None, 0)
+                      for layer in variant.attention}  # fmt: skip
+            fill(call.cache, variant.states, states, call.length)
             self._describe_attention(variant, call.cache, last, before)
             named[call.cache_name] = call.cache
         output = variant.output_type(**named)

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from simba_fx.errors import CaptureError, InputError
@@ -14,6 +15,7 @@ from simba_fx.runtime.clone import subclass
 __all__ = [
     "refuse_eager_experts",
     "refuse_generation_without_cache",
+    "refuse_half_precision",
     "refuse_other_attention",
     "refuse_packed",
     "refuse_pools",
@@ -102,6 +104,15 @@ def refuse_rescaling(stack: Any) -> None:
             f"{type(stack).__name__} rescales its weights in place when it is called (rescale_every={every}), and the "
             "sparse model shares them; expected weights that a call leaves as they are. Load the model with "
             "rescale_every=0: the rescaling is for float16, where sums may overflow."
+        )
+
+
+def refuse_half_precision(stack: Any, dtype: torch.dtype) -> None:
+    """xLSTM's scan of transformers makes states of float32 where it is given none, and multiplies them by others."""
+    if type(stack).__name__ == "xLSTMModel" and dtype in (torch.float16, torch.bfloat16):
+        raise CaptureError(
+            f"{type(stack).__name__} has weights of {dtype}, on which transformers' own scan fails unless it is given "
+            "states of that dtype; expected torch.float32. Load the model with dtype=torch.float32."
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from simba_fx.capture.normalise import Captured
 from simba_fx.errors import CacheError
 from simba_fx.frontends.transformers.caches import recording_cache
 from simba_fx.frontends.transformers.calls import CACHE_NAMES, cache_parameter, returns_states
+from simba_fx.frontends.transformers.refusals import refuse_half_precision
 from simba_fx.runtime.clone import own_forward
 from simba_fx.runtime.stack import Entry, Signature
 
@@ -39,6 +41,7 @@ class Observed:
 
 def capture_stack(stack: Any, signature: Signature, kernels: str = "auto") -> tuple[Captured, Observed]:
     """The graph of `stack` for calls of this signature."""
+    refuse_half_precision(stack, signature.dtype)
     width = stack.get_input_embeddings().weight.shape[1]
     make: dict[str, Any] = {"device": signature.device}
     inputs = {"inputs_embeds": torch.zeros(_ROWS, _LENGTH, width, dtype=signature.dtype, **make)}
@@ -79,23 +82,37 @@ class _Shell(nn.Module):
                 f"({', '.join(CACHE_NAMES)}), so that what a prompt leaves behind cannot be put there. Pass "
                 "use_cache=False, or generate with the dense model."
             )
-        cache = recording_cache(self.stack) if self.signature.cache and cache_name in parameters else None
-        if cache is not None:
-            options[cache_name] = cache
+        cache = None
+        if self.signature.cache and cache_name in parameters:
+            cache = options[cache_name] = recording_cache(self.stack)
         if self.signature.ids:  # the embeddings are looked up outside of the graph; what follows is the model's own
             embeds = tensors.pop("inputs_embeds")
             stack: Any = self.stack
             embedding = stack.get_input_embeddings()
-            with _forward_is(embedding, lambda _: embeds):
+            with _forward_is(embedding, lambda _: embeds), _in_one_piece(stack.config):
                 output = own_forward(self.stack)(input_ids=tensors.pop("input_ids"), **tensors, **options)
         else:
-            output = own_forward(self.stack)(**tensors, **options)
+            with _in_one_piece(self.stack.config):
+                output = own_forward(self.stack)(**tensors, **options)
         named = {name: value for name, value in output.items() if name != cache_name}
         stored = cache.entries() if cache is not None else {}
         observed = self.observed
         observed.output_type, observed.states = type(output), tuple(stored)
         observed.values = len(pytree.tree_leaves(named))
         return named, list(stored.values())
+
+
+@contextmanager
+def _in_one_piece(config: Any) -> Iterator[None]:
+    """xLSTM runs a long prompt piece by piece, from state to state, to save memory; a graph is for any length."""
+    usual = getattr(config, "max_inference_chunksize", None)
+    if usual is not None:
+        config.max_inference_chunksize = sys.maxsize
+    try:
+        yield
+    finally:
+        if usual is not None:
+            config.max_inference_chunksize = usual
 
 
 @contextmanager
