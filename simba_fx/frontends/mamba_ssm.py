@@ -72,7 +72,7 @@ def install(model: nn.Module, options: Options, example_inputs: Any = None) -> n
     runtime = SparseMixer(stack, options, budget_cost(model, stack, options), store=stored_with(stack))
     clone = clone_around(model, runtime, stack_class(type(stack), blocks, _prepare), blocks)
     runtime.variant(_signature(stack, torch.int64, cache=False))
-    if not blocks and not runtime.attention:  # a graph that is traced whole cannot stop to capture another
+    if not blocks and not runtime.stateless:  # a graph that is traced whole cannot stop to capture another
         runtime.variant(_signature(stack, torch.int64, cache=True))
     return clone
 
@@ -80,6 +80,15 @@ def install(model: nn.Module, options: Options, example_inputs: Any = None) -> n
 def _attention(stack: nn.Module) -> tuple[str, ...]:
     """Paths of the attention layers."""
     return tuple(path for path, module in stack.named_modules() if _is(module, "MHA", owner="mamba_ssm.modules.mha"))
+
+
+def _stateless(stack: nn.Module) -> dict[str, str]:
+    """Layers whose states this package does not fill, by path, and what is the matter with them."""
+    three = [path for path, module in stack.named_modules() if _is(module, "Mamba3", owner="mamba_ssm.modules.mamba3")]
+    return dict.fromkeys(
+        _attention(stack),
+        "is an attention layer, whose keys and values mamba_ssm keeps at one length for all layers",
+    ) | dict.fromkeys(three, "is a Mamba-3 layer, whose states this package does not fill")
 
 
 def _refuse_rotary(stack: nn.Module) -> None:
@@ -104,9 +113,9 @@ class SparseMixer(StackRuntime):
         return stack_of(model)
 
     @functools.cached_property
-    def attention(self) -> tuple[str, ...]:
-        """Paths of the attention layers. (Late: a deep copy's stack is not whole yet when its runtime is made.)"""
-        return _attention(self.stack)
+    def stateless(self) -> dict[str, str]:
+        """Why prompts cannot be decoded from. (Late: a deep copy's stack is not whole yet when its runtime is made.)"""
+        return _stateless(self.stack)
 
     def capture(self, signature: Signature, now: Snapshot) -> Variant:
         rest = (signature, self.options.kernels, self.options.compile == "blocks")
@@ -230,11 +239,11 @@ def _prepare(stack: Any, given: dict[str, Any]) -> MixerCall | None:
             "and inference_params. Pass each sequence in a row of its own, all rows of one length."
         )
     rows, length = ids.shape
-    if states is not None and runtime.attention:
+    if states is not None and runtime.stateless:
         raise InputError(
-            f"{name} was called with inference_params, but {runtime.attention[0]} is an attention layer, whose keys "
-            "and values mamba_ssm keeps at one length for all layers; expected Mamba layers only. Generate with the "
-            "dense model; calls without inference_params are pruned."
+            f"{name} was called with inference_params, but {' '.join(next(iter(runtime.stateless.items())))}; expected "
+            "layers of Mamba and Mamba-2 only. Generate with the dense model; calls without inference_params are "
+            "pruned."
         )
     if states is not None and states.seqlen_offset > 0:
         if length == 1:

@@ -479,6 +479,91 @@ def test_a_users_module_that_imports_the_packages_functions_needs_no_registratio
     assert_close("output", kept(x), model(x), TOLERANCE[torch.float32])
 
 
+# Mamba-3, which MambaLMHeadModel of this version does not make: its blocks in a module of one's own.
+
+
+class Mamba3Stack(nn.Module):
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        self.layers = nn.ModuleList(cpu.mamba3.Mamba3(32, d_state=16, headdim=16, **options) for _ in range(4))
+        self.norms = nn.ModuleList(nn.RMSNorm(32) for _ in range(4))
+        with torch.no_grad():  # as they come, heads are alike
+            for name, weight in self.named_parameters():
+                if name.endswith((".D", "_bias")):
+                    weight.normal_()
+
+    def block(self, number: int, x: Tensor) -> Tensor:
+        out: Tensor = x + self.layers[number](self.norms[number](x))
+        return out
+
+    def forward(self, x: Tensor) -> Tensor:
+        for number in range(4):
+            x = self.block(number, x)
+        return x
+
+
+MAMBA3 = [pytest.param(options, id=name) for name, options in
+          (("usual", {}), ("groups", {"ngroups": 2}), ("all-turn", {"rope_fraction": 1.0}),
+           ("norm", {"is_outproj_norm": True, "A_floor": 0.5}))]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", MAMBA3)
+def test_mamba3_with_every_token_kept_is_the_dense_model(options: dict[str, Any]) -> None:
+    """The bits with its own function; to rounding as the scan of Mamba-2, gradients too."""
+    model, x = Mamba3Stack(**options), torch.randn(2, 41, 32)
+    own = simba_fx.transform(model, keep_all(4), kernels="model", criterion="simba", example_inputs=(x,))
+    ours = simba_fx.transform(model, keep_all(4), criterion="simba", example_inputs=(x,))
+    with torch.no_grad():
+        for length in (41, 7):
+            assert torch.equal(own(x[:, :length]), model(x[:, :length]))
+            assert_close("output", ours(x[:, :length]), model(x[:, :length]), TOLERANCE[torch.float32])
+    right, found = (gradients(one(x).square().mean(), model) for one in (model, ours))
+    for name, gradient in right.items():
+        assert_close(name, found[name], gradient, GRADIENT_TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("options", MAMBA3)
+def test_mamba3_is_its_own_blocks_on_the_survivors(options: dict[str, Any]) -> None:
+    """Which are those that contribute most to the scan's output at the query, by its own recurrence in float64 on the
+    value of one token alone."""
+    model, x = Mamba3Stack(**options).eval(), torch.randn(2, 41, 32)
+    sparse = simba_fx.transform(model, [1, 0.6, 0.6, 0.2], criterion="simba", example_inputs=(x,))
+    scans: list[dict[str, Any]] = []
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        with simba_fx.tail(sparse, 3):
+            found = sparse(x)
+        kept = simba_fx.kept(sparse)
+        patch.setattr(cpu.mamba3, "mamba3_siso_combined",
+                      lambda **given: (scans.append(given), cpu.mamba3_siso_combined(**given))[1])  # fmt: skip
+        states, before = x, torch.arange(41).expand(2, 41)
+        for number, positions in enumerate(kept):
+            place = torch.stack([torch.searchsorted(b, p) for b, p in zip(before, positions)])
+            states = model.block(number, states.gather(1, place[..., None].expand(-1, -1, 32)))
+            before = positions
+        for cut, scan in ((1, scans[0]), (3, scans[2])):  # block 1 drops nothing
+            given = scan | {"D": None, "Z": None, "V": scan["V"].double()}
+            length = given["V"].shape[1]
+            alone = [given["V"] * (torch.arange(length) == token)[:, None, None] for token in range(length)]
+            score = torch.stack([cpu.mamba3_siso_combined(**given | {"V": v})[:, -3].amax((1, 2)) for v in alone], 1)
+            for row in range(2):
+                best = score[row, : length - 3].topk(kept[cut].shape[1] - 3).indices
+                right = torch.cat((best, torch.arange(length - 3, length))).sort().values
+                assert torch.equal(kept[cut - 1][row][right], kept[cut][row])
+    for row in range(2):
+        assert_close("output", found[row, kept[3][row]], states[row], TOLERANCE[torch.float32])
+
+
+def test_mamba3_compiles_for_every_length() -> None:
+    model, x = Mamba3Stack().eval(), torch.randn(2, 50, 32)
+    sparse = simba_fx.transform(model, "linear", criterion="simba", example_inputs=(x,))
+    torch._dynamo.reset()
+    compiled = torch.compile(sparse, backend="aot_eager")
+    with torch.no_grad():
+        for length in (50, 33, 41):
+            assert_close("output", compiled(x[:, :length]), sparse(x[:, :length]), TOLERANCE[torch.float32])
+
+
 # Refusals.
 
 
@@ -498,15 +583,22 @@ def refusal(model: nn.Module, **options: Any) -> str:
     return str(caught.value)
 
 
-def test_mamba3_is_recognised_and_refused() -> None:
+def test_what_mamba3_does_not_do_is_refused() -> None:
     model = Around(cpu.mamba3.Mamba3(32, d_state=16, headdim=16))
+    model.layers[0].is_mimo = True  # where TileLang is installed
     assert refusal(model, example_inputs=(torch.zeros(2, 24, 32),)) == (
-        "layers.0 is a Mamba-3 block (Mamba3); expected Mamba-1 or Mamba-2 blocks. Mamba-3's three-term recurrence is "
-        "not supported: leave such a model dense."
+        "layers.0 is a Mamba-3 block (Mamba3) with is_mimo=True; expected is_mimo=False: its scan with several inputs "
+        "is not supported. Leave such a model dense."
     )
-    mixed = build(**FUSED)
-    mixed.backbone.layers[1].mixer = cpu.mamba3.Mamba3(20, d_state=16, headdim=10)
-    assert refusal(mixed).startswith("layers.1.mixer is a Mamba-3 block (Mamba3); expected Mamba-1 or Mamba-2 blocks.")
+    mixed, ids = build(**FUSED), tokens(1, 2, 30)
+    mixed.backbone.layers[1].mixer = cpu.mamba3.Mamba3(20, d_state=16, headdim=10, layer_idx=1)
+    sparse = simba_fx.transform(mixed, "linear", criterion="simba")
+    assert sparse(ids).logits.shape == (2, 30, mixed.config.vocab_size)
+    with pytest.raises(InputError, match=r"layers\.1\.mixer is a Mamba-3 layer, whose states this package does not"):
+        sparse(ids, inference_params=states(2))
+    row = simba_fx.capture.scan_functions.mamba3.ROWS["mamba3_siso_combined"]
+    with pytest.raises(CaptureError, match=r"called with return_final_states; .*that nothing is decoded after"):
+        row(*[ids] * 9, return_final_states=True)  # type: ignore[operator]
 
 
 @pytest.mark.parametrize("name", ["seq_idx", "cu_seqlens", "seqlen"])

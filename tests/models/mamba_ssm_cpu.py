@@ -10,6 +10,7 @@ time; the scores are the float64 loops of `reference`. No graph, and nothing of 
 
 from __future__ import annotations
 
+import math
 import sys
 import types
 import warnings
@@ -31,7 +32,7 @@ with warnings.catch_warnings():
     from mamba_ssm.models import mixer_seq_simple
     from mamba_ssm.models.config_mamba import MambaConfig
     from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel, MixerModel  # noqa: F401  # for the checks
-    from mamba_ssm.modules import block, mamba2, mamba3, mamba_simple, mha  # noqa: F401  # likewise
+    from mamba_ssm.modules import block, mamba2, mamba3, mamba_simple, mha
     from mamba_ssm.ops import selective_scan_interface as interface
     from mamba_ssm.ops.triton import layer_norm, layernorm_gated, selective_state_update
     from mamba_ssm.utils.generation import InferenceParams
@@ -122,6 +123,46 @@ def rms_norm_fn(*args: Any, **kwargs: Any) -> Any:
     return layer_norm_fn(*args, **kwargs, is_rms_norm=True)
 
 
+def mamba3_siso_combined(Q: Tensor, K: Tensor, V: Tensor, ADT: Tensor, DT: Tensor, Trap: Tensor, Q_bias: Tensor,
+                         K_bias: Tensor, Angles: Tensor, D: Tensor | None = None, Z: Tensor | None = None,
+                         Input_States: None = None, chunk_size: int = 64, return_final_states: bool = False,
+                         cu_seqlens: None = None) -> Tensor:  # fmt: skip
+    """The recurrence of Mamba-3's paper, token by token in float64; the kernel needs a GPU and casts to bfloat16.
+
+    Angles add up; keys and queries turn by them, pair by pair; a step writes the token before and its own.
+    """
+    assert Input_States is None
+    assert cu_seqlens is None
+    assert not return_final_states
+    rows, length, heads, _ = V.shape
+    per_head = heads // Q.shape[2]
+    q, k = (x.double().repeat_interleave(per_head, 2) + bias.double() for x, bias in ((Q, Q_bias), (K, K_bias)))
+    v, adt, dt = V.double(), ADT.double(), DT.double()
+    share = torch.sigmoid(Trap.double())
+    angle = torch.zeros(rows, heads, Angles.shape[3], dtype=torch.float64)
+    state = torch.zeros(rows, heads, V.shape[3], Q.shape[3], dtype=torch.float64)
+    key, value, found = torch.zeros_like(state[:, :, 0]), torch.zeros_like(v[:, 0]), []
+    for t in range(length):
+        angle = angle + math.pi * torch.tanh(Angles[:, t].double()) * dt[:, :, t, None]
+        before = torch.einsum("bhp,bhn->bhpn", value, key)
+        key, query, value = _turned(k[:, t], angle), _turned(q[:, t], angle), v[:, t]
+        decay, step, own = (part[..., None, None] for part in (adt[..., t].exp(), dt[..., t], share[..., t]))
+        state = decay * state + decay * (1 - own) * step * before
+        state = state + own * step * torch.einsum("bhp,bhn->bhpn", value, key)
+        found.append(torch.einsum("bhpn,bhn->bhp", state, query))
+    y = torch.stack(found, 1)
+    y = y if D is None else y + D.double()[:, None] * v
+    return (y if Z is None else y * F.silu(Z.double())).to(V.dtype)
+
+
+def _turned(x: Tensor, angle: Tensor) -> Tensor:
+    """Channels 2i and 2i + 1 of `x (B, H, N)` as a complex number, times e^(i angle)."""
+    pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
+    turned = pairs.clone()
+    turned[..., : angle.shape[-1]] *= torch.polar(torch.ones_like(angle), angle)
+    return torch.view_as_real(turned).flatten(-2)
+
+
 causal_conv1d_fn = causal_conv1d_ref
 
 _KERNELS: dict[str, Any] = {
@@ -135,8 +176,9 @@ _KERNELS: dict[str, Any] = {
     "layer_norm_fn": layer_norm_fn,
     "rms_norm_fn": rms_norm_fn,
     "rmsnorm_fn": layernorm_gated.rms_norm_ref,
+    "mamba3_siso_combined": mamba3_siso_combined,
 }
-_CALLERS = (mixer_seq_simple, block, mamba_simple, mamba2, mha, interface, layer_norm, layernorm_gated)
+_CALLERS = (mixer_seq_simple, block, mamba_simple, mamba2, mamba3, mha, interface, layer_norm, layernorm_gated)
 REAL = {name: getattr(interface, name) for name in ("selective_scan_fn", "causal_conv1d_fn")}
 """The packages' own functions, which need a GPU."""
 PATCHED: dict[tuple[types.ModuleType, str], Any] = {

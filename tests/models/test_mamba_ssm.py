@@ -21,6 +21,9 @@ TRITON = Path(sys.prefix) / "triton"
 @pytest.mark.capability("generate", "mamba_ssm `MambaLMHeadModel`, `MixerModel`")
 @pytest.mark.capability("train", "mamba_ssm `MambaLMHeadModel`, `MixerModel`")
 @pytest.mark.capability("compile", "mamba_ssm `MambaLMHeadModel`, `MixerModel`")
+@pytest.mark.capability("parity", "mamba_ssm `Mamba3` in your own model")
+@pytest.mark.capability("train", "mamba_ssm `Mamba3` in your own model")
+@pytest.mark.capability("compile", "mamba_ssm `Mamba3` in your own model")
 @pytest.mark.skipif(not (PACKAGES.is_dir() and TRITON.is_dir()), reason=f"no folder {PACKAGES}: make test adds it")
 def test_the_checks_of_mamba_ssms_models_pass() -> None:
-    run_checks(Path(__file__).with_name("mamba_ssm_checks.py"), [PACKAGES, TRITON], 80)
+    run_checks(Path(__file__).with_name("mamba_ssm_checks.py"), [PACKAGES, TRITON], 89)

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from simba_fx.capture.rows import Row
-from simba_fx.capture.scan_functions import fla, mamba_ssm, minimax, transformers
+from simba_fx.capture.scan_functions import fla, mamba3, mamba_ssm, minimax, transformers
 
 __all__ = ["CALLERS", "SCANNING", "refuse_unsupported", "row_of", "rows_of"]
 
@@ -43,4 +43,4 @@ def refuse_unsupported(model: nn.Module) -> None:
         CaptureError: names the module and what it is.
     """
     for path, module in model.named_modules():
-        mamba_ssm.refuse_unsupported(path, module)
+        mamba3.refuse_mimo(path, module)

@@ -14,13 +14,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from simba_fx.capture.rows import Finish, Row
+from simba_fx.capture.scan_functions import mamba3
 from simba_fx.errors import CaptureError
 from simba_fx.ops.operands import CausalConv, Operands, SelectiveScan, SSDScan
 
-__all__ = ["OWNERS", "ROWS", "refuse_unsupported"]
+__all__ = ["OWNERS", "ROWS"]
 
 OWNERS = ("mamba_ssm.", "causal_conv1d.")
 _WITHOUT_LIMIT = (0.0, float("inf"))
@@ -338,17 +339,5 @@ ROWS: dict[str, Row] = {
     "rmsnorm_fn": _gated_norm,
     "mamba_inner_fn": _mamba_inner,
     "mamba_split_conv1d_scan_combined": _mamba2_inner,
+    **mamba3.ROWS,
 }
-
-
-def refuse_unsupported(path: str, module: nn.Module) -> None:
-    """Mamba-3's input has three terms (`v_t k_t`, and the token before): no operator of ours scans or scores that.
-
-    Raises:
-        CaptureError: `module` is, or derives from, `mamba_ssm`'s Mamba3.
-    """
-    if any(cls.__module__ == "mamba_ssm.modules.mamba3" and cls.__name__ == "Mamba3" for cls in type(module).__mro__):
-        raise CaptureError(
-            f"{path or 'The model'} is a Mamba-3 block ({type(module).__name__}); expected Mamba-1 or Mamba-2 blocks. "
-            "Mamba-3's three-term recurrence is not supported: leave such a model dense."
-        )
