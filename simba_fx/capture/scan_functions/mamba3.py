@@ -78,8 +78,8 @@ def refuse_mimo(path: str, module: nn.Module) -> None:
     Raises:
         CaptureError: `module` is, or derives from, `mamba_ssm`'s Mamba3, and was made with is_mimo.
     """
-    owner = ("mamba_ssm.modules.mamba3", "Mamba3")
-    if any((cls.__module__, cls.__name__) == owner for cls in type(module).__mro__) and getattr(module, "is_mimo", 0):
+    owner, made_so = ("mamba_ssm.modules.mamba3", "Mamba3"), getattr(module, "is_mimo", False)
+    if made_so and any((cls.__module__, cls.__name__) == owner for cls in type(module).__mro__):
         raise CaptureError(
             f"{path or 'The model'} is a Mamba-3 block ({type(module).__name__}) with is_mimo=True; expected "
             "is_mimo=False: its scan with several inputs is not supported. Leave such a model dense."
