@@ -14,6 +14,7 @@ What each does, and what it needs before it:
     gather-survivors  everything alive across a cut is gathered            needs every selection in place
     restore-length    early exits and survivors back in their places       needs the gathers: they name the residual
     restore-kernels   the model's own scan functions                       last, since it hides the scans
+    restore-functions those with a backward of their own                    only where a model has some
     continue-states   scans and attention start from a cache's states      instead of it, on a warm cache
     outline-blocks    one call per block, equal blocks share code          only compile="blocks"; sees the final nodes
 """
@@ -37,6 +38,7 @@ from simba_fx.passes.gather_survivors import GatherSurvivors
 from simba_fx.passes.hoist_positions import HoistPositions
 from simba_fx.passes.outline_blocks import OutlineBlocks
 from simba_fx.passes.protect_tokens import ProtectTokens
+from simba_fx.passes.restore_functions import RestoreFunctions
 from simba_fx.passes.restore_kernels import RestoreKernels
 from simba_fx.passes.restore_length import RestoreLength
 from simba_fx.passes.score_tokens import ScoreTokens
@@ -52,6 +54,7 @@ __all__ = [
     "HoistPositions",
     "OutlineBlocks",
     "ProtectTokens",
+    "RestoreFunctions",
     "RestoreKernels",
     "RestoreLength",
     "ScoreTokens",
@@ -81,4 +84,5 @@ def pipeline(cuts: tuple[Cut, ...], *, criterion: str = "simba", floor: int = 4,
         GatherSurvivors(output),
         RestoreLength(output),
         *((ContinueStates(states),) if states else (RestoreKernels(sites),) if kernels == "model" else ()),
+        *((RestoreFunctions(sites),) if any(site.own for site in sites) else ()),
     )

@@ -14,7 +14,7 @@ from simba_fx.capture.lift import CallSite
 from simba_fx.graph.facts import Facts, value
 from simba_fx.graph.marks import Insert, Role, region
 
-_ENTER, _EXIT = torch.ops.simba_fx.site_enter.default, torch.ops.simba_fx.site_exit.default
+_SIMBA: Any = torch.ops.simba_fx
 
 
 @dataclass(frozen=True)
@@ -28,21 +28,21 @@ class RestoreKernels:
 
     sites: tuple[CallSite, ...] = field(repr=False)
 
-    name = "restore-kernels"
+    name, enter, leave, role = "restore-kernels", _SIMBA.site_enter.default, _SIMBA.site_exit.default, Role.KERNEL
 
     def rewrite(self, graph: fx.Graph, facts: Facts) -> int:
         shared: dict[tuple[Any, ...], Callable[..., Any]] = {}
-        enters = {n.args[2]: n for n in graph.nodes if n.target is _ENTER}  # read late: calls feed calls
+        enters = {n.args[2]: n for n in graph.nodes if n.target is self.enter}  # read late: calls feed calls
         calls: dict[int, fx.Node] = {}
         for node in list(graph.nodes):
-            if node.target is not _EXIT:
+            if node.target is not self.leave:
                 continue
             _, index, leaf = node.args
             site = self.sites[index]
             insert = Insert(graph, node, region(node), self.name)
             if index not in calls:
                 function = shared.setdefault(site.key, _named(site))
-                calls[index] = insert(function, *_tensors(enters[index]), like=node, role=Role.KERNEL)
+                calls[index] = insert(function, *_tensors(enters[index]), like=node, role=self.role)
             val = value(node)
             calls[index].meta["val"] = [*(calls[index].meta["val"] or ()), val]
             out = insert(operator.getitem, calls[index], leaf, val=val)
@@ -50,7 +50,7 @@ class RestoreKernels:
             node.replace_all_uses_with(out)
             graph.erase_node(node)
         for node in list(graph.nodes):
-            if node.target is _ENTER:
+            if node.target is self.enter:
                 node.replace_all_uses_with(node.args[0])
                 graph.erase_node(node)
         return len(calls)

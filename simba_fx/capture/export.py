@@ -22,6 +22,7 @@ from simba_fx.capture import leftovers, lift
 from simba_fx.capture.adapters import compare_adapters, say_not_compared
 from simba_fx.capture.alike import Alike
 from simba_fx.capture.examples import named_sizes
+from simba_fx.capture.gradients import OwnGradients, drop_idle_detaches
 from simba_fx.capture.guards import Question, guards_of, watched
 from simba_fx.capture.kinds import Differs, expand, once_per_kind
 from simba_fx.capture.normalise import Captured, annotate, check_every_mixer, cut, drop_no_ops, strip_paths
@@ -37,11 +38,11 @@ __all__ = ["Captured", "capture_graph"]
 _ROOT = "module"
 
 
-def _root(module: nn.Module, names: list[str], watch: Watch) -> nn.Module:
+def _root(module: nn.Module, names: list[str], watch: Watch, gradients: OwnGradients) -> nn.Module:
     """`module` under a path of its own, and with a signature that names every input: export names placeholders so."""
 
     def forward(self: Any, **inputs: Any) -> Any:
-        with told_in_words(watch.name), watch:
+        with told_in_words(watch.name), gradients, watch:
             return self.module(**inputs)
 
     parameters = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in ("self", *names)]
@@ -55,8 +56,9 @@ def _root(module: nn.Module, names: list[str], watch: Watch) -> nn.Module:
 class _Trace:
     """One model's way through torch.export, with blocks of a kind traced once (`kinds`)."""
 
-    def __init__(self, root: nn.Module, owner: nn.Module, inputs: dict[str, Any], dynamic: Any) -> None:
-        self.root, self.owner, self.inputs, self.dynamic = root, owner, inputs, dynamic
+    def __init__(self, root: nn.Module, owner: nn.Module, gradients: OwnGradients, inputs: dict[str, Any],
+                 dynamic: Any) -> None:  # fmt: skip
+        self.root, self.owner, self.gradients, self.inputs, self.dynamic = root, owner, gradients, inputs, dynamic
         self.sites: list[lift.CallSite] = []
         self.questions: list[Question] = []
         self.kinds: Collection[Alike] = ()
@@ -80,6 +82,7 @@ class _Trace:
             lift.lifted(self.owner) as sites,
             watched(sites) as questions,
             once_per_kind(self.owner, sites, questions, apart) as trace,
+            self.gradients.watched(sites),
             torch.no_grad(),
         ):
             self.sites = watch.sites = sites
@@ -123,13 +126,12 @@ def capture_graph(module: nn.Module, owner: nn.Module, inputs: Mapping[str, Any]
     """
     rows, length = _example_sizes(inputs, primary)
     refuse_quantised(owner)
-    watch = Watch(type(owner).__name__)
-    root = _root(module, list(inputs), watch)
+    watch, gradients = Watch(type(owner).__name__), OwnGradients()
+    root = _root(module, list(inputs), watch, gradients)
     compare = functools.partial(compare_adapters, module, owner, inputs, mask=mask, kernels=kernels)
     inside = ".".join(filter(None, (_ROOT, prefix)))
-    trace = _Trace(
-        root, owner, dict(inputs), pytree.tree_map(lambda leaf: _dynamic_dims(leaf, rows, length), dict(inputs))
-    )
+    dynamic = pytree.tree_map(lambda leaf: _dynamic_dims(leaf, rows, length), dict(inputs))
+    trace = _Trace(root, owner, gradients, dict(inputs), dynamic)
     keep_contract(module, owner, inputs, mask=mask)
     try:
         graph = trace.run(watch, inside)
@@ -160,6 +162,8 @@ def capture_graph(module: nn.Module, owner: nn.Module, inputs: Mapping[str, Any]
         node.name = graph._graph_namespace.create_name(node.target.replace(".", "_"), None)
         attributes[node.target] = tensor
     refuse_writes(graph, attributes)
+    drop_idle_detaches(graph, attributes)
+    gradients.warn(watch.name)
     given = [name for name, held in inputs.items() if isinstance(held, Tensor)]
     named = dict(zip(given, graph.find_nodes(op="placeholder")))
     for name in [name for name in spare if name in named and not named[name].users]:

@@ -330,7 +330,8 @@ def _results_like(made: list[Tensor]) -> Iterator[None]:
 
 # --- after the trace -------------------------------------------------------------------------------------------------
 
-_MARKERS = {torch.ops.simba_fx.site_enter.default: 2, torch.ops.simba_fx.site_exit.default: 1}
+_MARKERS = {getattr(torch.ops.simba_fx, f"{what}_{edge}").default: place for what in ("site", "own")
+            for edge, place in (("enter", 2), ("exit", 1))}  # fmt: skip
 """Which of their arguments is the number of a call site."""
 
 

@@ -40,6 +40,7 @@ __all__ = [
     "CallSite",
     "known_functions",
     "lifted",
+    "marked",
     "named_operands",
     "recorder",
     "register_scan",
@@ -61,6 +62,8 @@ class CallSite:
     results: int = 0
     scans: bool = True
     """Whether it is a scan, and no convolution."""
+    own: bool = False
+    """Whether it is always called again, for its own backward (`simba_fx.capture.gradients`)."""
 
     @property
     def name(self) -> str:
@@ -89,8 +92,10 @@ class _Hole:
 # --- markers -----------------------------------------------------------------------------------------------------
 
 _library: Any = torch.library.Library("simba_fx", "FRAGMENT")  # type: ignore[no-untyped-call]  # untyped in torch
-_library.define("site_enter(Tensor operand, Tensor[] arguments, int site) -> Tensor")
-_library.define("site_exit(Tensor result, int site, int index) -> Tensor")
+_MARKERS = ("site", "own")
+for _marker in _MARKERS:
+    _library.define(f"{_marker}_enter(Tensor operand, Tensor[] arguments, int site) -> Tensor")
+    _library.define(f"{_marker}_exit(Tensor result, int site, int index) -> Tensor")
 
 
 def _same(tensor: Tensor, *_: Any) -> Tensor:
@@ -98,7 +103,7 @@ def _same(tensor: Tensor, *_: Any) -> Tensor:
     return fresh if tensor.is_meta else fresh.copy_(tensor)
 
 
-for _marker in ("site_enter", "site_exit"):
+for _marker in (f"{what}_{edge}" for what in _MARKERS for edge in ("enter", "exit")):
     _library.impl(_marker, _same, "CompositeExplicitAutograd")
     torch.library.register_fake(
         f"simba_fx::{_marker}", lambda tensor, *_: tensor.new_empty_strided(tensor.size(), tensor.stride())
@@ -316,28 +321,36 @@ def recorder(function: Callable[..., Any], adapter: Adapter, sites: list[CallSit
             return function(*args, **kwargs)
         operands, finish = adapted
         leaves, spec = pytree.tree_flatten((args, kwargs))
-        if any(isinstance(leaf, torch.SymInt) for leaf in leaves):
-            raise CaptureError(
-                f"{function.__qualname__} was called with a length as a plain number; expected tensors and constants. "
-                "Read the length from a tensor inside the function."
-            )
-        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        site = CallSite(function, spec, [_HOLE if isinstance(leaf, Tensor) else leaf for leaf in leaves])
-        site.scans = not isinstance(operands, CausalConv)
-        sites.append(site)
-        index = len(sites) - 1
-        entered = torch.ops.simba_fx.site_enter(getattr(operands, operands.entry), tensors, index)
-        try:
-            result = finish(*dataclasses.replace(operands, **{operands.entry: entered}).run())
-        except OperandError as error:
-            raise wrong_operands(function, error) from error
-        flat, result_spec = pytree.tree_flatten(result)
-        site.results = len(flat)
-        marked = [torch.ops.simba_fx.site_exit(leaf, index, i) if isinstance(leaf, Tensor) else leaf
-                  for i, leaf in enumerate(flat)]  # fmt: skip
-        return pytree.tree_unflatten(marked, result_spec)
+
+        def run(entered: Tensor) -> Any:
+            try:
+                return finish(*dataclasses.replace(operands, **{operands.entry: entered}).run())
+            except OperandError as error:
+                raise wrong_operands(function, error) from error
+
+        scans = not isinstance(operands, CausalConv)
+        return marked(sites, function, leaves, spec, getattr(operands, operands.entry), run, scans=scans)
 
     return record
+
+
+def marked(sites: list[CallSite], function: Callable[..., Any], leaves: list[Any], spec: pytree.TreeSpec, entry: Tensor,
+           run: Callable[[Tensor], Any], *, scans: bool = False, own: bool = False) -> Any:  # fmt: skip
+    """`run(entry)` between two markers, as one more of `sites`: a call of `function`, with these arguments."""
+    if any(isinstance(leaf, torch.SymInt) for leaf in leaves):
+        raise CaptureError(
+            f"{function.__qualname__} was called with a length as a plain number; expected tensors and constants. "
+            "Read the length from a tensor inside the function."
+        )
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    holes = [_HOLE if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    site, index = CallSite(function, spec, holes, scans=scans, own=own), len(sites)
+    sites.append(site)
+    enter, leave = (getattr(torch.ops.simba_fx, f"{_MARKERS[own]}_{edge}") for edge in ("enter", "exit"))
+    flat, result_spec = pytree.tree_flatten(run(enter(entry, tensors, index)))
+    site.results = len(flat)
+    left = [leave(leaf, index, i) if isinstance(leaf, Tensor) else leaf for i, leaf in enumerate(flat)]
+    return pytree.tree_unflatten(left, result_spec)
 
 
 _HOLE = _Hole()

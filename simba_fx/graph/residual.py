@@ -18,7 +18,8 @@ from simba_fx.graph.marks import Role, region, role
 
 __all__ = ["match_residual"]
 
-_MARKERS = (torch.ops.simba_fx.site_enter.default, torch.ops.simba_fx.site_exit.default)
+_MARKERS = tuple(getattr(torch.ops.simba_fx, f"{what}_{edge}").default for what in ("site", "own")
+                 for edge in ("enter", "exit"))  # fmt: skip
 _GATHERED = (Role.CARRIED, Role.INVARIANT)
 
 

@@ -46,7 +46,8 @@ __all__ = ["TokenOrder", "check_cuts", "directions_to", "reaches_all", "scan_dir
 FORWARD, REVERSED, MIXED, SHUFFLED = "forward", "reversed", "mixed", "shuffled"
 _TURNED = {FORWARD: REVERSED, REVERSED: FORWARD, MIXED: MIXED, SHUFFLED: SHUFFLED}
 _FLIPS = ("flip", "fliplr", "flipud")
-_MARKERS = ("site_enter", "site_exit")  # identities of their first argument (simba_fx.capture.lift)
+_MARKERS = ("site_enter", "site_exit", "own_enter", "own_exit")
+"""Identities of their first argument (`simba_fx.capture.lift`)."""
 _FACTORIES = ("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like", "new_zeros", "new_ones",
               "new_full", "new_empty")  # fmt: skip
 """Operators that read a tensor's size, not its tokens."""

@@ -725,3 +725,31 @@ def test_gradient_checkpointing() -> None:
         "6 scans or convolutions are inside of operators that run graphs of their own (gradient checkpointing?); "
         "expected them in the model's own graph. Turn checkpointing off, or use simba_fx.transform."
     )
+
+
+class _Rounded(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.round()
+
+    @staticmethod
+    def backward(ctx: Any, *arriving: Tensor) -> Any:
+        return arriving[0]
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated")  # Dynamo does
+@pytest.mark.filterwarnings("ignore:scan was not compared")
+def test_a_function_with_a_backward_of_its_own() -> None:
+    class Rounding(own_model.MyMamba):  # type: ignore[misc]  # the example's own
+        def forward(self, ids: Tensor) -> Tensor:
+            found: Tensor = super().forward(ids) + _Rounded.apply(self.embedding(ids)).sum(-1, keepdim=True)
+            return found
+
+    model, ids = Rounding(), tokens(1, 2, 20)
+    assert refusal(lambda: compiled(model)(ids)) == (
+        "The model calls a torch.autograd.Function, whose backward would be lost where its graph is rewritten; "
+        "expected operators alone where gradients are wanted. Use simba_fx.transform, whose graphs call such functions "
+        "again, or call the model under torch.no_grad()."
+    )
+    with torch.no_grad():
+        assert compiled(model)(ids).shape == (2, 20, 97)

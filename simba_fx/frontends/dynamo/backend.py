@@ -31,6 +31,7 @@ from simba_fx.frontends.dynamo.checks import (
     refuse_missed,
     refuse_nameless_masks,
     refuse_one_block,
+    refuse_own_backward,
     refuse_pieces,
     refuse_states,
 )
@@ -87,6 +88,7 @@ def simba_fx(gm: fx.GraphModule, example_inputs: list[Any], *, options: Mapping[
     if not calls:
         refuse_missed(gm, frame)
         return settings.inner(gm, example_inputs)
+    refuse_own_backward(gm.graph)
     specialize(float_inputs(gm))  # epsilons
     flat = flattened(gm)
     drop_no_ops(flat.graph)

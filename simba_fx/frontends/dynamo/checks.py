@@ -32,6 +32,7 @@ __all__ = [
     "refuse_missed",
     "refuse_nameless_masks",
     "refuse_one_block",
+    "refuse_own_backward",
     "refuse_pieces",
     "refuse_states",
 ]
@@ -95,6 +96,16 @@ def refuse_hidden_calls(hidden: int) -> None:
             f"{hidden} scans or convolutions are inside of operators that run graphs of their own (gradient "
             "checkpointing?); expected them in the model's own graph. Turn checkpointing off, or use "
             "simba_fx.transform."
+        )
+
+
+def refuse_own_backward(graph: fx.Graph) -> None:
+    """Dynamo's graph holds forward and backward of a `torch.autograd.Function`; a flat one would hold the forward."""
+    if any(getattr(node.target, "__name__", "") == "autograd_function_apply" for node in graph.nodes):
+        raise GraphError(
+            "The model calls a torch.autograd.Function, whose backward would be lost where its graph is rewritten; "
+            "expected operators alone where gradients are wanted. Use simba_fx.transform, whose graphs call such "
+            "functions again, or call the model under torch.no_grad()."
         )
 
 

@@ -1,0 +1,280 @@
+"""What a model does to its own gradients holds in its sparse copy: regions under `no_grad`, functions with a backward
+of their own."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import own_model
+import pytest
+import torch
+from reference import assert_close
+from torch import Tensor, nn
+
+import simba_fx
+
+Touch = Callable[[Tensor], Tensor]
+
+
+class Rounded(torch.autograd.Function):
+    """A straight-through estimator: of the forward alone, the gradient is 0."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, steps: float) -> Tensor:
+        return (x * steps).round() / steps
+
+    @staticmethod
+    def backward(ctx: Any, *arriving: Tensor) -> Any:
+        return arriving[0], None
+
+
+class Halves(torch.autograd.Function):
+    """Several tensors in and out, and setup_context apart."""
+
+    @staticmethod
+    def forward(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        return x + y, x - y
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(inputs[0])
+
+    @staticmethod
+    def backward(ctx: Any, *arriving: Tensor) -> Any:
+        (x,) = ctx.saved_tensors
+        return arriving[0] * 3, arriving[1] * x
+
+
+class Nested(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return alias(x, 10.0)
+
+    @staticmethod
+    def backward(ctx: Any, *arriving: Tensor) -> Any:
+        return arriving[0] * 2
+
+
+class Sized(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, length: int) -> Tensor:
+        return x * 1.0
+
+    @staticmethod
+    def backward(ctx: Any, *arriving: Tensor) -> Any:
+        return arriving[0] * 5, None
+
+
+alias = Rounded.apply
+
+
+def straight_through(x: Tensor) -> Tensor:
+    return alias(x, 10.0)
+
+
+def several(x: Tensor) -> Tensor:
+    one, other = Halves.apply(x, x.tanh())
+    found: Tensor = one * other.sigmoid()
+    return found
+
+
+def nested(x: Tensor) -> Tensor:
+    found: Tensor = Nested.apply(x)
+    return found
+
+
+def region(x: Tensor) -> Tensor:
+    with torch.no_grad():
+        scale = x.sin() + x.square().mean(-1, keepdim=True)
+    return x * scale
+
+
+@torch.no_grad()
+def decorated(x: Tensor) -> Tensor:
+    return x.sin()
+
+
+def in_and_out(x: Tensor) -> Tensor:
+    with torch.no_grad():
+        stopped = x * 2
+        with torch.enable_grad():
+            flowing = x.sin()
+        stopped = stopped + x.cos()
+    with torch.set_grad_enabled(False):
+        stopped = stopped + x
+    return x * stopped + flowing
+
+
+def as_functions(x: Tensor) -> Tensor:
+    before = torch.is_grad_enabled()
+    torch.set_grad_enabled(False)
+    stopped = x.sin()
+    torch.set_grad_enabled(before or torch.is_grad_enabled() or True)
+    return x * stopped + x.cos()
+
+
+def in_place(x: Tensor) -> Tensor:
+    made = x * 1.0
+    with torch.no_grad():
+        half = x.sin()
+        half.mul_(2)
+    return made * half
+
+
+TOUCHES: list[Touch] = [straight_through, several, nested, region, lambda x: x * decorated(x), in_and_out, as_functions,
+                        in_place]  # fmt: skip
+NAMES = ["straight-through", "several", "nested", "region", "decorated", "in-and-out", "as-functions", "in-place"]
+touched = pytest.mark.parametrize("touch", TOUCHES, ids=NAMES)
+
+
+class Block(own_model.Block):  # type: ignore[misc]  # the example's own
+    def __init__(self, touch: Touch) -> None:
+        super().__init__(16, 4)
+        self.touch = touch
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        found: Tensor = super().forward(self.touch(hidden))
+        return found
+
+
+def model(touch: Touch) -> nn.Module:
+    torch.manual_seed(1)
+    made = own_model.MyMamba(vocabulary=97, width=16, states=4, depth=3)
+    made.blocks = nn.ModuleList(Block(touch) for _ in range(3))
+    return made
+
+
+def ids(*shape: int) -> Tensor:
+    return torch.randint(97, shape, generator=torch.Generator().manual_seed(3))
+
+
+KEEP_ALL = [1, 1 - 1e-6, 1 - 2e-6]
+
+
+def gradients(loss: Tensor, module: nn.Module) -> dict[str, Tensor]:
+    named = dict(module.named_parameters())
+    return dict(zip(named, torch.autograd.grad(loss, list(named.values()))))
+
+
+@touched
+@pytest.mark.parametrize("kernels", ["auto", "model"])
+def test_with_every_token_kept_gradients_are_the_dense_models(touch: Touch, kernels: str) -> None:
+    dense, x = model(touch), ids(2, 24)
+    plain = model(lambda x: touch(x.detach()) - touch(x.detach()) + x)
+    everything = simba_fx.transform(dense, KEEP_ALL, kernels=kernels, criterion="simba")
+    right, found, other = (gradients(one(x).square().mean(), one) for one in (dense, everything, plain))
+    for name, gradient in right.items():
+        assert_close(name, found[name], gradient, 1e-5)
+    assert not torch.allclose(right["embedding.weight"], other["embedding.weight"], rtol=1e-2)
+
+
+@touched
+@pytest.mark.parametrize("compile", ["blocks", "whole"])
+def test_gradients_of_a_pruned_model_are_those_of_its_own_blocks(touch: Touch, compile: str) -> None:
+    dense, x = model(touch), ids(2, 30)
+    sparse = simba_fx.transform(dense, [1, 0.5, 0.3], compile=compile, criterion="simba", output="kept")
+    out = sparse(x)
+    found = gradients(out.square().mean(), sparse)
+    hidden, before = dense.embedding(x), torch.arange(30).expand(2, 30)
+    for block, positions in zip(dense.blocks, simba_fx.kept(sparse)):
+        place = torch.stack([torch.searchsorted(b, p) for b, p in zip(before, positions)])
+        hidden = block(hidden.gather(1, place[..., None].expand(-1, -1, 16)))
+        before = positions
+    right = dense.head(dense.norm(hidden))
+    assert_close("output", out, right, 1e-5)
+    for name, gradient in gradients(right.square().mean(), dense).items():
+        assert_close(name, found[name], gradient, 1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated")  # Dynamo does, of autograd functions
+@pytest.mark.parametrize("touch", [straight_through, region])
+def test_compiled_and_copied(touch: Touch) -> None:
+    sparse, x = simba_fx.transform(model(touch), "linear", criterion="simba"), ids(2, 30)
+    right = gradients(sparse(x).square().mean(), sparse)
+    torch._dynamo.reset()
+    compiled = torch.compile(sparse, backend="aot_eager")
+    for found in (gradients(compiled(x).square().mean(), sparse),
+                  gradients((twin := copy.deepcopy(sparse))(x).square().mean(), twin)):  # fmt: skip
+        for name, gradient in right.items():
+            assert_close(name, found[name], gradient, 1e-5)
+
+
+def test_a_forward_without_gradients_has_none() -> None:
+    class Frozen(own_model.MyMamba):  # type: ignore[misc]  # the example's own
+        @torch.no_grad()
+        def forward(self, x: Tensor) -> Tensor:
+            found: Tensor = super().forward(x)
+            return found
+
+    dense, x = Frozen(depth=3), ids(2, 30)
+    everything = simba_fx.transform(dense, KEEP_ALL, criterion="simba")
+    assert torch.allclose(everything(x), dense(x), atol=1e-5)
+    assert not everything(x).requires_grad
+    graph = simba_fx.program(simba_fx.transform(dense, "linear", criterion="simba")).graph
+    assert sum(node.target is torch.ops.aten.detach.default for node in graph.nodes) <= 1, "one is enough"
+
+
+def test_the_graph_shows_it() -> None:
+    explained = str(simba_fx.explain(simba_fx.transform(model(straight_through), "linear", criterion="simba")))
+    assert "== RestoreFunctions(): 3 sites" in explained
+    detached = simba_fx.transform(model(region), "linear", criterion="simba")
+    counted = [node for node in simba_fx.program(detached).graph.nodes if node.target is torch.ops.aten.detach.default]
+    assert len(counted) == 3, "of those in a region the one that a gradient meets first"
+    plain = simba_fx.transform(own_model.MyMamba(depth=3), "linear", criterion="simba")
+    assert "RestoreFunctions" not in str(simba_fx.explain(plain))
+
+
+def test_what_no_graph_can_keep_is_said() -> None:
+    def hooked(x: Tensor) -> Tensor:
+        x = x * 1.0
+        if x.requires_grad:
+            x.register_hook(lambda gradient: gradient * 3)
+        return x
+
+    with pytest.warns(
+        UserWarning, match=r"MyMamba computes as .* may learn otherwise: test_gradients\.py, line \d+ as"
+    ):
+        simba_fx.transform(model(hooked), "linear", criterion="simba")
+    with pytest.warns(UserWarning, match=r"Sized\.apply is given a length, which no graph can hand on\. Gradients"):
+        simba_fx.transform(model(lambda x: Sized.apply(x, x.shape[1])), "linear", criterion="simba")
+
+
+class Elsewhere(Block):
+    """Another thread applies a function of its own while this one is traced."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        x, found = torch.ones(3, requires_grad=True), []
+
+        def run() -> None:
+            with torch.no_grad():
+                found.append(alias(x, 1.0).requires_grad)
+            found.append(alias(x, 1.0).requires_grad)
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        thread.join()
+        assert found == [False, True]
+        return super().forward(hidden)
+
+
+def test_nothing_stays_patched_and_other_threads_are_left_alone() -> None:
+    def fails(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            raise KeyError("of the model's own")
+
+    regions = (torch.no_grad, torch.enable_grad, torch.set_grad_enabled)
+    before = [dict(vars(held)) for held in regions]
+    code = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
+    made: Any = model(straight_through)
+    made.blocks[1] = Elsewhere(straight_through)
+    simba_fx.transform(made, "linear", criterion="simba")
+    with pytest.raises(simba_fx.errors.CaptureError):
+        simba_fx.transform(model(fails), "linear", criterion="simba")
+    assert [dict(vars(held)) for held in regions] == before
+    assert torch.autograd.Function.apply.__func__.__code__ is code  # type: ignore[attr-defined]
+    assert not hasattr(torch.autograd.Function, "simba_applied")
+    assert functools.reduce(lambda x, _: alias(x, 10.0), range(2), torch.ones(2, requires_grad=True)).requires_grad
