@@ -156,6 +156,11 @@ def _tensors_read(node: fx.Node) -> list[fx.Node]:
     return [read for read in node.all_input_nodes if not is_size(read)]
 
 
+def _is_drawn(node: fx.Node) -> bool:
+    """Noise, which is no place: survivors get some of their own."""
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+
+
 def _is_write(node: fx.Node) -> bool:
     schema = getattr(node.target, "_schema", None)
     return schema is not None and schema.is_mutable and operator_of(node).namespace == "aten"
@@ -187,12 +192,12 @@ def _positional(graph: fx.Graph, facts: Facts) -> tuple[set[fx.Node], list[fx.No
 
     What stood ready before the first block, row by row, is a per-token value like any other: what blocks compute from
     it is computed from survivors. A size that counts the tokens of all rows (`B * L`, of experts) is no place. Room
-    that is made empty and then written to from tokens holds tokens.
+    that is made empty and then written to from tokens holds tokens, and so does noise (`_is_drawn`).
     """
     writes, room = [node for node in graph.nodes if _is_write(node)], set[fx.Node]()
     while True:
         free, placed = _computed_from_places(graph, facts, room)
-        filled = {_written(node) for node in writes if not free.issuperset(_tensors_read(node))}
+        filled = {_written(node) for node in writes if _is_drawn(node) or not free.issuperset(_tensors_read(node))}
         if filled <= room:
             return free, placed
         room |= filled
@@ -211,7 +216,13 @@ def _computed_from_places(graph: fx.Graph, facts: Facts, room: set[fx.Node]) -> 
                 free.add(node)
             continue
         made = node.op == "call_function" and next(_tensors(node), None) is not None and _own(node)
-        if not made or node in room or _is_write(node) or not (opname(node) in SIMILAR or free.issuperset(read)):
+        if (
+            not made
+            or _is_drawn(node)
+            or node in room
+            or _is_write(node)
+            or not (opname(node) in SIMILAR or free.issuperset(read))
+        ):
             continue
         free.add(node)
         if region(node) < 0:
@@ -254,8 +265,7 @@ class _Hoist:
         return self.once(node.target, args, kwargs, node, val=value(node))
 
     def once(self, target: Any, args: Any, kwargs: Any, like: fx.Node, val: Any = None) -> fx.Node:
-        drawn = torch.Tag.nondeterministic_seeded in getattr(target, "tags", ())
-        key = (target, repr(args), repr(kwargs), like if drawn else None)
+        key = (target, repr(args), repr(kwargs))
         if key not in self.known:
             if val is None:
                 found: Any = fx.node.map_arg(args, value)

@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 from simba_fx.capture import leftovers, lift
 from simba_fx.capture.adapters import compare_adapters, say_not_compared
 from simba_fx.capture.alike import Alike
+from simba_fx.capture.autocast import idle_regions_left_out, refuse_graphs_in_blocks
 from simba_fx.capture.examples import named_sizes
 from simba_fx.capture.gradients import OwnGradients, drop_idle_detaches
 from simba_fx.capture.guards import Question, guards_of, watched
@@ -28,7 +29,7 @@ from simba_fx.capture.kinds import Differs, expand, once_per_kind
 from simba_fx.capture.normalise import Captured, annotate, check_every_mixer, cut, drop_no_ops, strip_paths
 from simba_fx.capture.recurrences import keep_contract
 from simba_fx.capture.refusals import Watch, advice, explained, refuse_quantised, told_in_words
-from simba_fx.capture.writes import refuse_writes
+from simba_fx.capture.writes import Changes, refuse_writes
 from simba_fx.errors import CaptureError, ScanNotFoundError, SimbaError
 from simba_fx.graph.facts import expression, look_up, tensor_paths, value
 from simba_fx.ops.recurrences import SCANS
@@ -38,11 +39,11 @@ __all__ = ["Captured", "capture_graph"]
 _ROOT = "module"
 
 
-def _root(module: nn.Module, names: list[str], watch: Watch, gradients: OwnGradients) -> nn.Module:
+def _root(module: nn.Module, names: list[str], watch: Watch, gradients: OwnGradients, changes: Changes) -> nn.Module:
     """`module` under a path of its own, and with a signature that names every input: export names placeholders so."""
 
     def forward(self: Any, **inputs: Any) -> Any:
-        with told_in_words(watch.name), gradients, watch:
+        with told_in_words(watch.name), changes.watched(), gradients, watch:
             return self.module(**inputs)
 
     parameters = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in ("self", *names)]
@@ -83,6 +84,7 @@ class _Trace:
             watched(sites) as questions,
             once_per_kind(self.owner, sites, questions, apart) as trace,
             self.gradients.watched(sites),
+            idle_regions_left_out(),
             torch.no_grad(),
         ):
             self.sites = watch.sites = sites
@@ -126,8 +128,8 @@ def capture_graph(module: nn.Module, owner: nn.Module, inputs: Mapping[str, Any]
     """
     rows, length = _example_sizes(inputs, primary)
     refuse_quantised(owner)
-    watch, gradients = Watch(type(owner).__name__), OwnGradients()
-    root = _root(module, list(inputs), watch, gradients)
+    watch, gradients, changes = Watch(type(owner).__name__), OwnGradients(), Changes(owner)
+    root = _root(module, list(inputs), watch, gradients, changes)
     compare = functools.partial(compare_adapters, module, owner, inputs, mask=mask, kernels=kernels)
     inside = ".".join(filter(None, (_ROOT, prefix)))
     dynamic = pytree.tree_map(lambda leaf: _dynamic_dims(leaf, rows, length), dict(inputs))
@@ -164,6 +166,7 @@ def capture_graph(module: nn.Module, owner: nn.Module, inputs: Mapping[str, Any]
     refuse_writes(graph, attributes)
     drop_idle_detaches(graph, attributes)
     gradients.warn(watch.name)
+    changes.check(watch.name)
     given = [name for name, held in inputs.items() if isinstance(held, Tensor)]
     named = dict(zip(given, graph.find_nodes(op="placeholder")))
     for name in [name for name in spare if name in named and not named[name].users]:
@@ -178,6 +181,7 @@ def capture_graph(module: nn.Module, owner: nn.Module, inputs: Mapping[str, Any]
     arguments, placeholders = tuple(named), tuple(node.name for node in named.values())
     count = None if values is None else values()
     facts = annotate(graph, owner, named[primary], None if mask is None else named[mask], count, marks)
+    refuse_graphs_in_blocks(graph, attributes, facts.n_blocks)
     letters = _letters(named, {name: named_sizes(inputs[name], rows, length) for name in named})
     shape_env = value(named[primary]).fake_mode.shape_env
     guards = guards_of(shape_env, questions, letters, len(sites), _block_modules(owner, facts.blocks))

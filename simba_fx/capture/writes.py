@@ -1,22 +1,27 @@
-"""A forward that writes into the model's own weights is refused.
+"""What a forward writes to its model.
 
-A captured graph would write at each call, also where the model does so once (RWKV divides its weights when it is first
-called), and it shares its weights with the dense model. Buffers are another matter: they are what a model keeps from
-call to call.
+Into weights: refused. A captured graph would write at each call, also where the model does so once (RWKV divides its
+weights when it is first called), and it shares its weights with the dense model. Buffers are another matter: they are
+what a model keeps from call to call, and a graph writes into them. Another tensor in a buffer's place is none that a
+graph could put there: refused. An attribute that counts, or says that the first call is over, stays as it is in a
+graph: said.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from simba_fx.capture.alike import PLAIN
 from simba_fx.compiling import TorchDispatchMode
 from simba_fx.errors import CaptureError
 
-__all__ = ["NoWrites", "refuse_writes"]
+__all__ = ["Changes", "NoWrites", "refuse_writes"]
 
 
 class NoWrites(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untyped in torch
@@ -38,6 +43,46 @@ class NoWrites(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untyped i
             if (path := self.weights.get(tensor.untyped_storage().data_ptr())) is not None:
                 raise _error(path)
         return operator(*args, **(kwargs or {}))
+
+
+class Changes:
+    """What forwards of `module`, traced inside of `watched`, change of its attributes: numbers, flags and words, and
+    which tensors are its buffers."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.attributes: dict[str, tuple[Any, Any]] = {}
+        self.buffers: dict[str, None] = {}
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        before = {module: (dict(vars(module)), dict(module._buffers)) for module in self.module.modules()}
+        yield
+        for path, module in self.module.named_modules():
+            attributes, buffers = before.get(module, ({}, {}))
+            for name, held in buffers.items():
+                if module._buffers.get(name, held) is not held and held is not None:
+                    self.buffers[f"{path}.{name}".lstrip(".")] = None
+            for name, held in attributes.items():
+                now = vars(module).get(name)
+                if type(held) in PLAIN and type(now) in PLAIN and held != now:
+                    self.attributes[f"{path}.{name}".lstrip(".")] = held, now
+
+    def check(self, name: str) -> None:
+        """Raises: CaptureError: a buffer was replaced. `name`: what messages call the model."""
+        for path in self.buffers:
+            raise CaptureError(
+                f"{name}'s forward puts another tensor in the place of its buffer {path}; expected buffers that are "
+                "written in place, which is what a graph can do. Write self.buffer.copy_(new), under torch.no_grad()."
+            )
+        for path, (held, now) in [*self.attributes.items()][:1]:
+            others = f" (and {len(self.attributes) - 1} others)" if len(self.attributes) > 1 else ""
+            warnings.warn(
+                f"{name}'s forward changes {path} from {held!r} to {now!r}{others}; its graph computes every time as "
+                f"with {held!r}. If that matters, and it changes at the first call alone, call the model once before "
+                "it is transformed.",
+                stacklevel=2,
+            )
 
 
 def refuse_writes(graph: fx.Graph, attributes: Mapping[str, Any]) -> None:

@@ -102,6 +102,7 @@ ON_OBJECTS: dict[str, Callable[[], bool]] = {
     "_buffers": lambda: "_buffers" in vars(nn.Module()),
     "_compiled_call_impl": lambda: hasattr(nn.Module, "_compiled_call_impl"),
     "_dynamo_source": lambda: True,  # of ours
+    "_enabled": lambda: torch.autocast("cpu")._enabled,
     "_expr": lambda: "self._expr" in _text("torch.fx.experimental.sym_node"),
     "_forward_hooks": lambda: "_forward_hooks" in vars(nn.Module()),
     "_forward_pre_hooks": lambda: "_forward_pre_hooks" in vars(nn.Module()),
