@@ -18,6 +18,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from types import FrameType
 from typing import Any
 
 import torch
@@ -56,17 +57,22 @@ class OwnGradients(TorchFunctionMode):
         if function is sets_grad_enabled:
             return None  # the trace goes on without, in one graph
         if function == _REQUIRES_GRAD and not isinstance(args[0], nn.Parameter):
-            asker = sys._getframe(1).f_back  # behind `Watch`, which is asked first
-            if asker is not None and not is_foreign(asker):
-                place = f"{os.path.basename(asker.f_code.co_filename)}, line {asker.f_lineno}"
-                self.lost.add(
-                    f"{place} asks whether a tensor requires a gradient, which none does while it is captured"
-                )
+            self._asked(sys._getframe(1).f_back, "a tensor requires a gradient, which none does")  # behind `Watch`
         result = function(*args, **(kwargs or {}))
         if self.flow or self.inside:
             return result
         given = {id(leaf) for leaf in pytree.tree_leaves((args, kwargs))}  # what was written in place is still itself
         return pytree.tree_map_only(Tensor, lambda made: made if id(made) in given else made.detach(), result)
+
+    def _is_enabled(self, own: Callable[[], bool], thread: int) -> bool:
+        if threading.get_ident() == thread:
+            self._asked(sys._getframe(1), "gradients are enabled, which they are not")
+        return own()
+
+    def _asked(self, asker: FrameType | None, what: str) -> None:
+        if asker is not None and not is_foreign(asker):
+            place = f"{os.path.basename(asker.f_code.co_filename)}, line {asker.f_lineno}"
+            self.lost.add(f"{place} asks whether {what} while it is captured")
 
     def warn(self, name: str) -> None:
         """Say what the graph of the model called `name` has not."""
@@ -86,6 +92,8 @@ class OwnGradients(TorchFunctionMode):
             for region, flow in ((torch.no_grad, False), (torch.enable_grad, True), (torch.set_grad_enabled, None)):
                 self._follow(region, flow, undo)
             undo.enter_context(applied_by(functools.partial(self._apply, sites)))
+            undo.callback(setattr, torch, "is_grad_enabled", torch.is_grad_enabled)
+            torch.is_grad_enabled = functools.partial(self._is_enabled, torch.is_grad_enabled, threading.get_ident())
             yield
 
     def _follow(self, region: Any, flow: bool | None, undo: ExitStack) -> None:
