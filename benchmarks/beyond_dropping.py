@@ -9,6 +9,12 @@ the model's own blocks run on them, and what was dropped
     decay    still decays the states: the next token that stays decays them as often as there were tokens
     both     merge and decay
 
+With `--hybrid`, on the small Qwen3.5, whose attention looks things up: a token that left
+
+    drop     leaves nothing
+    keys     is still seen by attention, in the state that it left with: its keys and values are computed from that
+    back     comes back for blocks of attention alone, MLP included
+
 Text: loss of the last 100 bytes over the dense model's, window by window, ± one standard error. Needles: share of
 planted constants of which all six digits are the likeliest. Beside both the difference to `drop`, case by case.
 """
@@ -16,6 +22,7 @@ planted constants of which all six digits are the likeliest. Beside both the dif
 from __future__ import annotations
 
 import argparse
+import itertools
 import random
 import statistics
 import sys
@@ -27,7 +34,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import MambaForCausalLM
+from transformers import AutoModelForCausalLM, MambaForCausalLM
 from transformers.models.mamba import modeling_mamba
 
 import simba_fx
@@ -85,6 +92,47 @@ def logits(model: Any, ids: Tensor, kept: Tensor, what: str, gaps: list[Tensor |
     return found
 
 
+@torch.no_grad()
+def hybrid_logits(model: Any, ids: Tensor, kept: Tensor, first: int, what: str) -> Tensor:
+    """Of the tokens `kept` `(k,)` that enter block `first` and those behind it, `(k, vocabulary)`; ids `(1, L)`."""
+    stack, places = model.model, torch.arange(ids.shape[1])[None]
+    hidden = stack.embed_tokens(ids)
+    tables = stack.rotary_emb(hidden, places[None].expand(3, -1, -1))
+    for number, layer in enumerate(stack.layers):
+        stays = kept if number >= first and (what == "drop" or layer.block_type == "linear_attention") else places[0]
+        told = {"position_embeddings": tuple(table[:, stays] for table in tables), "attention_mask": None,
+                "position_ids": places[:, stays]}  # fmt: skip
+        found = layer(hidden[:, stays], **told)
+        changed = kept if what == "keys" and number >= first else stays  # the others are as they were
+        hidden = hidden.index_copy(1, changed, found[:, torch.searchsorted(stays, changed)])
+    found_logits: Tensor = model.lm_head(stack.norm(hidden[:, kept]))[0]
+    return found_logits
+
+
+def of_a_hybrid(first: int, share: float, criterion: str, count: int, length: int) -> dict[str, list[list[float]]]:
+    """What is found by what is left behind: needles (1 or 0), and losses over the dense model's."""
+    model = AutoModelForCausalLM.from_pretrained(EXAMPLES / "qwen3.5-needles-2m").eval()
+    sparse = simba_fx.transform(model, {first: share}, criterion=criterion)
+    draw, texts = random.Random(0), sources()
+    found: dict[str, list[list[float]]] = {what: [[], []] for what in ("drop", "keys", "back")}
+    for _ in range(2 * count):
+        ids, answer = needle(texts, length, draw)
+        kept, _ = kept_by(sparse, ids, ANSWER + 1, first)
+        for what, (needles, _) in found.items():
+            made = hybrid_logits(model, ids, kept, first, what)
+            needles.append(float(torch.equal(made[-ANSWER - 1 : -1].argmax(1), answer)))
+    for row in windows(count, length + 1):
+        ids, target = row[None, :-1], row[-LAST:]
+        kept, own = kept_by(sparse, ids, LAST, first)
+        right = hybrid_logits(model, ids, torch.arange(length), first, "drop")[-LAST:]
+        for what, (_, losses) in found.items():
+            made = hybrid_logits(model, ids, kept, first, what)[-LAST:]
+            if what == "drop":
+                torch.testing.assert_close(made, own, rtol=1e-3, atol=1e-3)
+            losses.append(float(F.cross_entropy(made, target) - F.cross_entropy(right, target)))
+    return found
+
+
 def needle(texts: list[bytes], length: int, draw: random.Random) -> tuple[Tensor, Tensor]:
     """Ids `(1, L)` that end in a question and its answer, and the answer `(6,)`."""
     key, answer = draw.choice(KEYS), "".join(draw.choices(DIGITS, k=ANSWER))
@@ -98,11 +146,11 @@ def needle(texts: list[bytes], length: int, draw: random.Random) -> tuple[Tensor
     return ids, ids[0, -ANSWER:]
 
 
-def kept_by(sparse: Any, ids: Tensor, tail: int) -> tuple[Tensor, Tensor]:
-    """The tokens that stay behind the first block, and the logits of the last `tail`."""
+def kept_by(sparse: Any, ids: Tensor, tail: int, block: int = 1) -> tuple[Tensor, Tensor]:
+    """The tokens that enter a block, and the logits of the last `tail`."""
     with torch.no_grad(), simba_fx.tail(sparse, tail):
         found = sparse(ids, use_cache=False).logits[0, -tail:]
-    return simba_fx.kept(sparse)[1][0], found
+    return simba_fx.kept(sparse)[block][0], found
 
 
 def on_text(share: float, count: int, length: int) -> dict[str, list[float]]:
@@ -145,7 +193,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=32, help="windows of text; six times as many needles")
     parser.add_argument("--length", type=int, default=1024, help="bytes")
+    parser.add_argument("--hybrid", action="store_true", help="ask the small Qwen3.5; twice as many needles")
     options = parser.parse_args()
+    if options.hybrid:
+        print("| cut, share, criterion | what is left behind | loss over dense | needles found | more than `drop` |")
+        print("|---|---|---|---|---|")
+        for first, share, criterion in itertools.product((1, 5), (0.5, 0.3), ("simba-l2+write", "recent", "random")):
+            found = of_a_hybrid(first, share, criterion, options.count, options.length)
+            for what, (needles, losses) in found.items():
+                more = mean([a - b for a, b in zip(needles, found["drop"][0])], 3)
+                print(f"| {first}, {share}, {criterion} | {what} | {mean(losses, 4)} | {mean(needles, 3)} | {more} |",
+                      flush=True)  # fmt: skip
+        return
     print("| share | what is left behind | loss over dense | over `drop` | needles found | more than `drop` |")
     print("|---|---|---|---|---|---|")
     for share in (0.5, 0.3):

@@ -101,19 +101,19 @@ class OwnGradients(TorchFunctionMode):
         thread = threading.get_ident()
         before: dict[int, bool] = {}
 
-        def init(own: Any, held: Any, mode: bool) -> None:
+        def init(held: Any, own: Any, mode: bool) -> None:
             own(held, mode)
             if threading.get_ident() == thread:
                 before[id(held)], self.flow = self.flow, mode
 
-        def enter(own: Any, held: Any) -> Any:
+        def enter(held: Any, own: Any) -> Any:
             outside, result = self.flow, own(held)
             if threading.get_ident() == thread:
                 before.setdefault(id(held), outside)
                 self.flow = held.mode if flow is None else flow
             return result
 
-        def leave(own: Any, held: Any, *raised: Any) -> Any:
+        def leave(held: Any, own: Any, *raised: Any) -> Any:
             result = own(held, *raised)
             if threading.get_ident() == thread and id(held) in before:
                 self.flow = before.pop(id(held))
@@ -122,7 +122,7 @@ class OwnGradients(TorchFunctionMode):
         replaced = {"__enter__": enter, "__exit__": leave} | ({"__init__": init} if flow is None else {})
         for name, wrapper in replaced.items():
             own = vars(region)[name]
-            setattr(region, name, functools.partialmethod(_first(wrapper), own))
+            setattr(region, name, functools.partialmethod(wrapper, own))
             undo.callback(setattr, region, name, own)
 
     def _apply(self, sites: list[CallSite], own: Callable[..., Any], cls: Any, args: Any, kwargs: Any) -> Any:
@@ -144,15 +144,6 @@ class OwnGradients(TorchFunctionMode):
                 self.inside = False
 
         return marked(sites, _applied(cls), leaves, spec, leaves[floats[0]], run, own=True)
-
-
-def _first(wrapper: Callable[..., Any]) -> Callable[..., Any]:
-    """`partialmethod` gives the instance first, then what was bound."""
-
-    def method(held: Any, own: Any, *args: Any) -> Any:
-        return wrapper(own, held, *args)
-
-    return method
 
 
 @functools.cache
