@@ -140,6 +140,12 @@ def refuse_quantised(model: nn.Module) -> None:
                 "expected weights that are tensors, plain or quantised by torchao. Load the model without "
                 "load_in_8bit and load_in_4bit, or with quantization_config=TorchAoConfig(...)."
             )
+        if type(module).__module__.startswith("torch.ao.nn.") and hasattr(module, "_packed_params"):
+            raise CaptureError(
+                f"{path or 'The model'} is a {type(module).__name__} of {type(module).__module__}, whose weights are "
+                "packed and cannot be traced; expected weights that are tensors, plain or quantised by torchao. "
+                "Leave such a model dense, or quantise by torchao."
+            )
 
 
 @contextmanager

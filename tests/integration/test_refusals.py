@@ -386,6 +386,14 @@ def test_weights_of_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert told.startswith("layers.1.mixer.in_proj is a Linear8bitLt of bitsandbytes, whose weights cannot be traced")
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # of torch.ao itself
+def test_packed_weights() -> None:
+    packed = torch.ao.quantization.quantize_dynamic(BY_NAME["mamba"].build(), {nn.Linear}, dtype=torch.qint8)
+    assert refusal(packed).startswith(
+        "layers.0.mixer.in_proj is a Linear of torch.ao.nn.quantized.dynamic.modules.linear, whose weights are packed"
+    )
+
+
 @pytest.mark.filterwarnings("ignore:.torch.jit.trace", "ignore::torch.jit.TracerWarning")
 def test_export_to_onnx(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whichever way its exporters trace; they tell it as what stopped them."""
