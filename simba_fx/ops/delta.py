@@ -59,7 +59,7 @@ def delta_scan(
     """
     scan = DeltaScan(v, q, k, g, beta, chunk_size).checked("delta_scan")
     y, last = backends.delta_scan(scan)
-    return y.to(v.dtype).contiguous(), last.contiguous()
+    return y.to(v.dtype).contiguous().detach(), last.contiguous().detach()  # no views, which nobody may write into
 
 
 @delta_scan.register_fake

@@ -31,7 +31,7 @@ def take_tokens(hidden: Tensor, index: Tensor) -> Tensor:
     checks.fit("take_tokens", checks.SLOTS, hidden=hidden, index=index)
     checks.inside("take_tokens", "index", index, 0, hidden.shape[1] - 1)
     taken = hidden.flatten(0, 1).index_select(0, _rows(index, hidden.shape[1]))
-    return taken.view(*index.shape, *hidden.shape[2:])
+    return taken.view(*index.shape, *hidden.shape[2:]).detach()  # no view: results may be written into
 
 
 @take_tokens.register_fake
@@ -90,7 +90,7 @@ def restore_tokens(pieces: list[Tensor], places: list[Tensor], length: int) -> T
         pieces, places = [torch.cat(pieces, 1)], [torch.cat(places, 1)]
     for piece, place in zip(pieces, places):
         out.index_copy_(0, _flat_places(place, length), piece.flatten(0, 1))
-    return out[:-1].view(rows, length, *inner)
+    return out[:-1].view(rows, length, *inner).detach()
 
 
 def _check_pieces(operator: str, pieces: list[Tensor], places: list[Tensor]) -> None:

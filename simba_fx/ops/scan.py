@@ -81,7 +81,8 @@ def selective_scan(
         y `(B, D, L)` in u's dtype, channel-last; the last state `(B, D, N)`, float32.
     """
     scan = SelectiveScan(u, delta, A, B, C, D, z, delta_bias, delta_softplus)
-    return backends.selective_scan(scan.checked("selective_scan"))
+    y, last = backends.selective_scan(scan.checked("selective_scan"))
+    return y.detach(), last.detach()  # no views: what comes after may write into its results
 
 
 @selective_scan.register_fake
@@ -181,7 +182,8 @@ def ssd_scan(
     """
     scan = SSDScan(x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_min, dt_max, chunk_size)
     y, last = backends.ssd_scan(scan.checked("ssd_scan"))
-    return y.contiguous(), last.contiguous()  # as the fake kernel has them: a compiled graph dies of other strides
+    # strides as the fake kernel has them, or a compiled graph dies; no views, into which autograd lets nobody write
+    return y.contiguous().detach(), last.contiguous().detach()
 
 
 @ssd_scan.register_fake
@@ -258,7 +260,7 @@ def causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor | None = None, activat
     """
     conv = CausalConv(x, weight, bias, activation).checked("causal_conv1d")
     _known(activation)
-    return backends.causal_conv1d(conv)
+    return backends.causal_conv1d(conv).detach()
 
 
 def _known(activation: str) -> str:

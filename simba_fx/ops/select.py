@@ -291,7 +291,7 @@ def take_square(square: Tensor, positions: Tensor, real: Tensor | None) -> Tenso
     rows = torch.arange(square.shape[0], device=square.device)[:, None, None]
     index = positions.clamp(max=square.shape[2] - 1)
     taken = square[rows, :, index[:, :, None], index[:, None, :]]  # (B, k, k, H): advanced indices come first
-    taken = taken.permute(0, 3, 1, 2).contiguous()
+    taken = taken.permute(0, 3, 1, 2).contiguous().detach()
     if real is None:
         return taken
     return taken.masked_fill_(~real[:, None, None, :], False if taken.dtype == torch.bool else _lowest(taken.dtype))

@@ -151,3 +151,38 @@ def test_noise_is_drawn_for_the_survivors(noise: Callable[[Tensor], Tensor], com
         hidden = block(hidden.gather(1, place[..., None].expand(-1, -1, 16)))
         before = positions
     assert_close("output", found, made.head(made.norm(hidden)), 1e-5)
+
+
+class InPlace(own_model.Block):  # type: ignore[misc]  # the example's own
+    """As people write it to save memory."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        x, gate = self.inputs(self.norm(hidden)).chunk(2, dim=-1)
+        x = self.conv(x.transpose(1, 2))[..., : x.shape[1]].transpose(1, 2).sigmoid()
+        step, B, C = self.selection(x).split(self.sizes, dim=-1)
+        y = own_model.scan(x, nn.functional.softplus(step), -torch.exp(self.A_log), B, C)
+        y += self.D * x
+        y *= nn.functional.silu(gate)
+        out: Tensor = self.output(y)
+        out += hidden
+        out[..., 0] = 0
+        return out
+
+
+@pytest.mark.parametrize("compile", ["blocks", "whole"])
+def test_results_may_be_written_into(compile: str) -> None:
+    torch.manual_seed(1)
+    made, x = own_model.MyMamba(vocabulary=97, width=16, states=4, depth=3), ids()
+    made.blocks = nn.ModuleList(InPlace(16, 4) for _ in range(3))
+    sparse = simba_fx.transform(made, [1, 0.5, 0.3], criterion="simba", output="kept", compile=compile)
+    found = sparse(x)
+    hidden, before = made.embedding(x), torch.arange(24).expand(2, 24)
+    for block, positions in zip(made.blocks, simba_fx.kept(sparse)):
+        place = torch.stack([torch.searchsorted(b, p) for b, p in zip(before, positions)])
+        hidden = block(hidden.gather(1, place[..., None].expand(-1, -1, 16)))
+        before = positions
+    right = made.head(made.norm(hidden))
+    assert_close("output", found, right, 1e-5)
+    gradients = (torch.autograd.grad(one.square().mean(), list(made.parameters())) for one in (found, right))
+    for (name, _), mine, own in zip(made.named_parameters(), *gradients, strict=True):
+        assert_close(name, mine, own, 1e-5)

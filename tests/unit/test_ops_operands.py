@@ -129,6 +129,16 @@ def test_operands_that_fit_run(name: str) -> None:
     getattr(OPS, name)(**CALLS[name]())
 
 
+@pytest.mark.parametrize("name", [name for name in CALLS if not name.endswith("_backward")])
+@pytest.mark.usefixtures("backend")
+def test_results_may_be_written_into_while_gradients_are_wanted(name: str) -> None:
+    """`y += skip` behind a scan: autograd lets nobody write into what an operator returns as a view."""
+    given = tree_map_only(Tensor, lambda held: held.requires_grad_(held.is_floating_point()), CALLS[name]())
+    for result in tree_leaves(getattr(OPS, name)(**given)):
+        if isinstance(result, Tensor) and result.is_floating_point():
+            (result.transpose(0, 1) if result.dim() > 1 else result).add_(1)
+
+
 def _changes(operand: Tensor) -> list[Callable[[random.Random], Tensor]]:
     """Ways to make another operand of one."""
     dims = operand.dim()
