@@ -3,13 +3,15 @@
 An adapter that forgets a transpose, or names B as C, makes another model, and nothing in a graph shows it. So where a
 capture meets a function that `register_scan` made known, the module runs on a few random tokens, up to the first call
 of each such function: there the function's result is compared with the scan of what the adapter returns. Once for each
-function and adapter; the library's own rows are never compared.
+function, adapter and dtypes; the library's own rows are never compared. A function whose result has another dtype than
+the adapter's (in mixed precision, say) is right: the graph then casts to it (`lift.returned`).
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,7 +26,9 @@ from simba_fx.errors import CaptureError, OperandError
 
 __all__ = ["compare_adapters", "run_on_random_tokens", "say_not_compared"]
 
-_agreed: set[tuple[Callable[..., Any], Adapter]] = set()
+Compared = tuple[Callable[..., Any], Adapter, tuple[torch.dtype | None, ...]]
+"""A function, its adapter, and what it was called with (`lift.dtypes_of`)."""
+_agreed: set[Compared] = set()
 _told: set[tuple[Callable[..., Any], Adapter]] = set()
 """Those whose comparison was impossible, which has been said."""
 
@@ -37,8 +41,6 @@ def compare_adapters(module: nn.Module, owner: nn.Module, inputs: Mapping[str, A
                      mask: str | None, kernels: str) -> str:  # fmt: skip
     """Compare the users' functions among `sites` with their adapters; arguments otherwise as in `capture`.
 
-    `module` may change: it must be a copy that is of no use afterwards. Its buffers and torch's random state do not.
-
     Returns:
         Why some could not be compared, for `say_not_compared`; empty: all were.
 
@@ -46,10 +48,10 @@ def compare_adapters(module: nn.Module, owner: nn.Module, inputs: Mapping[str, A
         CaptureError: they differ by more than rounding. With `kernels="model"`, which runs the function itself, other
             values of the right shape are a warning.
     """
-    wanted = _not_compared(site.function for site in sites)
-    if not wanted:
+    pending = set(_not_compared(sites))
+    if not pending:
         return ""
-    pending = set(wanted)
+    wanted = {(function, adapter) for function, adapter, _ in pending}
 
     def compared(function: Callable[..., Any], adapter: Adapter, sites: list[lift.CallSite]) -> Callable[..., Any]:
         if (function, adapter) not in wanted:
@@ -58,9 +60,10 @@ def compare_adapters(module: nn.Module, owner: nn.Module, inputs: Mapping[str, A
         def call(*args: Any, **kwargs: Any) -> Any:
             own_args, own_kwargs = pytree.tree_map_only(Tensor, torch.clone, (args, kwargs))  # it may write into them
             result = function(*args, **kwargs)
-            if (function, adapter) in pending:
-                _compare(function, adapter, own_args, own_kwargs, result, kernels)
-                pending.remove((function, adapter))
+            asked = function, adapter, lift.dtypes_of(pytree.tree_leaves((own_args, own_kwargs)))
+            if asked in pending:
+                _compare(asked, own_args, own_kwargs, result, kernels)
+                pending.remove(asked)
             if not pending:
                 raise _Enough
             return result
@@ -81,9 +84,14 @@ def compare_adapters(module: nn.Module, owner: nn.Module, inputs: Mapping[str, A
 
 def say_not_compared(functions: Any, why: str) -> None:
     """Warn, once for each function and adapter, of those that have not been compared."""
-    for function, adapter in _not_compared(functions):
-        if (function, adapter) not in _told:
+    compared = {asked[:2] for asked in _agreed} | _told
+    for function in functions:
+        adapter = lift.registered(function)
+        if adapter is None or getattr(adapter, "runs_the_function", False):
+            continue
+        if (function, adapter) not in compared:
             _told.add((function, adapter))
+            compared.add((function, adapter))
             warnings.warn(
                 f"{function.__qualname__} was not compared with the adapter registered for it: {why}. Compare "
                 "transform(model, 'dense') with the model yourself.",
@@ -91,21 +99,35 @@ def say_not_compared(functions: Any, why: str) -> None:
             )
 
 
-def _not_compared(functions: Any) -> list[tuple[Callable[..., Any], Adapter]]:
-    pairs = ((function, lift.registered(function)) for function in functions)
-    known = ((f, adapter) for f, adapter in pairs if adapter and not getattr(adapter, "runs_the_function", False))
-    return list(dict.fromkeys(pair for pair in known if pair not in _agreed))
+def _not_compared(sites: Sequence[lift.CallSite]) -> list[Compared]:
+    found = ((site.function, lift.registered(site.function), site.dtypes) for site in sites)
+    known = ((f, a, dtypes) for f, a, dtypes in found if a and not getattr(a, "runs_the_function", False))
+    return list(dict.fromkeys(asked for asked in known if asked not in _agreed))
 
 
 def run_on_random_tokens(module: nn.Module, owner: nn.Module, inputs: Mapping[str, Any], mask: str | None) -> None:
-    """Run `module`, the user's `owner` inside, on inputs like these, with values. Weights and buffers stay what they
-    are, and torch's random state."""
+    """Run `module`, the user's `owner` inside, on inputs like these, with values. Weights, buffers and attributes stay
+    what they are, and torch's random state."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         few = {name: _random(held, name == mask) for name, held in inputs.items()}
         buffers = {name: held.clone() for name, held in module.named_buffers()}
-        with NoWrites(owner):
+        with NoWrites(owner), _undisturbed(module):
             torch.func.functional_call(module, buffers, kwargs=few)
+
+
+@contextmanager
+def _undisturbed(module: nn.Module) -> Iterator[None]:
+    """What modules write on themselves meanwhile is gone afterwards."""
+    dicts = [vars(inner) for inner in module.modules()]
+    dicts += [held for inner in dicts for held in inner.values() if isinstance(held, dict)]  # hooks stand in these
+    before = [(held, dict(held)) for held in dicts]
+    try:
+        yield
+    finally:
+        for held, items in before:
+            held.clear()
+            held.update(items)
 
 
 def _random(held: Any, mask: bool) -> Any:
@@ -117,7 +139,8 @@ def _random(held: Any, mask: bool) -> Any:
     return torch.ones_like(held) if mask or held.dtype == torch.bool else torch.randint_like(held, 2)
 
 
-def _compare(function: Callable[..., Any], adapter: Adapter, args: Any, kwargs: Any, result: Any, kernels: str) -> None:
+def _compare(asked: Compared, args: Any, kwargs: Any, result: Any, kernels: str) -> None:
+    function, adapter, _ = asked
     adapted = lift.named_operands(function, adapter, args, kwargs)
     if adapted is None:
         return
@@ -136,7 +159,9 @@ def _compare(function: Callable[..., Any], adapter: Adapter, args: Any, kwargs: 
     tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     difference = next(filter(None, map(_difference, expected, found, [_tolerance(tensors)] * len(expected))), None)
     if difference is None:
-        _agreed.add((function, adapter))
+        _agreed.add(asked)
+        if [leaf.dtype for leaf in expected] != [leaf.dtype for leaf in found]:
+            lift.returned[asked] = [leaf.dtype for leaf in expected]
         return
     told = _told_apart(function, difference)
     name, scan = function.__qualname__, type(operands).__name__

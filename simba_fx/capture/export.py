@@ -149,8 +149,12 @@ def capture_graph(module: nn.Module, owner: nn.Module, inputs: Mapping[str, Any]
             f"while it was traced, found none.{advice(watch.called)}"
         )
     check_every_mixer(graph, owner, watch.called)
+    known = len(lift.returned)
     if why := compare(sites):
-        say_not_compared((site.function for site in sites), why)
+        say_not_compared([site.function for site in sites], why)
+    if len(lift.returned) > known:  # results have other dtypes than was taken for granted
+        return capture_graph(module, owner, inputs, primary=primary, mask=mask, prefix=prefix, values=values,
+                             spare=spare, kernels=kernels, marks=marks)  # fmt: skip
     attributes = {}
     own = tensor_paths(owner)
     names = (f"constant_{number}" for number in itertools.count() if f"constant_{number}" not in own)

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from simba_fx.capture import scan_functions
+from simba_fx.capture.examples import autocast_dtype
 from simba_fx.capture.function_adapter import adapter_of
 from simba_fx.capture.rows import Adapter, Finish, Linear, Row, StandIn
 from simba_fx.compiling import capturing
@@ -38,6 +39,7 @@ from simba_fx.ops.operands import CausalConv, Operands
 
 __all__ = [
     "CallSite",
+    "dtypes_of",
     "known_functions",
     "lifted",
     "marked",
@@ -45,6 +47,7 @@ __all__ = [
     "recorder",
     "register_scan",
     "registered",
+    "returned",
     "user_rows",
     "when_registered",
     "wrong_operands",
@@ -62,6 +65,8 @@ class CallSite:
     results: int = 0
     scans: bool = True
     """Whether it is a scan, and no convolution."""
+    dtypes: tuple[torch.dtype | None, ...] = ()
+    """Of its tensors, and what autocast casts to (`dtypes_of`)."""
     own: bool = False
     """Whether it is always called again, for its own backward (`simba_fx.capture.gradients`)."""
 
@@ -113,6 +118,8 @@ for _marker in (f"{what}_{edge}" for what in _MARKERS for edge in ("enter", "exi
 # --- the table ---------------------------------------------------------------------------------------------------
 
 _registered: dict[Callable[..., Any], Adapter] = {}
+returned: dict[tuple[Callable[..., Any], Adapter, tuple[torch.dtype | None, ...]], list[torch.dtype]] = {}
+"""What users' functions were seen to return for tensors of these dtypes, where their adapters said something else."""
 _listeners: list[Callable[[], Any]] = []
 
 
@@ -321,17 +328,28 @@ def recorder(function: Callable[..., Any], adapter: Adapter, sites: list[CallSit
             return function(*args, **kwargs)
         operands, finish = adapted
         leaves, spec = pytree.tree_flatten((args, kwargs))
+        seen = returned.get((function, adapter, dtypes_of(leaves)))
 
         def run(entered: Tensor) -> Any:
             try:
-                return finish(*dataclasses.replace(operands, **{operands.entry: entered}).run())
+                result = finish(*dataclasses.replace(operands, **{operands.entry: entered}).run())
             except OperandError as error:
                 raise wrong_operands(function, error) from error
+            if seen is None:
+                return result
+            dtypes = iter(seen)
+            return pytree.tree_map_only(Tensor, lambda leaf: leaf.to(next(dtypes)), result)
 
         scans = not isinstance(operands, CausalConv)
         return marked(sites, function, leaves, spec, getattr(operands, operands.entry), run, scans=scans)
 
     return record
+
+
+def dtypes_of(leaves: Sequence[Any]) -> tuple[torch.dtype | None, ...]:
+    """Of the tensors among a call's arguments, and what autocast casts to where they lie."""
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    return *(tensor.dtype for tensor in tensors), autocast_dtype(tensors[0].device) if tensors else None
 
 
 def marked(sites: list[CallSite], function: Callable[..., Any], leaves: list[Any], spec: pytree.TreeSpec, entry: Tensor,
@@ -344,7 +362,7 @@ def marked(sites: list[CallSite], function: Callable[..., Any], leaves: list[Any
         )
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     holes = [_HOLE if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-    site, index = CallSite(function, spec, holes, scans=scans, own=own), len(sites)
+    site, index = CallSite(function, spec, holes, scans=scans, dtypes=dtypes_of(leaves), own=own), len(sites)
     sites.append(site)
     enter, leave = (getattr(torch.ops.simba_fx, f"{_MARKERS[own]}_{edge}") for edge in ("enter", "exit"))
     flat, result_spec = pytree.tree_flatten(run(enter(entry, tensors, index)))

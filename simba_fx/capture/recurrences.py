@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -117,24 +116,9 @@ def keep_contract(module: nn.Module, owner: nn.Module, inputs: Mapping[str, Any]
         if not met:
             return
         try:
-            with _undisturbed(module):
-                run_on_random_tokens(module, owner, inputs, mask)
+            run_on_random_tokens(module, owner, inputs, mask)
         except SimbaError:
             raise
         except Exception as error:  # the trace meets it as well, or a call that was not examined
             for adapter in met:
                 adapter.trouble = f" ({first_line(error)})"
-
-
-@contextlib.contextmanager
-def _undisturbed(module: nn.Module) -> Iterator[None]:
-    """What modules write on themselves meanwhile is gone afterwards."""
-    dicts = [vars(inner) for inner in module.modules()]
-    dicts += [held for inner in dicts for held in inner.values() if isinstance(held, dict)]  # hooks stand in these
-    before = [(held, dict(held)) for held in dicts]
-    try:
-        yield
-    finally:
-        for held, items in before:
-            held.clear()
-            held.update(items)

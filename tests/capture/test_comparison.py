@@ -27,6 +27,7 @@ def _forget(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lift, "_registered", dict(lift._registered))
     monkeypatch.setattr(comparison, "_agreed", set())
     monkeypatch.setattr(comparison, "_told", set())
+    monkeypatch.setattr(lift, "returned", {})
 
 
 def model(**sizes: int) -> nn.Module:
@@ -246,3 +247,37 @@ def test_as_a_backend_it_is_said_that_nothing_was_compared() -> None:
         UserWarning, match=r"torch.compile traces it without values; simba_fx.transform\(model\) compares"
     ):
         compiled(IDS)
+
+
+def test_a_result_of_another_dtype_is_that_of_the_function() -> None:
+    """In mixed precision: the function's decays are float32, so its result is; the operator's is of x's dtype."""
+    module = model()
+    for wanted in (torch.float32, torch.bfloat16, torch.float32):
+        mixed = torch.autocast("cpu", dtype=torch.bfloat16, enabled=wanted is torch.bfloat16)
+        with mixed, torch.no_grad():
+            dense = module(IDS)
+            own = simba_fx.transform(module, keep_all(2), kernels="model", criterion="simba")
+            ours = simba_fx.transform(module, keep_all(2), criterion="simba")
+            assert torch.equal(own(IDS), dense), "bit for bit, as without"
+            assert_close("output", ours(IDS), dense, 2e-2 if wanted is torch.bfloat16 else 1e-5)
+        scans = [node for node in simba_fx.program(own).graph.nodes if node.name.startswith("scan")]
+        assert len(scans) == 2
+    assert {tuple(found) for found in lift.returned.values()} == {(torch.float32,)}
+
+
+def test_the_run_for_the_comparison_leaves_no_trace_on_the_model() -> None:
+    class Remembers(own_model.MyMamba):  # type: ignore[misc]  # the example's own
+        def __init__(self) -> None:
+            super().__init__(depth=2)
+            self.seen: Any = None
+
+        def forward(self, ids: Tensor) -> Tensor:
+            self.seen = ids
+            found: Tensor = super().forward(ids)
+            return found
+
+    module = Remembers().eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.export's, of what was assigned
+        simba_fx.transform(module, "linear")
+    assert module.seen is None
