@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import json
 import random
@@ -166,3 +167,17 @@ def test_what_dropped_tokens_could_leave_behind_is_measured() -> None:
     left = ["dense", "drop", "merge", "half", "decay", "both"]
     assert [row[:2] for row in rows] == [[f"| {share}", what] for share in (0.5, 0.3) for what in left]
     assert all(row[3].startswith("+0.0000 ±") for row in rows if row[1] == "drop")
+
+
+def test_of_a_hybrid_too() -> None:
+    """Likewise, on one window and two needles."""
+    folder = EXAMPLES.parent / "benchmarks"
+    code = "import beyond_dropping; print(beyond_dropping.of_a_hybrid(1, 0.5, 'recent', 1, 128))"
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=folder)
+    assert result.returncode == 0, result.stderr
+    found = ast.literal_eval(result.stdout)
+    assert {what: [len(needles), len(losses)] for what, (needles, losses) in found.items()} == dict.fromkeys(
+        ("drop", "keys", "back"), [2, 1]
+    )
+    assert found["drop"][1] != found["keys"][1] != found["back"][1]
