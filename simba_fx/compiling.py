@@ -26,7 +26,6 @@ __all__ = [
     "FakeTensorMode",
     "PythonPrinter",
     "TorchDispatchMode",
-    "applied_by",
     "assert_on_device",
     "capturing",
     "disable_compile",
@@ -112,34 +111,6 @@ def exported() -> bool:
 
 sets_grad_enabled = torch._C._set_grad_enabled
 """What `no_grad` and its like end in, as a function mode is told."""
-
-
-@contextmanager
-def applied_by(apply: Callable[..., Any]) -> Iterator[None]:
-    """While the body runs, this thread's calls of an autograd function `cls` are `apply(own, cls, args, kwargs)`.
-
-    By whatever name: `sqrt = Sqrt.apply` holds the method itself, so that it is the method's code which is exchanged.
-    """
-    method: Any = torch.autograd.Function.apply
-    function, thread = method.__func__, threading.get_ident()
-    own = types.FunctionType(function.__code__, function.__globals__, function.__name__, closure=function.__closure__)
-
-    class Applied:
-        def apply(self: Any, *args: Any, **kwargs: Any) -> Any:  # a class method's code: `self` is the class
-            _ = super  # names the one free variable that the method has
-            return self.simba_applied(self, args, kwargs)
-
-    def applied(cls: Any, args: Any, kwargs: Any) -> Any:
-        return apply(own, cls, args, kwargs) if threading.get_ident() == thread else own(cls, *args, **kwargs)
-
-    before = function.__code__
-    torch.autograd.Function.simba_applied = staticmethod(applied)  # type: ignore[attr-defined]
-    function.__code__ = Applied.apply.__code__
-    try:
-        yield
-    finally:
-        function.__code__ = before
-        del torch.autograd.Function.simba_applied  # type: ignore[attr-defined]
 
 
 def recorded() -> bool:

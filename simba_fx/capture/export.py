@@ -83,7 +83,7 @@ class _Trace:
             lift.lifted(self.owner) as sites,
             watched(sites) as questions,
             once_per_kind(self.owner, sites, questions, apart) as trace,
-            self.gradients.watched(sites),
+            self.gradients.watched(self.owner, sites),
             idle_regions_left_out(),
             torch.no_grad(),
         ):

@@ -12,6 +12,7 @@ one, with no word:
 from __future__ import annotations
 
 import functools
+import inspect
 import os
 import sys
 import threading
@@ -27,12 +28,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from simba_fx.capture.guards import is_foreign
-from simba_fx.capture.lift import CallSite, marked
-from simba_fx.compiling import applied_by, sets_grad_enabled
+from simba_fx.capture.lift import CallSite, callers, marked
+from simba_fx.compiling import sets_grad_enabled
 from simba_fx.graph.facts import value
 
 __all__ = ["OwnGradients", "drop_idle_detaches"]
 
+_FUNCTION: Any = torch.autograd.Function
 _DETACH = torch.ops.aten.detach.default
 _REQUIRES_GRAD: Any = Tensor.requires_grad.__get__  # type: ignore[attr-defined]
 
@@ -46,6 +48,8 @@ class OwnGradients(TorchFunctionMode):
         """Whether gradients flow where the forward is now."""
         self.inside = False
         """Whether it is in a function with a backward of its own."""
+        self.forwards: dict[Any, Any] = {}
+        """The functions with a backward of their own, by the code of their forwards."""
         self.lost: set[str] = set()
         """What a graph cannot keep of it."""
 
@@ -56,10 +60,13 @@ class OwnGradients(TorchFunctionMode):
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function is sets_grad_enabled:
             return None  # the trace goes on without, in one graph
+        asking = sys._getframe(1).f_back  # behind `Watch`
         if function == _REQUIRES_GRAD and not isinstance(args[0], nn.Parameter):
-            self._asked(sys._getframe(1).f_back, "a tensor requires a gradient, which none does")  # behind `Watch`
+            self._asked(asking, "a tensor requires a gradient, which none does")
+        if not self.inside and (missed := self.forwards.get(asking.f_code) if asking is not None else None) is not None:
+            self.lost.add(f"{missed.__qualname__}.apply is called by a name that is not the model's own")
         result = function(*args, **(kwargs or {}))
-        if self.flow or self.inside:
+        if self.flow:
             return result
         given = {id(leaf) for leaf in pytree.tree_leaves((args, kwargs))}  # what was written in place is still itself
         return pytree.tree_map_only(Tensor, lambda made: made if id(made) in given else made.detach(), result)
@@ -85,13 +92,13 @@ class OwnGradients(TorchFunctionMode):
             )
 
     @contextmanager
-    def watched(self, sites: list[CallSite]) -> Iterator[None]:
+    def watched(self, model: nn.Module, sites: list[CallSite]) -> Iterator[None]:
         """While the body runs, in this thread: regions without gradients, and functions of their own, which become
         call sites."""
         with ExitStack() as undo:
             for region, flow in ((torch.no_grad, False), (torch.enable_grad, True), (torch.set_grad_enabled, None)):
                 self._follow(region, flow, undo)
-            undo.enter_context(applied_by(functools.partial(self._apply, sites)))
+            self._stand_in_for_functions(model, sites, undo)
             undo.callback(setattr, torch, "is_grad_enabled", torch.is_grad_enabled)
             torch.is_grad_enabled = functools.partial(self._is_enabled, torch.is_grad_enabled, threading.get_ident())
             yield
@@ -125,25 +132,57 @@ class OwnGradients(TorchFunctionMode):
             setattr(region, name, functools.partialmethod(wrapper, own))
             undo.callback(setattr, region, name, own)
 
+    def _stand_in_for_functions(self, model: nn.Module, sites: list[CallSite], undo: ExitStack) -> None:
+        """Under the name `apply`, and under those that the model's files and modules have for one (`f = F.apply`)."""
+        own, base, thread = inspect.getattr_static(_FUNCTION, "apply"), _FUNCTION, threading.get_ident()
+
+        def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+            function = own.__get__(None, cls)
+            if threading.get_ident() != thread:
+                return function(*args, **kwargs)
+            return self._apply(sites, function, cls, args, kwargs)
+
+        restore = functools.partial(setattr, base, "apply", own) if "apply" in vars(base) else None
+        undo.callback(restore or functools.partial(delattr, base, "apply"))
+        for owner in {id(owner): owner for owner in (*callers(model), *model.modules())}.values():
+            for name, held in list(vars(owner).items()):
+                if getattr(held, "__name__", "") == "apply" and _is_function(getattr(held, "__self__", None)):
+                    undo.callback(setattr, owner, name, held)
+                    setattr(owner, name, functools.partial(apply, held.__self__))
+        base.apply = classmethod(apply)
+        self.forwards = {cls.forward.__code__: cls for cls in _subclasses(base) if hasattr(cls.forward, "__code__")}
+
     def _apply(self, sites: list[CallSite], own: Callable[..., Any], cls: Any, args: Any, kwargs: Any) -> Any:
         leaves, spec = pytree.tree_flatten((args, kwargs))
         floats = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
         if self.inside or not self.flow or not floats or cls.__module__.partition(".")[0] == "torch":
-            return own(cls, *args, **kwargs)
+            return self._run_inside(own, args, kwargs)
         if any(isinstance(leaf, torch.SymInt) for leaf in leaves):
             self.lost.add(f"{cls.__qualname__}.apply is given a length, which no graph can hand on")
-            return own(cls, *args, **kwargs)
+            return self._run_inside(own, args, kwargs)
 
         def run(entered: Tensor) -> Any:
             given = [*leaves[: floats[0]], entered, *leaves[floats[0] + 1 :]]
-            args, kwargs = pytree.tree_unflatten(given, spec)
-            self.inside = True
-            try:
-                return own(cls, *args, **kwargs)
-            finally:
-                self.inside = False
+            return self._run_inside(own, *pytree.tree_unflatten(given, spec))
 
         return marked(sites, _applied(cls), leaves, spec, leaves[floats[0]], run, own=True)
+
+    def _run_inside(self, own: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        outside, self.inside = self.inside, True
+        try:
+            return own(*args, **kwargs)
+        finally:
+            self.inside = outside
+
+
+def _is_function(held: Any) -> bool:
+    return isinstance(held, type) and issubclass(held, _FUNCTION)
+
+
+def _subclasses(cls: Any) -> Iterator[Any]:
+    for below in cls.__subclasses__():
+        yield below
+        yield from _subclasses(below)
 
 
 @functools.cache

@@ -39,6 +39,7 @@ from simba_fx.ops.operands import CausalConv, Operands
 
 __all__ = [
     "CallSite",
+    "callers",
     "dtypes_of",
     "known_functions",
     "lifted",
@@ -179,7 +180,7 @@ def _own_row(value: Any) -> Adapter | None:
     return registered(value) if callable(value) else None
 
 
-def _callers(model: nn.Module) -> Iterator[Any]:
+def callers(model: nn.Module) -> Iterator[Any]:
     """The Python modules and classes whose names a forward of `model` looks up."""
     classes = {cls for module in model.modules() for cls in type(module).__mro__}
     classes -= {nn.Module, object}
@@ -236,7 +237,7 @@ def lifted(model: nn.Module, record: Recorder | None = None) -> Iterator[list[Ca
         undo: list[tuple[Any, str, Any]] = []
         inside: dict[Callable[..., Any], Callable[..., Any]] = {}
         try:
-            callers = list(_callers(model))
+            lookers = list(callers(model))
             for owner, name, held in _partials(model):
                 function = held.func
                 row = _row(sys.modules.get(function.__module__), function.__name__, function)
@@ -246,9 +247,9 @@ def lifted(model: nn.Module, record: Recorder | None = None) -> Iterator[list[Ca
                     inside[function] = _in_this_thread(function, _stands_in(function, row, record, sites))
                 undo.append((owner, name, held))
                 setattr(owner, name, functools.partial(inside[function], *held.args, **held.keywords))
-            for owner in {id(owner): owner for owner in (*callers, *_holders(model))}.values():
+            for owner in {id(owner): owner for owner in (*lookers, *_holders(model))}.values():
                 for name, value in list(vars(owner).items()):
-                    row = _row(owner, name, value) if owner in callers else _own_row(value)
+                    row = _row(owner, name, value) if owner in lookers else _own_row(value)
                     if row is None:
                         continue
                     undo.append((owner, name, value))

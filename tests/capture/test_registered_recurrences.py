@@ -15,7 +15,7 @@ import recurrences as known
 import torch
 from models import BY_NAME, VOCABULARY, tokens
 from recurrences import LINEAR, OTHERS, random
-from reference import assert_close
+from reference import assert_close, cache_name
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -514,21 +514,24 @@ def test_xlstm_fills_its_own_cache() -> None:
     """A table of states. Everything kept: the dense model's bits."""
     torch.manual_seed(0)
     module, ids = xlstm(), tokens(1, 2, 41)
+    name = cache_name(module)
     everything = simba_fx.transform(module, [1, 1 - 1e-6, 1 - 2e-6], criterion="simba")
     with torch.no_grad():
         for cache in (False, True):
             dense, found = (one(input_ids=ids, use_cache=cache) for one in (module, everything))
             assert torch.equal(found.logits, dense.logits)
-        own, right = found.cache, dense.cache
+        own, right = found[name], dense[name]
         assert type(own) is type(right)
         assert torch.equal(own.seqlen_offset, right.seqlen_offset)
         for layer, states in right.rnn_state.items():
             assert len(states) == 3
             assert all(map(torch.equal, own.rnn_state[layer], states))
         with pytest.raises(InputError, match="Several new tokens on a warm xLSTMCache, whose states this package does"):
-            everything(input_ids=ids, cache=own)
+            everything(input_ids=ids, **{name: own})
         step = tokens(2, 2, 1)
-        assert torch.equal(everything(input_ids=step, cache=own).logits, module(input_ids=step, cache=right).logits)
+        assert torch.equal(
+            everything(input_ids=step, **{name: own}).logits, module(input_ids=step, **{name: right}).logits
+        )
 
 
 @pytest.mark.capability("generate", "transformers `xlstm`")
@@ -536,6 +539,7 @@ def test_xlstm_generates_from_the_states_of_its_own_blocks_on_the_survivors() ->
     torch.manual_seed(0)
     module: Any = xlstm()
     ids, stack, cap = tokens(1, 1, 41), module.backbone, module.config.output_logit_soft_cap
+    name = cache_name(module)
     sparse: Any = simba_fx.transform(module, "linear", criterion="simba")
     with torch.no_grad():
         found = sparse(input_ids=ids, use_cache=True)
@@ -547,7 +551,7 @@ def test_xlstm_generates_from_the_states_of_its_own_blocks_on_the_survivors() ->
             before = positions
             states.append(left)
         for layer, left in enumerate(states):
-            for own, right in zip(found.cache.rnn_state[layer], left, strict=True):
+            for own, right in zip(found[name].rnn_state[layer], left, strict=True):
                 assert_close("state", own, right, 1e-5)
         said: list[int] = []
         while len(said) < 50:
@@ -563,13 +567,14 @@ def test_a_long_prompt_of_xlstm_runs_in_one_piece() -> None:
     torch.manual_seed(0)
     module, ids = xlstm(), tokens(1, 2, 41)
     module.config.max_inference_chunksize = 16
+    name = cache_name(module)
     everything = simba_fx.transform(module, [1, 1 - 1e-6, 1 - 2e-6], criterion="simba")
     with torch.no_grad():
         dense, found = (one(input_ids=ids, use_cache=True) for one in (module, everything))
     assert module.config.max_inference_chunksize == everything.config.max_inference_chunksize == 16
     assert_close("logits", found.logits, dense.logits, 1e-3)  # their scan casts keys and values to bfloat16
     for layer in range(3):
-        for own, right in zip(found.cache.rnn_state[layer], dense.cache.rnn_state[layer], strict=True):
+        for own, right in zip(found[name].rnn_state[layer], dense[name].rnn_state[layer], strict=True):
             assert_close("state", own, right, 1e-3)
 
 
