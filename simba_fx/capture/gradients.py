@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import CheckpointFunction
 
 from simba_fx.capture.guards import is_foreign
 from simba_fx.capture.lift import CallSite, callers, marked
@@ -150,12 +151,18 @@ class OwnGradients(TorchFunctionMode):
                     undo.callback(setattr, owner, name, held)
                     setattr(owner, name, functools.partial(apply, held.__self__))
         base.apply = classmethod(apply)
-        self.forwards = {cls.forward.__code__: cls for cls in _subclasses(base) if hasattr(cls.forward, "__code__")}
+        self.forwards = {cls.forward.__code__: cls for cls in _subclasses(base)
+                         if hasattr(cls.forward, "__code__") and not _is_torchs(cls)}  # fmt: skip
 
     def _apply(self, sites: list[CallSite], own: Callable[..., Any], cls: Any, args: Any, kwargs: Any) -> Any:
         leaves, spec = pytree.tree_flatten((args, kwargs))
         floats = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-        if self.inside or not self.flow or not floats or cls.__module__.partition(".")[0] == "torch":
+        if cls is CheckpointFunction:  # runs the function under `no_grad`, and again for its gradients
+            function, _, *given = args
+            return function(*given)
+        if _is_torchs(cls):
+            return own(*args, **kwargs)
+        if self.inside or not self.flow or not floats:
             return self._run_inside(own, args, kwargs)
         if any(isinstance(leaf, torch.SymInt) for leaf in leaves):
             self.lost.add(f"{cls.__qualname__}.apply is given a length, which no graph can hand on")
@@ -177,6 +184,10 @@ class OwnGradients(TorchFunctionMode):
 
 def _is_function(held: Any) -> bool:
     return isinstance(held, type) and issubclass(held, _FUNCTION)
+
+
+def _is_torchs(cls: Any) -> bool:
+    return str(cls.__module__).partition(".")[0] == "torch"
 
 
 def _subclasses(cls: Any) -> Iterator[Any]:

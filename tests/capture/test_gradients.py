@@ -14,6 +14,7 @@ import pytest
 import torch
 from reference import assert_close
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import simba_fx
 
@@ -200,6 +201,21 @@ def test_compiled_and_copied(touch: Touch) -> None:
                   gradients((twin := copy.deepcopy(sparse))(x).square().mean(), twin)):  # fmt: skip
         for name, gradient in right.items():
             assert_close(name, found[name], gradient, 1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # of torch, in a run without gradients
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_part_that_is_recomputed(reentrant: bool) -> None:
+    """By torch's own function with a backward of its own, which runs what it is given under `no_grad`."""
+    dense, x = model(lambda x: checkpoint(straight_through, region(x), use_reentrant=reentrant)), ids(2, 24)
+    everything = simba_fx.transform(dense, KEEP_ALL, criterion="simba")
+    everything(x).square().mean().backward()
+    found = {name: held.grad.clone() for name, held in dense.named_parameters() if held.grad is not None}
+    dense.zero_grad()
+    dense(x).square().mean().backward()
+    for name, held in dense.named_parameters():
+        assert held.grad is not None
+        assert_close(name, found[name], held.grad, 1e-5)
 
 
 def test_a_forward_without_gradients_has_none() -> None:
