@@ -204,7 +204,7 @@ def test_registering_takes_callables_only() -> None:
 def names_of(module: nn.Module) -> dict[tuple[str, str], Any]:
     """Every name that a forward of `module` can look up in its code's modules and classes."""
     return {
-        (repr(owner), name): value for owner in lift._callers(module) for name, value in list(vars(owner).items())
+        (repr(owner), name): value for owner in lift.callers(module) for name, value in list(vars(owner).items())
     }  # fmt: skip
 
 
