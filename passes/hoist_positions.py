@@ -216,13 +216,8 @@ def _computed_from_places(graph: fx.Graph, facts: Facts, room: set[fx.Node]) -> 
                 free.add(node)
             continue
         made = node.op == "call_function" and next(_tensors(node), None) is not None and _own(node)
-        if (
-            not made
-            or _is_drawn(node)
-            or node in room
-            or _is_write(node)
-            or not (opname(node) in SIMILAR or free.issuperset(read))
-        ):
+        holds_tokens = node in room or _is_write(node) or _is_drawn(node)
+        if not made or holds_tokens or not (opname(node) in SIMILAR or free.issuperset(read)):
             continue
         free.add(node)
         if region(node) < 0:

@@ -16,10 +16,10 @@ import inspect
 import os
 import sys
 import threading
+import types
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from types import FrameType
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ from simba_fx.graph.facts import value
 __all__ = ["OwnGradients", "drop_idle_detaches"]
 
 _FUNCTION: Any = torch.autograd.Function
+_METHODS = (types.MethodType, types.BuiltinMethodType)  # of torch 2.14 on in C
 _DETACH = torch.ops.aten.detach.default
 _REQUIRES_GRAD: Any = Tensor.requires_grad.__get__  # type: ignore[attr-defined]
 
@@ -77,7 +78,7 @@ class OwnGradients(TorchFunctionMode):
             self._asked(sys._getframe(1), "gradients are enabled, which they are not")
         return own()
 
-    def _asked(self, asker: FrameType | None, what: str) -> None:
+    def _asked(self, asker: types.FrameType | None, what: str) -> None:
         if asker is not None and not is_foreign(asker):
             place = f"{os.path.basename(asker.f_code.co_filename)}, line {asker.f_lineno}"
             self.lost.add(f"{place} asks whether {what} while it is captured")
@@ -147,7 +148,7 @@ class OwnGradients(TorchFunctionMode):
         undo.callback(restore or functools.partial(delattr, base, "apply"))
         for owner in {id(owner): owner for owner in (*callers(model), *model.modules())}.values():
             for name, held in list(vars(owner).items()):
-                if getattr(held, "__name__", "") == "apply" and _is_function(getattr(held, "__self__", None)):
+                if type(held) in _METHODS and held.__name__ == "apply" and _is_function(held.__self__):
                     undo.callback(setattr, owner, name, held)
                     setattr(owner, name, functools.partial(apply, held.__self__))
         base.apply = classmethod(apply)

@@ -27,7 +27,7 @@ from torch.utils import _pytree as pytree
 from simba_fx.capture.alike import PLAIN, Alike, Member, alike_blocks
 from simba_fx.capture.guards import Question
 from simba_fx.capture.lift import CallSite
-from simba_fx.graph.facts import expression, is_size, look_up, operator_of, stem, value
+from simba_fx.graph.facts import MARKERS, expression, is_size, look_up, opname, stem, value
 
 __all__ = ["Differs", "Notes", "Place", "Trace", "expand", "once_per_kind"]
 
@@ -330,10 +330,6 @@ def _results_like(made: list[Tensor]) -> Iterator[None]:
 
 # --- after the trace -------------------------------------------------------------------------------------------------
 
-_MARKERS = {getattr(torch.ops.simba_fx, f"{what}_{edge}").default: place for what in ("site", "own")
-            for edge, place in (("enter", 2), ("exit", 1))}  # fmt: skip
-"""Which of their arguments is the number of a call site."""
-
 
 def expand(graph: fx.Graph, trace: Trace, root: nn.Module, prefix: str) -> fx.Graph:
     """The graph with the nodes of each stand-in's kind in its place, and without edges.
@@ -373,7 +369,8 @@ def expand(graph: fx.Graph, trace: Trace, root: nn.Module, prefix: str) -> fx.Gr
                     continue  # computed once from B and L
                 copy = copies[held] = graph.node_copy(held, copied)
                 copy.meta["nn_module_stack"] = _moved_stack(held, move)
-                if (place := _MARKERS.get(operator_of(held))) is not None:
+                if opname(held) in MARKERS:
+                    place = 2 if opname(held).endswith("enter") else 1  # of the number of the call site
                     site: Any = held.args[place]
                     copy.update_arg(place, stand_in.sites[site])
         for item in list(node.users):

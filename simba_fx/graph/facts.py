@@ -162,6 +162,8 @@ FACTORIES = ("full", "ones", "zeros", "empty", "rand", "randn", "randint", "scal
 SIMILAR = {"zeros_like": 0, "new_zeros": 0, "ones_like": 1, "new_ones": 1, "full_like": None, "new_full": None,
            "empty_like": 0, "new_empty": 0, "rand_like": None, "randn_like": None, "randint_like": None}  # fmt: skip
 """Operators that read the shape of a tensor, not what is in it; and the number that they fill (None: a given one)."""
+MARKERS = ("site_enter", "site_exit", "own_enter", "own_exit")
+"""Around calls that a graph may make again (`simba_fx.capture.lift`): identities of their first argument."""
 SAME_PLACES = ("unsqueeze", "squeeze", "expand", "view", "reshape", "to", "_to_copy", "clone", "transpose", "permute",
                "alias", "detach", "detach_", "contiguous", "expand_as", "view_as", "lift_fresh_copy", "flatten",
                "type_as", "float", "masked_fill", "where")  # fmt: skip

@@ -10,16 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import torch
 from torch import fx
 
-from simba_fx.graph.facts import Facts, value, where
+from simba_fx.graph.facts import MARKERS, Facts, opname, value, where
 from simba_fx.graph.marks import Role, region, role
 
 __all__ = ["match_residual"]
 
-_MARKERS = tuple(getattr(torch.ops.simba_fx, f"{what}_{edge}").default for what in ("site", "own")
-                 for edge in ("enter", "exit"))  # fmt: skip
 _GATHERED = (Role.CARRIED, Role.INVARIANT)
 
 
@@ -89,7 +86,7 @@ def _source(node: fx.Node) -> fx.Node:
 
 def _origin(node: fx.Node, facts: Facts) -> tuple[str, Any]:
     """Where inside its block a value is computed, and by which operator; gathers and markers are looked through."""
-    while node.target in _MARKERS or role(node) in _GATHERED:
+    while opname(node) in MARKERS or role(node) in _GATHERED:
         source: Any = node.args[0]
         node = source
     path, block = where(node), region(node)

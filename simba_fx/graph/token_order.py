@@ -27,6 +27,7 @@ from torch.utils import _pytree as pytree
 
 from simba_fx.errors import GraphError
 from simba_fx.graph.facts import (
+    MARKERS,
     Facts,
     end_of,
     expression,
@@ -46,8 +47,6 @@ __all__ = ["TokenOrder", "check_cuts", "directions_to", "reaches_all", "scan_dir
 FORWARD, REVERSED, MIXED, SHUFFLED = "forward", "reversed", "mixed", "shuffled"
 _TURNED = {FORWARD: REVERSED, REVERSED: FORWARD, MIXED: MIXED, SHUFFLED: SHUFFLED}
 _FLIPS = ("flip", "fliplr", "flipud")
-_MARKERS = ("site_enter", "site_exit", "own_enter", "own_exit")
-"""Identities of their first argument (`simba_fx.capture.lift`)."""
 _FACTORIES = ("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like", "new_zeros", "new_ones",
               "new_full", "new_empty")  # fmt: skip
 """Operators that read a tensor's size, not its tokens."""
@@ -85,7 +84,7 @@ def ways(graph: fx.Graph, facts: Facts) -> dict[fx.Node, TokenOrder]:
         if node.op == "placeholder" and sized:
             found[node] = TokenOrder(FORWARD, node)
             touched.add(node)
-        read = node.all_input_nodes if name not in _MARKERS else [_first(node)]
+        read = node.all_input_nodes if name not in MARKERS else [_first(node)]
         inputs = {n: _entering(found[n], n, node) for n in read if n in found}
         if any(n in touched for n in read):
             touched.add(node)

@@ -9,7 +9,7 @@ from typing import Any
 import own_model
 import pytest
 import torch
-from reference import assert_close
+from reference import assert_close, on_survivors
 from torch import Tensor, nn
 
 import simba_fx
@@ -145,11 +145,7 @@ def test_noise_is_drawn_for_the_survivors(noise: Callable[[Tensor], Tensor], com
     torch.manual_seed(5)
     found = sparse(x)
     torch.manual_seed(5)
-    hidden, before = made.embedding(x), torch.arange(24).expand(2, 24)
-    for block, positions in zip(made.blocks, simba_fx.kept(sparse)):
-        place = torch.stack([torch.searchsorted(b, p) for b, p in zip(before, positions)])
-        hidden = block(hidden.gather(1, place[..., None].expand(-1, -1, 16)))
-        before = positions
+    hidden = on_survivors(made.embedding(x), made.blocks, simba_fx.kept(sparse))
     assert_close("output", found, made.head(made.norm(hidden)), 1e-5)
 
 
@@ -176,11 +172,7 @@ def test_results_may_be_written_into(compile: str) -> None:
     made.blocks = nn.ModuleList(InPlace(16, 4) for _ in range(3))
     sparse = simba_fx.transform(made, [1, 0.5, 0.3], criterion="simba", output="kept", compile=compile)
     found = sparse(x)
-    hidden, before = made.embedding(x), torch.arange(24).expand(2, 24)
-    for block, positions in zip(made.blocks, simba_fx.kept(sparse)):
-        place = torch.stack([torch.searchsorted(b, p) for b, p in zip(before, positions)])
-        hidden = block(hidden.gather(1, place[..., None].expand(-1, -1, 16)))
-        before = positions
+    hidden = on_survivors(made.embedding(x), made.blocks, simba_fx.kept(sparse))
     right = made.head(made.norm(hidden))
     assert_close("output", found, right, 1e-5)
     gradients = (torch.autograd.grad(one.square().mean(), list(made.parameters())) for one in (found, right))

@@ -12,7 +12,7 @@ from typing import Any
 import own_model
 import pytest
 import torch
-from reference import assert_close
+from reference import assert_close, on_survivors
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -179,11 +179,7 @@ def test_gradients_of_a_pruned_model_are_those_of_its_own_blocks(touch: Touch, c
     sparse = simba_fx.transform(dense, [1, 0.5, 0.3], compile=compile, criterion="simba", output="kept")
     out = sparse(x)
     found = gradients(out.square().mean(), sparse)
-    hidden, before = dense.embedding(x), torch.arange(30).expand(2, 30)
-    for block, positions in zip(dense.blocks, simba_fx.kept(sparse)):
-        place = torch.stack([torch.searchsorted(b, p) for b, p in zip(before, positions)])
-        hidden = block(hidden.gather(1, place[..., None].expand(-1, -1, 16)))
-        before = positions
+    hidden = on_survivors(dense.embedding(x), dense.blocks, simba_fx.kept(sparse))
     right = dense.head(dense.norm(hidden))
     assert_close("output", out, right, 1e-5)
     for name, gradient in gradients(right.square().mean(), dense).items():

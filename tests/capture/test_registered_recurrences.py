@@ -15,7 +15,7 @@ import recurrences as known
 import torch
 from models import BY_NAME, VOCABULARY, tokens
 from recurrences import LINEAR, OTHERS, random
-from reference import assert_close, cache_name
+from reference import assert_close, cache_name, on_survivors
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -601,11 +601,8 @@ def test_xlstm_is_its_own_blocks_on_the_survivors() -> None:
         hook = stack.blocks[0].mlstm_layer.mlstm_backend.register_forward_pre_hook(
             lambda _, args, given: first.update(given), with_kwargs=True
         )
-        states, before = stack.embeddings(ids), torch.arange(41).expand(2, 41)
-        for block, positions in zip(stack.blocks, kept):
-            place = torch.stack([torch.searchsorted(b, p) for b, p in zip(before, positions)])
-            states = block(states.gather(1, place[..., None].expand(-1, -1, 128)), None)[0]
-            before = positions
+        blocks = [lambda hidden, own=block: own(hidden, None)[0] for block in stack.blocks]
+        states = on_survivors(stack.embeddings(ids), blocks, kept)
         hook.remove()
         cap = module.config.output_logit_soft_cap
         right = cap * torch.tanh(module.lm_head(stack.out_norm(states[:, -1])) / cap)

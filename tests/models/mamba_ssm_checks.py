@@ -536,11 +536,7 @@ def test_mamba3_is_its_own_blocks_on_the_survivors(options: dict[str, Any]) -> N
         kept = simba_fx.kept(sparse)
         patch.setattr(cpu.mamba3, "mamba3_siso_combined",
                       lambda **given: (scans.append(given), cpu.mamba3_siso_combined(**given))[1])  # fmt: skip
-        states, before = x, torch.arange(41).expand(2, 41)
-        for number, positions in enumerate(kept):
-            place = torch.stack([torch.searchsorted(b, p) for b, p in zip(before, positions)])
-            states = model.block(number, states.gather(1, place[..., None].expand(-1, -1, 32)))
-            before = positions
+        states = reference.on_survivors(x, [functools.partial(model.block, number) for number in range(4)], kept)
         for cut, scan in ((1, scans[0]), (3, scans[2])):  # block 1 drops nothing
             given = scan | {"D": None, "Z": None, "V": scan["V"].double()}
             length = given["V"].shape[1]

@@ -411,6 +411,16 @@ class Row:
     steps: list[Tensor] = field(default_factory=list)  # the logits (V,) that each of them was chosen from
 
 
+def on_survivors(hidden: Tensor, blocks: Sequence[Any], kept: Sequence[Tensor]) -> Tensor:
+    """What `blocks` make of `hidden` `(B, L, W)`, where block i is given the tokens `kept[i]` `(B, k_i)` alone."""
+    before = torch.arange(hidden.shape[1]).expand(hidden.shape[:2])
+    for block, positions in zip(blocks, kept, strict=True):
+        place = torch.stack([torch.searchsorted(b, p) for b, p in zip(before, positions)])
+        hidden = block(hidden.gather(1, place[..., None].expand(-1, -1, hidden.shape[2])))
+        before = positions
+    return hidden
+
+
 def cache_name(model: nn.Module) -> str:
     """What the cache argument of `model` is called; it differs between families and versions of transformers."""
     parameters = inspect.signature(type(model).forward).parameters

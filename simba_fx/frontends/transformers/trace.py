@@ -85,15 +85,14 @@ class _Shell(nn.Module):
         cache = None
         if self.signature.cache and cache_name in parameters:
             cache = options[cache_name] = recording_cache(self.stack)
-        if self.signature.ids:  # the embeddings are looked up outside of the graph; what follows is the model's own
-            embeds = tensors.pop("inputs_embeds")
-            stack: Any = self.stack
-            embedding = stack.get_input_embeddings()
-            with _forward_is(embedding, lambda _: embeds), _in_one_piece(stack.config):
-                output = own_forward(self.stack)(input_ids=tensors.pop("input_ids"), **tensors, **options)
-        else:
-            with _in_one_piece(self.stack.config):
-                output = own_forward(self.stack)(**tensors, **options)
+        stack: Any = self.stack
+        with _in_one_piece(stack.config):
+            if self.signature.ids:  # embeddings are looked up outside of the graph; what follows is the model's own
+                embeds = tensors.pop("inputs_embeds")
+                with _forward_is(stack.get_input_embeddings(), lambda _: embeds):
+                    output = own_forward(stack)(input_ids=tensors.pop("input_ids"), **tensors, **options)
+            else:
+                output = own_forward(stack)(**tensors, **options)
         named = {name: value for name, value in output.items() if name != cache_name}
         stored = cache.entries() if cache is not None else {}
         observed = self.observed
