@@ -148,7 +148,7 @@ class OwnGradients(TorchFunctionMode):
         undo.callback(restore or functools.partial(delattr, base, "apply"))
         for owner in {id(owner): owner for owner in (*callers(model), *model.modules())}.values():
             for name, held in list(vars(owner).items()):
-                if type(held) in _METHODS and held.__name__ == "apply" and _is_function(held.__self__):
+                if type(held) in _METHODS and _is_function(held.__self__) and getattr(held, "__name__", "") == "apply":
                     undo.callback(setattr, owner, name, held)
                     setattr(owner, name, functools.partial(apply, held.__self__))
         base.apply = classmethod(apply)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import functools
 import threading
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -258,6 +259,15 @@ def test_what_no_graph_can_keep_is_said() -> None:
         simba_fx.transform(model(lambda x: kept["f"](x, 10.0)), "linear", criterion="simba")
     with pytest.warns(UserWarning, match=r"Sized\.apply is given a length, which no graph can hand on\. Gradients"):
         simba_fx.transform(model(lambda x: Sized.apply(x, x.shape[1])), "linear", criterion="simba")
+
+
+def test_methods_without_a_name_are_left_alone() -> None:
+    """A method of a partial has none; torchao gives such ones to the layers that it quantises."""
+    made: Any = model(straight_through)
+    made.blocks[0].extra_repr = types.MethodType(functools.partial(lambda own, held: "", held=0), made.blocks[0])
+    made.blocks[1].held = types.MethodType(functools.partial(lambda own, held: "", held=0), Rounded)
+    sparse = simba_fx.transform(made, KEEP_ALL, kernels="model", criterion="simba")
+    assert_close("output", sparse(ids(2, 24)), made(ids(2, 24)), 0)
 
 
 class Elsewhere(Block):
