@@ -33,6 +33,7 @@ __all__ = [
     "exported",
     "is_compiled_method",
     "one_at_a_time",
+    "questions_about_compiling",
     "recorded",
     "sets_grad_enabled",
     "skip_frame",
@@ -116,6 +117,14 @@ sets_grad_enabled = torch._C._set_grad_enabled
 def recorded() -> bool:
     """Whether this call is traced, or recorded by `torch.jit.trace`."""
     return traced() or bool(torch._C._get_tracing_state())
+
+
+def questions_about_compiling() -> tuple[tuple[Any, str], ...]:
+    """Torch's functions that say whether a call is compiled or exported, by owner and name."""
+    import torch._dynamo
+
+    owners: tuple[Any, ...] = (torch.compiler, torch._dynamo, torch._utils)
+    return (*((owner, "is_compiling") for owner in owners), (torch.compiler, "is_exporting"))
 
 
 def assert_on_device(condition: Tensor, message: str) -> None:

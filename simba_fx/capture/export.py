@@ -10,7 +10,8 @@ import copy
 import functools
 import inspect
 import itertools
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import sympy
@@ -29,6 +30,7 @@ from simba_fx.capture.kinds import Differs, expand, once_per_kind
 from simba_fx.capture.normalise import Captured, annotate, check_every_mixer, cut, drop_no_ops, strip_paths
 from simba_fx.capture.recurrences import keep_contract
 from simba_fx.capture.refusals import Watch, advice, explained, refuse_quantised, told_in_words
+from simba_fx.capture.surroundings import Surroundings
 from simba_fx.capture.writes import Changes, refuse_writes
 from simba_fx.errors import CaptureError, ScanNotFoundError, SimbaError
 from simba_fx.graph.facts import expression, look_up, tensor_paths, value
@@ -39,11 +41,12 @@ __all__ = ["Captured", "capture_graph"]
 _ROOT = "module"
 
 
-def _root(module: nn.Module, names: list[str], watch: Watch, gradients: OwnGradients, changes: Changes) -> nn.Module:
-    """`module` under a path of its own, and with a signature that names every input: export names placeholders so."""
+def _root(module: nn.Module, names: list[str], around: Callable[[], AbstractContextManager[None]]) -> nn.Module:
+    """`module` under a path of its own, and with a signature that names every input: export names placeholders so.
+    `around` its forward are those who watch it."""
 
     def forward(self: Any, **inputs: Any) -> Any:
-        with told_in_words(watch.name), changes.watched(), gradients, watch:
+        with around():
             return self.module(**inputs)
 
     parameters = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in ("self", *names)]
@@ -128,8 +131,15 @@ def capture_graph(module: nn.Module, owner: nn.Module, inputs: Mapping[str, Any]
     """
     rows, length = _example_sizes(inputs, primary)
     refuse_quantised(owner)
-    watch, gradients, changes = Watch(type(owner).__name__), OwnGradients(), Changes(owner)
-    root = _root(module, list(inputs), watch, gradients, changes)
+    name = type(owner).__name__
+    watch, gradients, changes, surroundings = Watch(name), OwnGradients(), Changes(owner), Surroundings(owner, name)
+
+    @contextmanager
+    def watching() -> Iterator[None]:
+        with told_in_words(name), changes.watched(), surroundings.watched(), gradients, watch:
+            yield
+
+    root = _root(module, list(inputs), watching)
     compare = functools.partial(compare_adapters, module, owner, inputs, mask=mask, kernels=kernels)
     inside = ".".join(filter(None, (_ROOT, prefix)))
     dynamic = pytree.tree_map(lambda leaf: _dynamic_dims(leaf, rows, length), dict(inputs))
@@ -169,8 +179,9 @@ def capture_graph(module: nn.Module, owner: nn.Module, inputs: Mapping[str, Any]
         attributes[node.target] = tensor
     refuse_writes(graph, attributes)
     drop_idle_detaches(graph, attributes)
-    gradients.warn(watch.name)
-    changes.check(watch.name)
+    gradients.warn(name)
+    changes.check(name)
+    surroundings.warn()
     given = [name for name, held in inputs.items() if isinstance(held, Tensor)]
     named = dict(zip(given, graph.find_nodes(op="placeholder")))
     for name in [name for name in spare if name in named and not named[name].users]:

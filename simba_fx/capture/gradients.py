@@ -38,7 +38,12 @@ __all__ = ["OwnGradients", "drop_idle_detaches"]
 _FUNCTION: Any = torch.autograd.Function
 _METHODS = (types.MethodType, types.BuiltinMethodType)  # of torch 2.14 on in C
 _DETACH = torch.ops.aten.detach.default
-_REQUIRES_GRAD: Any = Tensor.requires_grad.__get__  # type: ignore[attr-defined]
+_ATTRIBUTES: Any = Tensor
+_ASKED = {
+    _ATTRIBUTES.requires_grad.__get__: "a tensor requires a gradient, which none does",
+    _ATTRIBUTES.grad_fn.__get__: "a tensor has a grad_fn, which none has",
+    _ATTRIBUTES.is_leaf.__get__: "a tensor is a leaf, which all are",
+}
 
 
 class OwnGradients(TorchFunctionMode):
@@ -63,8 +68,8 @@ class OwnGradients(TorchFunctionMode):
         if function is sets_grad_enabled:
             return None  # the trace goes on without, in one graph
         asking = sys._getframe(1).f_back  # behind `Watch`
-        if function == _REQUIRES_GRAD and not isinstance(args[0], nn.Parameter):
-            self._asked(asking, "a tensor requires a gradient, which none does")
+        if (asked := _ASKED.get(function)) is not None and not isinstance(args[0], nn.Parameter):
+            self._asked(asking, asked)
         if not self.inside and (missed := self.forwards.get(asking.f_code) if asking is not None else None) is not None:
             self.lost.add(f"{missed.__qualname__}.apply is called by a name that is not the model's own")
         result = function(*args, **(kwargs or {}))
@@ -87,7 +92,8 @@ class OwnGradients(TorchFunctionMode):
         """Say what the graph of the model called `name` has not."""
         if self.lost:
             warnings.warn(
-                f"{name} computes as the dense model does, but may learn otherwise: {'; '.join(sorted(self.lost))}. "
+                f"{name} computes as the dense model does without gradients, but may learn otherwise: "
+                f"{'; '.join(sorted(self.lost))}. "
                 "Gradients that the model makes itself there (hooks on tensors, a backward of its own) are missing.",
                 UserWarning,
                 stacklevel=2,

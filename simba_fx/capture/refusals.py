@@ -24,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 from simba_fx.capture.examples import EXAMPLE
 from simba_fx.capture.guards import Question, is_foreign, line_of
 from simba_fx.capture.lift import CallSite
+from simba_fx.capture.surroundings import refuse_generator
 from simba_fx.compiling import FakeTensorMode
 from simba_fx.errors import CaptureError, ScanNotFoundError, SimbaError
 
@@ -63,6 +64,8 @@ class Watch(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         own, inside_module = self._look_up(sys._getframe(1))
+        if kwargs and isinstance(kwargs.get("generator"), torch.Generator):
+            refuse_generator(self.name, own)
         if own is not None and not inside_module and not any(site.scans for site in self.sites):
             self._count(own)
         return function(*args, **(kwargs or {}))

@@ -251,6 +251,9 @@ def test_what_no_graph_can_keep_is_said() -> None:
         UserWarning, match=r"MyMamba computes as .* may learn otherwise: test_gradients\.py, line \d+ as"
     ):
         simba_fx.transform(model(hooked), "linear", criterion="simba")
+    for asks, told in ((lambda x: x.grad_fn is None, "has a grad_fn"), (lambda x: x.is_leaf, "is a leaf")):
+        with pytest.warns(UserWarning, match=rf"test_gradients\.py, line \d+ asks whether a tensor {told}, which"):
+            simba_fx.transform(model(lambda x, asks=asks: x * (2 - asks(x))), "linear", criterion="simba")
     told = r"learn otherwise: test_gradients\.py, line \d+ asks whether gradients are enabled, which they are not while"
     with pytest.warns(UserWarning, match=told):
         simba_fx.transform(model(lambda x: x if torch.is_grad_enabled() else x * 1.0), "linear", criterion="simba")
