@@ -180,7 +180,7 @@ def capture_graph(module: nn.Module, owner: nn.Module, inputs: Mapping[str, Any]
     refuse_writes(graph, attributes)
     drop_idle_detaches(graph, attributes)
     gradients.warn(name)
-    changes.check(name)
+    changes.check(name, attributes.values())
     surroundings.warn()
     given = [name for name, held in inputs.items() if isinstance(held, Tensor)]
     named = dict(zip(given, graph.find_nodes(op="placeholder")))

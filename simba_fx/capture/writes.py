@@ -3,14 +3,16 @@
 Into weights: refused. A captured graph would write at each call, also where the model does so once (RWKV divides its
 weights when it is first called), and it shares its weights with the dense model. Buffers are another matter: they are
 what a model keeps from call to call, and a graph writes into them. Another tensor in a buffer's place is none that a
-graph could put there: refused. An attribute that counts, or says that the first call is over, stays as it is in a
-graph: said.
+graph could put there: refused, as is one in the place of any tensor that the forward reads. An attribute that counts,
+or says that the first call is over, or that a tensor is kept in for others to read (a loss of a router), stays as it
+is in a graph: said.
 """
 
 from __future__ import annotations
 
+import copy
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -46,34 +48,67 @@ class NoWrites(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untyped i
 
 
 class Changes:
-    """What forwards of `module`, traced inside of `watched`, change of its attributes: numbers, flags and words, and
-    which tensors are its buffers."""
+    """What forwards of `module`, traced inside of `watched`, change of its attributes: numbers, flags and words, the
+    tensors that are its buffers, and others that it has or that its lists and dicts hold. These are put back."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.attributes: dict[str, tuple[Any, Any]] = {}
         self.buffers: dict[str, None] = {}
+        self.tensors: dict[str, Any] = {}
+        """By path, what was in the place of a tensor."""
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        before = {module: (dict(vars(module)), dict(module._buffers)) for module in self.module.modules()}
+        before = {module: (_attributes(module), dict(module._buffers)) for module in self.module.modules()}
         yield
         for path, module in self.module.named_modules():
             attributes, buffers = before.get(module, ({}, {}))
             for name, held in buffers.items():
                 if module._buffers.get(name, held) is not held and held is not None:
                     self.buffers[f"{path}.{name}".lstrip(".")] = None
-            for name, held in attributes.items():
-                now = vars(module).get(name)
-                if type(held) in PLAIN and type(now) in PLAIN and held != now:
+            for name, (now, holds) in _attributes(module).items():
+                held, held_by = attributes.get(name, (None, None))
+                if name in attributes and type(held) in PLAIN and type(now) in PLAIN and held != now:
                     self.attributes[f"{path}.{name}".lstrip(".")] = held, now
+                if _new_tensors(now, holds, held, held_by):
+                    self._put_back(module, name, *attributes.get(name, ()))
+                    if not _is_library(module):
+                        self.tensors[f"{path}.{name}".lstrip(".")] = held
 
-    def check(self, name: str) -> None:
-        """Raises: CaptureError: a buffer was replaced. `name`: what messages call the model."""
+    def _put_back(self, module: nn.Module, name: str, held: Any = None, holds: Any = None) -> None:
+        if held is None:
+            delattr(module, name)
+            return
+        setattr(module, name, held)
+        if isinstance(held, dict | list):
+            held.clear()
+            held.update(holds) if isinstance(held, dict) else held.extend(holds)
+
+    def check(self, name: str, read: Iterable[Any]) -> None:
+        """`name`: what messages call the model; `read`: the tensors that its graph reads.
+
+        Raises:
+            CaptureError: a buffer was replaced, or another tensor that is read.
+        """
         for path in self.buffers:
             raise CaptureError(
                 f"{name}'s forward puts another tensor in the place of its buffer {path}; expected buffers that are "
                 "written in place, which is what a graph can do. Write self.buffer.copy_(new), under torch.no_grad()."
+            )
+        known = {_address(tensor) for tensor in read if isinstance(tensor, Tensor)} - {0}
+        for path, held in self.tensors.items():
+            if isinstance(held, Tensor) and _address(held) in known:
+                raise CaptureError(
+                    f"{name}'s forward reads {path}, and puts another tensor in its place; expected tensors that are "
+                    "kept from call to call to be buffers that are written in place, which is what a graph can do. "
+                    "Call self.register_buffer once, and self.buffer.copy_(new) under torch.no_grad()."
+                )
+        if self.tensors:
+            warnings.warn(
+                f"{name}'s forward keeps tensors in {_listed(self.tensors)}, which a call of its graph leaves as they "
+                "are. If somebody reads them (a loss of a router, hidden states), return them from the forward.",
+                stacklevel=2,
             )
         for path, (held, now) in [*self.attributes.items()][:1]:
             others = f" (and {len(self.attributes) - 1} others)" if len(self.attributes) > 1 else ""
@@ -83,6 +118,37 @@ class Changes:
                 "it is transformed.",
                 stacklevel=2,
             )
+
+
+_OF_MODULES = frozenset(vars(nn.Module()))
+
+
+def _attributes(module: nn.Module) -> dict[str, tuple[Any, Any]]:
+    """By name, with what lists and dicts hold."""
+    own = {name: held for name, held in vars(module).items() if name not in _OF_MODULES}
+    return {name: (held, copy.copy(held) if type(held) in (dict, list) else None) for name, held in own.items()}
+
+
+def _new_tensors(now: Any, holds: Any, held: Any, held_by: Any) -> bool:
+    """Whether `now`, which holds `holds`, is or holds a tensor that `held` was or held not."""
+    if isinstance(now, Tensor):
+        return now is not held
+    known = {id(leaf) for leaf in pytree.tree_leaves(held_by)}
+    return any(isinstance(leaf, Tensor) and id(leaf) not in known for leaf in pytree.tree_leaves(holds))
+
+
+def _is_library(module: nn.Module) -> bool:
+    """Of torch, which sets such attributes where weights are parametrised by hooks, or of transformers."""
+    return type(module).__module__.partition(".")[0] in ("torch", "transformers")
+
+
+def _address(tensor: Tensor) -> int:
+    return 0 if tensor.is_meta else tensor.untyped_storage().data_ptr()
+
+
+def _listed(paths: Collection[str]) -> str:
+    first = next(iter(paths))
+    return f"{first} (and {len(paths) - 1} others)" if len(paths) > 1 else first
 
 
 def refuse_writes(graph: fx.Graph, attributes: Mapping[str, Any]) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import own_model
 import pytest
 import torch
+import torch.nn.utils.prune
 from reference import assert_close, on_survivors
 from torch import Tensor, nn
 
@@ -112,6 +114,89 @@ def test_an_attribute_that_changes_is_named() -> None:
     assert not made.blocks[0].before.started
     made(ids())  # as it says
     assert_close("output", simba_fx.transform(made, KEEP_ALL, criterion="simba")(ids()), made(ids()), 1e-5)
+
+
+class Kept(nn.Module):
+    """Leaves tensors for others to read: the loss of a router, what was seen so far."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Tensor] = []
+        self.last: dict[str, Tensor] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.loss = x.square().mean()
+        self.seen.append(x)
+        self.last["x"] = x
+        return x * 2
+
+
+def test_tensors_that_a_forward_keeps_are_named_and_the_dense_models_stay() -> None:
+    made = model(Kept)
+    told = r"^MyMamba's forward keeps tensors in blocks\.0\.before\.seen \(and 8 others\), which a call of its graph"
+    with pytest.warns(UserWarning, match=told):
+        everything = simba_fx.transform(made, KEEP_ALL, kernels="model")
+    for block in made.blocks:
+        assert not block.before.seen
+        assert not block.before.last
+        assert not hasattr(block.before, "loss")
+    found = everything(ids())
+    assert_close("output", found, made(ids()), 0)
+    held = made.blocks[0].before
+    loss, seen, last = held.loss, held.seen, held.last
+    with pytest.warns(UserWarning, match=r"keeps tensors in blocks\.0\.before\.\w+ \(and 8 others\)"):
+        simba_fx.transform(made, "linear", criterion="simba")(ids())
+    assert held.loss is loss
+    assert held.seen is seen
+    assert len(seen) == 1
+    assert held.last is last
+
+
+class Moving(nn.Module):
+    """A running mean that is no buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean = torch.zeros(16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.mean = 0.9 * self.mean + 0.1 * x.detach().mean((0, 1))
+        return x - self.mean
+
+
+def test_another_tensor_in_the_place_of_one_that_is_read_is_refused() -> None:
+    made = model(Moving)
+    before = made.blocks[0].before.mean
+    told = r"MyMamba's forward reads blocks\.0\.before\.mean, and puts another .* Call self\.register_buffer once, and"
+    with pytest.raises(CaptureError, match=told):
+        simba_fx.transform(made, "linear")
+    assert made.blocks[0].before.mean is before
+
+
+def weight_norm(layer: nn.Linear) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # deprecated, and all over what people have
+        nn.utils.weight_norm(layer)
+
+
+def pruned(layer: nn.Linear) -> None:
+    nn.utils.prune.l1_unstructured(layer, "weight", 0.5)
+
+
+@pytest.mark.filterwarnings("ignore:.*has forward hooks on what is not called")
+@pytest.mark.parametrize("change", [weight_norm, pruned])
+def test_weights_that_hooks_make_are_made_at_each_call(change: Callable[[nn.Linear], None]) -> None:
+    made = own_model.MyMamba(vocabulary=97, width=16, states=4, depth=3)
+    for block in made.blocks:
+        change(block.inputs)
+    everything = simba_fx.transform(made, KEEP_ALL, criterion="simba")
+    optimizer = torch.optim.SGD(everything.parameters(), 0.5)
+    for _ in range(3):
+        found = everything(ids())
+        assert_close("output", found, made(ids()), 1e-5)
+        optimizer.zero_grad()
+        found.square().mean().backward()
+        optimizer.step()
 
 
 def jitter(x: Tensor) -> Tensor:

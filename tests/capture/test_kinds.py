@@ -309,7 +309,7 @@ OTHERS: dict[str, tuple[Callable[[], nn.Module], int]] = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:.*were assigned during export")
+@pytest.mark.filterwarnings("ignore:.*keeps tensors in layers")
 @pytest.mark.parametrize("how", OTHERS)
 def test_a_block_that_differs_is_traced_itself(how: str, counted: Counted, monkeypatch: pytest.MonkeyPatch) -> None:
     make, stood_for = OTHERS[how]

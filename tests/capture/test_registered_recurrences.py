@@ -342,7 +342,6 @@ def xlstm() -> nn.Module:
     return made
 
 
-@pytest.mark.filterwarnings("ignore:.*assigned during export")
 @pytest.mark.capability("parity", "transformers `recurrent_gemma`")
 def test_recurrent_gemma_runs_without_a_cache() -> None:
     torch.manual_seed(0)
@@ -360,7 +359,6 @@ def test_recurrent_gemma_runs_without_a_cache() -> None:
             sparse(input_ids=ids, use_cache=True)
 
 
-@pytest.mark.filterwarnings("ignore:.*assigned during export")
 @pytest.mark.capability("parity", "transformers `rwkv`")
 def test_rwkv_returns_its_states() -> None:
     """Everything kept: the dense model's bits."""
@@ -407,7 +405,6 @@ LEARNING = [pytest.param(make, marks=pytest.mark.capability("train", f"transform
             for make in (rwkv, xlstm, recurrent_gemma)]  # fmt: skip
 
 
-@pytest.mark.filterwarnings("ignore:.*assigned during export")
 @pytest.mark.parametrize("make", LEARNING)
 def test_it_learns_the_same(make: Callable[[], nn.Module]) -> None:
     torch.manual_seed(0)
@@ -427,7 +424,6 @@ COMPILED = [pytest.param(make, marks=pytest.mark.capability("compile", f"transfo
             for make in (rwkv, recurrent_gemma)]  # fmt: skip
 
 
-@pytest.mark.filterwarnings("ignore:.*assigned during export")
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated")  # Dynamo does, of autograd functions
 @pytest.mark.parametrize("make", COMPILED)
 def test_it_compiles(make: Callable[[], nn.Module]) -> None:
