@@ -27,7 +27,7 @@ from simba_fx.graph.facts import (
     value,
     where,
 )
-from simba_fx.graph.marks import Insert, made_by, region
+from simba_fx.graph.marks import AUTOCAST, Insert, made_by, region
 
 _BROADCAST = ("scaled_dot_product_attention", "masked_fill", "where", "cat", "stack", "type_as", "expand_as")
 """Beside pointwise operators, those whose operands meet dimension by dimension, counted from the last."""
@@ -260,7 +260,7 @@ class _Hoist:
         return self.once(node.target, args, kwargs, node, val=value(node))
 
     def once(self, target: Any, args: Any, kwargs: Any, like: fx.Node, val: Any = None) -> fx.Node:
-        key = (target, repr(args), repr(kwargs))
+        key = (target, repr(args), repr(kwargs), like.meta.get(AUTOCAST))
         if key not in self.known:
             if val is None:
                 found: Any = fx.node.map_arg(args, value)

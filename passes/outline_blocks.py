@@ -27,7 +27,7 @@ from simba_fx.graph.facts import (
     stem,
     value,
 )
-from simba_fx.graph.marks import Insert, Role, give_role, made_by, role
+from simba_fx.graph.marks import AUTOCAST, Insert, Role, give_role, made_by, role
 
 _TOP = ("track-tokens", "select-tokens", "restore-length")
 """Passes whose nodes stay at the top level: what connects blocks rather than computes in them."""
@@ -125,7 +125,8 @@ class OutlineBlocks:
                 inside[0].prepend(node)
         call = self._replace(graph, inside, inputs, outputs, target)
         looks = tuple(_looks(self.attributes[str(node.target)]) for node in owned)
-        key = (tuple((n.op, n.target, n.name, str(n.args), str(n.kwargs)) for n in sub.nodes), looks)
+        said = ((n.op, n.target, n.name, str(n.args), str(n.kwargs), n.meta.get(AUTOCAST)) for n in sub.nodes)
+        key = (tuple(said), looks)
         kind, code = kinds.setdefault(key, (len(kinds), sub))
         hooked = module is not None and all(path in (paths(n) or [path]) for n in inside if not made_by(n))
         call.meta[BLOCK] = BlockCode(code, kind, module, hooked, bool(sub.find_nodes(op="call_module")))

@@ -30,6 +30,8 @@ __all__ = [
     "capturing",
     "disable_compile",
     "dynamic_marker",
+    "enter_autocast",
+    "exit_autocast",
     "exported",
     "is_compiled_method",
     "one_at_a_time",
@@ -112,6 +114,9 @@ def exported() -> bool:
 
 sets_grad_enabled = torch._C._set_grad_enabled
 """What `no_grad` and its like end in, as a function mode is told."""
+
+enter_autocast, exit_autocast = (vars(torch.amp)[name] for name in ("_enter_autocast", "_exit_autocast"))
+"""What `torch.autocast` becomes in a graph."""
 
 
 def recorded() -> bool:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -27,7 +28,7 @@ from simba_fx import ops, passes
 from simba_fx.capture.normalise import Captured
 from simba_fx.compiling import FakeTensorMode
 from simba_fx.graph.facts import Facts, value
-from simba_fx.graph.marks import made_by, region
+from simba_fx.graph.marks import AUTOCAST, made_by, region
 from simba_fx.graph.plan import Cut, cuts_of, entering
 from simba_fx.graph.token_order import reaches_all
 from simba_fx.ops.recurrences import recurrence_of
@@ -93,10 +94,12 @@ class _Counting(fx.Interpreter):
             result, flops = super().run_node(n), self.counter.get_total_flops() - before
         else:
             args, kwargs = self.fetch_args_kwargs_from_env(n)
-            key = (n.target, _signature(args), _signature(kwargs))
+            key = (n.target, _signature(args), _signature(kwargs), n.meta.get(AUTOCAST))
             if key not in self.known:
                 before = self.counter.get_total_flops()
-                self.known[key] = super().run_node(n), self.counter.get_total_flops() - before
+                autocast = n.meta.get(AUTOCAST)
+                with torch.autocast(*autocast) if autocast else nullcontext():
+                    self.known[key] = super().run_node(n), self.counter.get_total_flops() - before
             result, flops = self.known[key]
         books = self.scores if made_by(n) == passes.ScoreTokens.name else self.regions
         books[region(n)] = books.get(region(n), 0) + flops

@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 from simba_fx.capture import leftovers, lift
 from simba_fx.capture.adapters import compare_adapters, say_not_compared
 from simba_fx.capture.alike import Alike
-from simba_fx.capture.autocast import idle_regions_left_out, refuse_graphs_in_blocks
+from simba_fx.capture.autocast import mark_regions, refuse_graphs_in_blocks, regions_noted
 from simba_fx.capture.examples import named_sizes
 from simba_fx.capture.gradients import OwnGradients, drop_idle_detaches
 from simba_fx.capture.guards import Question, guards_of, watched
@@ -87,7 +87,7 @@ class _Trace:
             watched(sites) as questions,
             once_per_kind(self.owner, sites, questions, apart) as trace,
             self.gradients.watched(self.owner, sites),
-            idle_regions_left_out(),
+            regions_noted(),
             torch.no_grad(),
         ):
             self.sites = watch.sites = sites
@@ -98,7 +98,9 @@ class _Trace:
         self.out_spec: Any = exported.call_spec.out_spec
         self.flat.graph.set_codegen(fx.graph.CodeGen())  # inputs and outputs flat, without pytree code around them
         graph = copy.deepcopy(self.flat.graph)  # no longer owned by a module: nodes may name attributes of ours
-        return expand(graph, trace, self.root, inside)
+        graph = expand(graph, trace, self.root, inside)
+        mark_regions(graph)
+        return graph
 
     def look_up(self, path: str) -> Any:
         """What a `get_attr` node names. (The exported module has not the weights of blocks that were not traced.)"""

@@ -25,6 +25,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from simba_fx.capture.alike import PLAIN, Alike, Member, alike_blocks
+from simba_fx.capture.examples import autocast_dtype
 from simba_fx.capture.guards import Question
 from simba_fx.capture.lift import CallSite
 from simba_fx.graph.facts import MARKERS, expression, is_size, look_up, opname, stem, value
@@ -146,7 +147,7 @@ class Trace:
         if not plain or any(module._forward_hooks or module._forward_pre_hooks for module in inner):
             return own(*args, **kwargs)
         notes: Any = next((leaf for leaf in leaves if isinstance(leaf, Notes)), None)
-        looks = [spec, *_looks_of(leaves)]
+        looks = [spec, *_looks_of(leaves), {autocast_dtype(leaf.device) for leaf in leaves if isinstance(leaf, Tensor)}]
         for traced in self.kinds[kind]:
             apart = block.number - traced.block.number
             if traced.looks == looks and all(

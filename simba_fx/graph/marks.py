@@ -14,13 +14,16 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import fx
 
 __all__ = [
+    "AUTOCAST",
     "MARK",
     "REGION",
+    "Autocast",
     "Insert",
     "Mark",
     "Role",
@@ -34,6 +37,15 @@ __all__ = [
 
 REGION = "region"
 MARK = "simba_fx"
+AUTOCAST = "autocast"
+
+
+class Autocast(NamedTuple):
+    """What a node runs under that was traced inside of `torch.autocast`, in `meta["autocast"]`."""
+
+    device: str
+    dtype: torch.dtype
+    enabled: bool
 
 
 class Role(enum.StrEnum):
@@ -140,6 +152,6 @@ class Insert:
         with self.graph.inserting_before(self.anchor):
             node = self.graph.create_node(op, target, args, kwargs, name=name)
         if like is not None:
-            node.meta.update({k: v for k, v in like.meta.items() if k in ("nn_module_stack", "stack_trace")})
+            node.meta.update({k: v for k, v in like.meta.items() if k in ("nn_module_stack", "stack_trace", AUTOCAST)})
         node.meta.update({"val": val, REGION: self.region, MARK: Mark(self.by, role)})
         return node

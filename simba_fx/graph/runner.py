@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from torch import fx
 
 from simba_fx.graph.facts import Facts, drop_dead_code
-from simba_fx.graph.marks import made_by, region
+from simba_fx.graph.marks import AUTOCAST, made_by, region
 
 __all__ = ["Pass", "Stage", "run_passes"]
 
@@ -75,6 +75,7 @@ def text(graph: fx.Graph) -> str:
         args = ", ".join([*map(_short, node.args), *(f"{k}={_short(v)}" for k, v in node.kwargs.items())])
         target = getattr(node.target, "_opname", getattr(node.target, "__name__", str(node.target)))
         origin = f"    # {by}, block {region(node)}" if (by := made_by(node)) else ""
+        origin += f"    # {autocast}" if (autocast := node.meta.get(AUTOCAST)) else ""
         lines.append(f"{node.name} = {target}({args}){origin}" if node.op != "output" else f"return {args}")
     return "\n".join(lines)
 

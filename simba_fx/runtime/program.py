@@ -23,6 +23,7 @@ from simba_fx.compiling import disable_compile, dynamic_marker, skip_frame
 from simba_fx.graph.facts import BLOCK, CRITERION, BlockCode, expression, look_up, tensor_paths, value
 from simba_fx.runtime.clone import adopt_block, refuse_replicas
 from simba_fx.runtime.fsdp import MET, as_captured, refuse_sharded
+from simba_fx.runtime.written import with_regions, write_regions
 
 __all__ = ["Block", "Kind", "Program", "blocks_of"]
 
@@ -35,7 +36,7 @@ class Kind(fx.GraphModule):
 
     def __init__(self, graph: fx.Graph, name: str) -> None:
         super().__init__(nn.Module(), fx.Graph(), class_name=name)
-        self.graph = graph
+        self.graph = with_regions(graph)
         inputs: Any = graph.find_nodes(op="placeholder")
         results: Any = graph.output_node().args[0]
         self.dynamic = tuple(map(_symbolic_dims, inputs))
@@ -46,6 +47,7 @@ class Kind(fx.GraphModule):
         """Of the tensors that it reads, in the module that it runs on."""
 
     def recompile(self) -> Any:
+        write_regions(self.graph)
         code = super().recompile()
         forward = type(self).forward
         leftovers.free_with(type(self), forward.__code__)
@@ -193,7 +195,7 @@ class Program(fx.GraphModule):
         self.__dict__["_own"] = {path: held for path, held in attributes.items() if not isinstance(held, Block)}
         self.__dict__["_targets"] = tuple(attributes)
         self.__dict__["_top"] = tuple(str(node.target) for node in graph.find_nodes(op="get_attr"))
-        self.graph = graph
+        self.graph = with_regions(graph)
 
     def attributes(self) -> dict[str, Any]:
         """What the graph's targets stand for now: tensors by path, submodules, blocks."""
@@ -234,6 +236,7 @@ class Program(fx.GraphModule):
             refuse_sharded(((path, look_up(self, path)) for path in self._top), "what surrounds the blocks")
 
     def recompile(self) -> Any:
+        write_regions(self.graph)
         code = super().recompile()
         leftovers.free_with(type(self), type(self).forward.__code__)
         if self._skips_frame:

@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from torch import fx
 
+from simba_fx.capture.autocast import mark_regions, regions_noted_of
 from simba_fx.frontends.dynamo.internals import TracingContext, aot_export_module, as_from_dynamo, is_float, tracing
 from simba_fx.frontends.dynamo.substitutes import is_lifted_call
 from simba_fx.graph.facts import output_of, returned
 from simba_fx.graph.marks import REGION
+from simba_fx.runtime.written import with_regions
 
 __all__ = ["Flat", "constant", "flattened", "float_inputs", "lifted_calls", "module_of"]
 
@@ -45,10 +47,12 @@ def flattened(gm: fx.GraphModule) -> Flat:
     """Trace Dynamo's graph on its own fake tensors and symbols; scans become operators, module paths are kept."""
     values = [node.meta["example_value"] for node in gm.graph.find_nodes(op="placeholder")]
     tensors: Any = (value for value in values if isinstance(value, torch.Tensor))
-    with tracing(TracingContext(next(tensors).fake_mode)):  # what AOTAutograd notes there is the inner backend's
+    context = TracingContext(next(tensors).fake_mode)  # what AOTAutograd notes in the usual one is the inner backend's
+    with regions_noted_of(gm.graph), tracing(context):
         flat: Any
         flat, signature = aot_export_module(gm, values, trace_joint=False, pre_dispatch=True)
     graph = copy.deepcopy(flat.graph)
+    mark_regions(graph)
     own = [*dict(gm.named_parameters(remove_duplicate=False)), *dict(gm.named_buffers(remove_duplicate=False))]
     placeholders = list(graph.find_nodes(op="placeholder"))
     names = dict(zip(signature.user_inputs, (node.name for node in gm.graph.find_nodes(op="placeholder"))))
@@ -94,6 +98,7 @@ def module_of(gm: fx.GraphModule, graph: fx.Graph, attributes: dict[str, Any], m
 
     The first `values` outputs are what the flat graph returned; what passes added after them is dropped.
     """
+    graph = with_regions(graph)
     kept = list(returned(graph))[:values]
     inputs = {node.name: node for node in graph.find_nodes(op="placeholder")}
     for name, new in zip(mutated, kept):
