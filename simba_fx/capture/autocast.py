@@ -75,11 +75,11 @@ def regions_noted_of(graph: fx.Graph) -> Iterator[None]:
 def _enter(autocast: Any) -> tuple[str, tuple[Any, ...] | None]:
     """The device, and what was there before; None: the region changes nothing."""
     device, dtype, enabled = autocast.device, autocast.fast_dtype, autocast._enabled
-    before = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device), torch.is_autocast_cache_enabled()
+    before = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
     if enabled == before[0] and (not enabled or dtype == before[1]):
         return device, None
     torch.autocast_increment_nesting()
-    _set(device, enabled, dtype, autocast._cache_enabled)
+    _set(device, enabled, dtype)
     torch.ops.simba_fx.autocast_begins(device, dtype, enabled)
     return device, before
 
@@ -93,10 +93,9 @@ def _leave(entered: tuple[str, tuple[Any, ...] | None]) -> None:
         _set(device, *before)
 
 
-def _set(device: str, enabled: bool, dtype: torch.dtype, cache: bool) -> None:
+def _set(device: str, enabled: bool, dtype: torch.dtype) -> None:
     torch.set_autocast_enabled(device, enabled)
     torch.set_autocast_dtype(device, dtype)
-    torch.set_autocast_cache_enabled(cache)
 
 
 def mark_regions(graph: fx.Graph) -> None:
