@@ -1,6 +1,9 @@
-"""Every error a caller can cause. One base class, so that `except SimbaError` catches them all."""
+"""Every error a caller can cause. One base class, so that `except SimbaError` catches them all. And `warn`."""
 
 from __future__ import annotations
+
+import sys
+import warnings
 
 
 class SimbaError(Exception):
@@ -37,3 +40,14 @@ class InputError(SimbaError, ValueError):
 
 class OperandError(SimbaError, ValueError):
     """An operator was given operands that do not fit together, or indices of tokens that are not there."""
+
+
+def warn(message: str) -> None:
+    """A `UserWarning` at the line of the caller's own code, however deep inside of torch this package was called."""
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _ON_THE_WAY:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, UserWarning, stacklevel=level)
+
+
+_ON_THE_WAY = {"contextlib", "functools", "simba_fx", "torch", "transformers"}

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import re
 import sys
-import warnings
+
+from simba_fx.errors import warn
 
 __all__ = ["TESTED", "name_untested", "untested"]
 
@@ -38,8 +39,7 @@ def name_untested() -> None:
     for line in untested():
         if line not in _named:
             _named.add(line)
-            warnings.warn(
+            warn(
                 f"{line}. To see whether a model is computed rightly, compare simba_fx.transform(model, 'dense') with "
-                "it on inputs of yours: their results should differ by rounding alone.",
-                stacklevel=3,
+                "it on inputs of yours: their results should differ by rounding alone."
             )

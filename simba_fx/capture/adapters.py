@@ -9,7 +9,6 @@ the adapter's (in mixed precision, say) is right: the graph then casts to it (`l
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -22,7 +21,7 @@ from simba_fx.capture import lift
 from simba_fx.capture.function_adapter import first_line
 from simba_fx.capture.rows import Adapter
 from simba_fx.capture.writes import NoWrites
-from simba_fx.errors import CaptureError, OperandError
+from simba_fx.errors import CaptureError, OperandError, warn
 
 __all__ = ["compare_adapters", "run_on_random_tokens", "say_not_compared"]
 
@@ -92,10 +91,9 @@ def say_not_compared(functions: Any, why: str) -> None:
         if (function, adapter) not in compared:
             _told.add((function, adapter))
             compared.add((function, adapter))
-            warnings.warn(
+            warn(
                 f"{function.__qualname__} was not compared with the adapter registered for it: {why}. Compare "
-                "transform(model, 'dense') with the model yourself.",
-                stacklevel=2,
+                "transform(model, 'dense') with the model yourself."
             )
 
 
@@ -170,10 +168,9 @@ def _compare(asked: Compared, args: Any, kwargs: Any, result: Any, kernels: str)
             f"{told}{_FAULTS} If {name} is meant to differ from an exact {scan} (it clamps, say), "
             "transform(model, kernels='model') runs it as it is, and the adapter serves for scores alone."
         )
-    warnings.warn(
+    warn(
         f"{told} With kernels='model' {name} itself runs, and tokens are scored by the exact {scan} of the adapter's "
-        f"operands.{_FAULTS}",
-        stacklevel=2,
+        f"operands.{_FAULTS}"
     )
 
 

@@ -17,7 +17,6 @@ import os
 import sys
 import threading
 import types
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -31,6 +30,7 @@ from torch.utils.checkpoint import CheckpointFunction
 from simba_fx.capture.guards import is_foreign
 from simba_fx.capture.lift import CallSite, callers, marked
 from simba_fx.compiling import sets_grad_enabled
+from simba_fx.errors import warn
 from simba_fx.graph.facts import value
 
 __all__ = ["OwnGradients", "drop_idle_detaches"]
@@ -91,12 +91,10 @@ class OwnGradients(TorchFunctionMode):
     def warn(self, name: str) -> None:
         """Say what the graph of the model called `name` has not."""
         if self.lost:
-            warnings.warn(
+            warn(
                 f"{name} computes as the dense model does without gradients, but may learn otherwise: "
                 f"{'; '.join(sorted(self.lost))}. "
-                "Gradients that the model makes itself there (hooks on tensors, a backward of its own) are missing.",
-                UserWarning,
-                stacklevel=2,
+                "Gradients that the model makes itself there (hooks on tensors, a backward of its own) are missing."
             )
 
     @contextmanager

@@ -14,7 +14,6 @@ import pickle
 import random
 import sys
 import threading
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from types import FrameType
@@ -27,7 +26,7 @@ from torch import nn
 from simba_fx.capture.guards import line_of
 from simba_fx.capture.lift import callers
 from simba_fx.compiling import questions_about_compiling
-from simba_fx.errors import CaptureError
+from simba_fx.errors import CaptureError, warn
 
 __all__ = ["Surroundings", "refuse_generator"]
 
@@ -121,11 +120,9 @@ class Surroundings:
     def warn(self) -> None:
         """Say what the graph does without."""
         if self.settings:
-            warnings.warn(
+            warn(
                 f"{self.name} calls {', '.join(self.settings)} while it runs, and its graph does not. Call it before "
-                "the model, or around its calls.",
-                UserWarning,
-                stacklevel=2,
+                "the model, or around its calls."
             )
 
 

@@ -11,7 +11,6 @@ is in a graph: said.
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -21,7 +20,7 @@ from torch.utils import _pytree as pytree
 
 from simba_fx.capture.alike import PLAIN
 from simba_fx.compiling import TorchDispatchMode
-from simba_fx.errors import CaptureError
+from simba_fx.errors import CaptureError, warn
 
 __all__ = ["Changes", "NoWrites", "refuse_writes"]
 
@@ -105,18 +104,16 @@ class Changes:
                     "Call self.register_buffer once, and self.buffer.copy_(new) under torch.no_grad()."
                 )
         if self.tensors:
-            warnings.warn(
+            warn(
                 f"{name}'s forward keeps tensors in {_listed(self.tensors)}, which a call of its graph leaves as they "
-                "are. If somebody reads them (a loss of a router, hidden states), return them from the forward.",
-                stacklevel=2,
+                "are. If somebody reads them (a loss of a router, hidden states), return them from the forward."
             )
         for path, (held, now) in [*self.attributes.items()][:1]:
             others = f" (and {len(self.attributes) - 1} others)" if len(self.attributes) > 1 else ""
-            warnings.warn(
+            warn(
                 f"{name}'s forward changes {path} from {held!r} to {now!r}{others}; its graph computes every time as "
                 f"with {held!r}. If that matters, and it changes at the first call alone, call the model once before "
-                "it is transformed.",
-                stacklevel=2,
+                "it is transformed."
             )
 
 

@@ -12,7 +12,6 @@ import enum
 import itertools
 import operator
 import types
-import warnings
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 
 from simba_fx.capture.alike import CONTAINERS, PLAIN, is_plain_object
 from simba_fx.compiling import is_compiled_method
+from simba_fx.errors import warn
 from simba_fx.runtime.fsdp import dense_class, dtype_in_forward, is_hook, is_sharded, state_of
 
 __all__ = ["Fingerprint", "Identity", "Snapshot", "hooks_of", "snapshot"]
@@ -209,11 +209,10 @@ class Fingerprint:
         hooked = [path for path in now.hooked() if path not in self._named]
         if hooked:
             self._named.update(hooked)
-            warnings.warn(
+            warn(
                 f"{type(self.root).__name__} has forward hooks on what is not called while a prompt runs "
                 f"({hooked[0]}): what they compute is part of the graph, and nothing else that they do happens at a "
-                "call. Hooks of the embedding and, with compile='blocks', of whole blocks run as usual.",
-                stacklevel=3,
+                "call. Hooks of the embedding and, with compile='blocks', of whole blocks run as usual."
             )
 
 

@@ -11,7 +11,6 @@ import copy
 import functools
 import inspect
 import threading
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from simba_fx.compiling import disable_compile, dynamic_marker, one_at_a_time, skip_frame, traced
-from simba_fx.errors import InputError
+from simba_fx.errors import InputError, warn
 from simba_fx.options import Options
 from simba_fx.runtime import exporting
 from simba_fx.runtime.build import Built
@@ -188,11 +187,10 @@ class StackRuntime(Memory):
         self.fingerprint.captured(variant.built.program.called())
         if len(known) == _KEPT_GRAPHS:
             changed = known[-1].seen.difference(variant.seen)
-            warnings.warn(
+            warn(
                 f"{type(self.stack).__name__} was captured {_KEPT_GRAPHS + 1} times for calls of one kind, because its "
                 f"modules changed in between (the last time: {changed}). Each capture takes seconds; keep what changes "
-                "at every call out of the modules' attributes.",
-                stacklevel=2,
+                "at every call out of the modules' attributes."
             )
             del known[0]
         self.variants[signature] = [*known, variant]

@@ -134,8 +134,9 @@ class Kept(nn.Module):
 def test_tensors_that_a_forward_keeps_are_named_and_the_dense_models_stay() -> None:
     made = model(Kept)
     told = r"^MyMamba's forward keeps tensors in blocks\.0\.before\.seen \(and 8 others\), which a call of its graph"
-    with pytest.warns(UserWarning, match=told):
+    with pytest.warns(UserWarning, match=told) as warned:
         everything = simba_fx.transform(made, KEEP_ALL, kernels="model")
+    assert warned[0].filename == __file__
     for block in made.blocks:
         assert not block.before.seen
         assert not block.before.last
@@ -145,7 +146,10 @@ def test_tensors_that_a_forward_keeps_are_named_and_the_dense_models_stay() -> N
     held = made.blocks[0].before
     loss, seen, last = held.loss, held.seen, held.last
     with pytest.warns(UserWarning, match=r"keeps tensors in blocks\.0\.before\.\w+ \(and 8 others\)"):
-        simba_fx.transform(made, "linear", criterion="simba")(ids())
+        sparse = simba_fx.transform(made, "linear", criterion="simba")
+    with pytest.warns(UserWarning, match="keeps tensors in") as warned:
+        sparse.train(False)(ids())
+    assert warned[0].filename == __file__
     assert held.loss is loss
     assert held.seen is seen
     assert len(seen) == 1
