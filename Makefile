@@ -106,11 +106,12 @@ $(VENV)/.torchao: $(VENV)/.torch
 	$(PIP) --no-deps --target $(VENV)/torchao torchao==0.18.0
 	@touch $@
 
-# lm-eval's wrapper of transformers models, with what importing that needs beyond the development tools: its data sets,
-# metrics and tasks are not run.
+# lm-eval likewise, with what it needs to run a task whose data are a local file.
 $(VENV)/.lm-eval: $(VENV)/.torch
 	rm -rf $(VENV)/lm-eval
-	$(PIP) --no-deps --target $(VENV)/lm-eval lm_eval==0.4.13 requests==2.34.2 urllib3==2.8.0 certifi charset-normalizer
+	$(PIP) --no-deps --target $(VENV)/lm-eval lm_eval==0.4.13 requests==2.34.2 urllib3==2.8.0 certifi charset-normalizer \
+		datasets==5.2.0 pyarrow==26.0.1 pandas dill multiprocess xxhash python-dateutil pytz six sacrebleu portalocker tabulate \
+		colorama lxml zstandard pytablewriter dataproperty mbstrdecoder pathvalidate tabledata tcolorpy typepy chardet
 	@touch $@
 
 $(VENV)/.demo: $(VENV)/.torch pyproject.toml

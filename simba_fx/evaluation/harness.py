@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 
 import simba_fx
 from simba_fx.bench.options import Criterion, parse_schedule
+from simba_fx.evaluation.texts import byte_tokenizer, has_tokenizer
 
 __all__ = ["SimbaLM"]
 
@@ -32,7 +34,7 @@ class SimbaLM(HFLM):  # type: ignore[misc]  # lm-eval is untyped
     """A sparse model for lm-eval.
 
     Args:
-        pretrained: as in `HFLM`: a name, a folder, or a model.
+        pretrained: as in `HFLM`: a name, a folder, or a model. A folder without a tokenizer reads bytes.
         schedule, criterion: as in `simba-fx eval`: "linear", "0.4", "Linear(0.1; every=4)"; "simba",
             "simba-l2/31". Semicolons stand for commas, at which `--model_args` splits.
         options: the others of `HFLM`; `batch_size="auto"` works.
@@ -41,6 +43,8 @@ class SimbaLM(HFLM):  # type: ignore[misc]  # lm-eval is untyped
     def __init__(
         self, pretrained: Any, schedule: str = "0.5", criterion: str = "simba-l2+write", **options: Any
     ) -> None:
+        if isinstance(pretrained, str) and Path(pretrained).is_dir() and not has_tokenizer(pretrained):
+            options.setdefault("tokenizer", byte_tokenizer(end=0))
         super().__init__(pretrained, backend="causal", **options)
         scored = Criterion.parse(criterion)
         plan = parse_schedule(str(schedule).replace(";", ","))

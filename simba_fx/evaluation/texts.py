@@ -13,7 +13,7 @@ from torch import Tensor
 
 from simba_fx.evaluation.options import EvalError
 
-__all__ = ["documents", "encoder_of", "shown", "windows"]
+__all__ = ["byte_tokenizer", "documents", "encoder_of", "has_tokenizer", "shown", "windows"]
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
@@ -24,7 +24,7 @@ def encoder_of(name: str, vocabulary: int) -> Callable[[str], list[int]]:
     Raises:
         EvalError: the model has neither a tokenizer nor room for bytes.
     """
-    if any((Path(name) / file).is_file() for file in _TOKENIZERS):
+    if has_tokenizer(name):
         transformers: Any = importlib.import_module("transformers")
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         return lambda text: tokenizer.encode(text, add_special_tokens=False)
@@ -36,9 +36,25 @@ def encoder_of(name: str, vocabulary: int) -> Callable[[str], list[int]]:
     return lambda text: list(text.encode())
 
 
+def has_tokenizer(folder: str) -> bool:
+    """Whether there is one beside a checkpoint. (transformers makes one up where there is none.)"""
+    return any((Path(folder) / file).is_file() for file in _TOKENIZERS)
+
+
+def byte_tokenizer(end: int) -> Any:
+    """A tokenizer of transformers with a token for each byte, of which `end` ends a text."""
+    tokenizers: Any = importlib.import_module("tokenizers")
+    transformers: Any = importlib.import_module("transformers")
+    vocabulary = {f"<0x{byte:02X}>": byte for byte in range(256)}
+    made = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [], byte_fallback=True))
+    made.decoder = tokenizers.decoders.Sequence([tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse()])
+    last = f"<0x{end:02X}>"
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=made, bos_token=last, eos_token=last, pad_token=last)
+
+
 def shown(name: str, ids: Sequence[int]) -> list[str]:
     """Each token as text."""
-    if any((Path(name) / file).is_file() for file in _TOKENIZERS):
+    if has_tokenizer(name):
         transformers: Any = importlib.import_module("transformers")
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
         return [tokenizer.decode([token]) for token in ids]

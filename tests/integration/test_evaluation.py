@@ -7,6 +7,8 @@ of a batch has to come out as it does alone.
 from __future__ import annotations
 
 import contextlib
+import json
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +32,7 @@ from models import (
     tokens,
 )
 from reference import assert_close
+from subprocesses import EXAMPLES, environment
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import Dataset
@@ -44,6 +47,7 @@ from transformers import (
 )
 
 import simba_fx
+from simba_fx.evaluation.tasks import Haystacks
 
 LM_EVAL = Path(sys.prefix) / "lm-eval"
 """Not on `sys.path`, where it is not needed (see the Makefile)."""
@@ -192,6 +196,70 @@ def test_our_model_for_the_harness_protects_each_continuation(
     assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
     assert 0.3 < wrapped.delivered < 0.95
     assert wrapped.get_model_info()["simba_fx_mean_share"] == wrapped.delivered
+
+
+NEEDLES = """
+dataset_path: json
+dataset_kwargs: {data_files: {test: ROWS}}
+test_split: test
+target_delimiter: ""
+"""
+TASKS = {
+    "generated": """
+task: generated
+output_type: generate_until
+doc_to_text: "{{context}}"
+doc_to_target: "{{answer}}"
+generation_kwargs: {until: ['"'], max_gen_toks: 8, do_sample: false}
+metric_list: [{metric: exact_match}]
+""",
+    "chosen": """
+task: chosen
+output_type: multiple_choice
+doc_to_text: "{{context}}"
+doc_to_choice: choices
+doc_to_target: 0
+metric_list: [{metric: acc}]
+""",
+    "rolled": """
+task: rolled
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{context}}"
+metric_list: [{metric: byte_perplexity}]
+""",
+}
+"""Of lm-eval's three kinds."""
+
+
+@pytest.mark.skipif(not LM_EVAL.is_dir(), reason=f"no folder {LM_EVAL}: make test adds it")
+def test_the_command_runs_local_tasks(tmp_path: Path) -> None:
+    """`simba-fx lm-eval` with lm-eval's own evaluator: needles, which half of the tokens are enough for."""
+    checkpoint = EXAMPLES / "mamba-needles-3m"
+    texts = [torch.tensor(list(file.read_bytes())) for file in EXAMPLES.glob("*.py") if file.read_bytes().isascii()]
+    haystacks = Haystacks(texts, lambda text: list(text.encode()), 1, "code", 0)
+    rows = []
+    for search in haystacks.searches("needles", 1024, [0.0, 0.25, 0.5], 4):
+        text = bytes(search.ids[0].tolist()).decode()
+        answer = text[-search.answer :]
+        rows.append({"context": text[: -search.answer], "answer": answer, "choices": [answer, "0f1e2d"]})
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for name, task in TASKS.items():
+        (tmp_path / f"{name}.yaml").write_text(task + NEEDLES.replace("ROWS", str(tmp_path / "rows.jsonl")))
+    command = [sys.executable, "-m", "simba_fx.cli", "lm-eval", "--model", "simba", "--device", "cpu",
+               "--batch_size", "4", "--model_args", f"pretrained={checkpoint},schedule=0.5", "--tasks", ",".join(TASKS),
+               "--include_path", str(tmp_path), "--output_path", str(tmp_path / "out.json")]  # fmt: skip
+    around = environment(LM_EVAL, HF_HOME=str(tmp_path / "hub"), HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
+    done = subprocess.run(command, env=around, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3_000:]
+    (written,) = tmp_path.glob("out_*.json")
+    found = json.loads(written.read_text())
+    results = found["results"]
+    assert results["generated"]["exact_match,none"] >= 0.75
+    assert results["chosen"]["acc,none"] >= 0.9
+    assert 1 < results["rolled"]["byte_perplexity,none"] < 6
+    assert 0.5 < found["config"]["simba_fx_mean_share"] < 0.8
+    assert "simba" in done.stdout
 
 
 def test_our_model_for_the_harness_rolls_and_generates(plugin: Callable[..., Any]) -> None:
