@@ -13,7 +13,7 @@ from simba_fx.errors import SimbaError
 __all__ = ["BASELINES", "STYLES", "TASKS", "EvalError", "Options"]
 
 BASELINES = ("left-truncation", "layer-drop", "utrc")
-TASKS = ("needles", "lookup", "copying", "recall")
+TASKS = ("needles", "lookup", "copying", "selective", "recall")
 STYLES = ("code", "prose")
 
 

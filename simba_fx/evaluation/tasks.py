@@ -34,6 +34,8 @@ _WIDTH = 6
 """Characters of a value."""
 _GIVEN, _ASKED = 8, 8
 """Tokens of a string that is to be copied: those that are repeated, and those that follow."""
+_SCATTERED = 16
+"""Tokens that stand apart and are to be copied, as in the Mamba paper."""
 Ids = list[int]
 
 
@@ -76,9 +78,10 @@ class Haystacks:
         Args:
             task: "needles": lines with a key and a value anywhere in a text, one key is asked for. "lookup": the same,
                 but lines all through. "copying": a string of tokens in a text; its first half is repeated at the end,
-                its second half is the answer. "recall": pairs of tokens among random ones, with no key among
-                those; the key of one pair is repeated, its value is the answer (multi-query associative recall of
-                Zoology; with one pair, the induction heads of the Mamba paper).
+                its second half is the answer. "selective": tokens scattered over half of a haystack of one other
+                token; all of them, in their order, are the answer (selective copying of the Mamba paper). "recall":
+                pairs of tokens among random ones, with no key among those; the key of one pair is repeated, its value
+                is the answer (multi-query associative recall of Zoology; with one pair, the Mamba paper's induction).
             depths: where what is asked for stands, from 0 (the beginning) to 1; other pairs stand anywhere.
 
         Raises:
@@ -87,9 +90,8 @@ class Haystacks:
         texts = [text for text in self.texts if len(text) >= length]
         if not texts:
             raise EvalError(f"--tasks expects texts of at least {length} tokens; found none. Name longer texts.")
-        make = {"needles": self._needles, "lookup": self._lookup, "copying": self._copying, "recall": self._recall}[
-            task
-        ]
+        make = {"needles": self._needles, "lookup": self._lookup, "copying": self._copying,
+                "selective": self._selective, "recall": self._recall}[task]  # fmt: skip
         for number in range(count):
             for depth in depths:
                 draw = random.Random(f"{self.seed} {length} {depth} {number}")
@@ -124,6 +126,21 @@ class Haystacks:
     def _copying(self, draw: random.Random, length: int, depth: float) -> Planted:
         string = draw.choices(self._tokens(), k=_GIVEN + _ASKED)
         return Planted([string], string[:_GIVEN], string[_GIVEN:])
+
+    def _selective(self, draw: random.Random, length: int, depth: float) -> Planted:
+        known, room = self._tokens(), length - 1
+        if len(known) < 3 or room // 2 < _SCATTERED:
+            raise EvalError(
+                f"Task selective needs 3 different tokens and --lengths of {2 * _SCATTERED + 1} and more; found "
+                f"{len(known)} and {length}. Name other texts, or longer lengths."
+            )
+        noise, asked = draw.sample(known, 2)
+        answer = draw.choices([token for token in known if token not in (noise, asked)], k=_SCATTERED)
+        first = round(depth * (room - room // 2))
+        haystack = [noise] * room
+        for place, token in zip(sorted(draw.sample(range(first, first + room // 2), _SCATTERED)), answer):
+            haystack[place] = token
+        return Planted([haystack], [asked], answer)
 
     def _recall(self, draw: random.Random, length: int, depth: float) -> Planted:
         known = self._tokens()

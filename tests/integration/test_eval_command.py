@@ -210,6 +210,21 @@ def test_a_string_is_copied_from_where_it_was_planted() -> None:
         assert place / 284 == pytest.approx(search.depth, abs=0.2)
 
 
+def test_scattered_tokens_are_the_answer_in_their_order() -> None:
+    text = torch.arange(1000) % 97
+    for search in haystacks(text).searches("selective", 300, [0.0, 0.5, 1.0], 4):
+        ids = search.ids[0].tolist()
+        noise = max(set(ids), key=ids.count)
+        assert len(ids) == 300 + search.answer == 300 + 16
+        *haystack, asked = ids[:300]
+        assert [token for token in haystack if token != noise] == ids[300:]
+        assert asked not in (noise, *ids[300:])
+        places = [place for place, token in enumerate(haystack) if token != noise]
+        assert search.depth * 150 - 1 <= places[0] < places[-1] <= search.depth * 150 + 150
+    with pytest.raises(SimbaError, match="3 different tokens and --lengths of 33 and more; found 97 and 32"):
+        list(haystacks(text).searches("selective", 32, [0.0], 1))
+
+
 def test_recall_has_one_value_for_each_key() -> None:
     for search in haystacks(torch.arange(1000) % 97, pairs=5).searches("recall", 300, [0.0, 0.5, 1.0], 4):
         ids = search.ids[0].tolist()
