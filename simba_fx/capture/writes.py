@@ -11,6 +11,7 @@ is in a graph: said.
 from __future__ import annotations
 
 import copy
+from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -71,18 +72,9 @@ class Changes:
                 if name in attributes and type(held) in PLAIN and type(now) in PLAIN and held != now:
                     self.attributes[f"{path}.{name}".lstrip(".")] = held, now
                 if _new_tensors(now, holds, held, held_by):
-                    self._put_back(module, name, *attributes.get(name, ()))
+                    _put_back(module, name, attributes)
                     if not _is_library(module):
                         self.tensors[f"{path}.{name}".lstrip(".")] = held
-
-    def _put_back(self, module: nn.Module, name: str, held: Any = None, holds: Any = None) -> None:
-        if held is None:
-            delattr(module, name)
-            return
-        setattr(module, name, held)
-        if isinstance(held, dict | list):
-            held.clear()
-            held.update(holds) if isinstance(held, dict) else held.extend(holds)
 
     def check(self, name: str, read: Iterable[Any]) -> None:
         """`name`: what messages call the model; `read`: the tensors that its graph reads.
@@ -118,12 +110,25 @@ class Changes:
 
 
 _OF_MODULES = frozenset(vars(nn.Module()))
+_CONTAINERS = (dict, list, tuple, deque)
 
 
 def _attributes(module: nn.Module) -> dict[str, tuple[Any, Any]]:
-    """By name, with what lists and dicts hold."""
+    """By name, with what containers hold."""
     own = {name: held for name, held in vars(module).items() if name not in _OF_MODULES}
-    return {name: (held, copy.copy(held) if type(held) in (dict, list) else None) for name, held in own.items()}
+    return {name: (held, copy.copy(held) if isinstance(held, _CONTAINERS) else None) for name, held in own.items()}
+
+
+def _put_back(module: nn.Module, name: str, attributes: Mapping[str, tuple[Any, Any]]) -> None:
+    """`attributes`: those that the module had."""
+    if name not in attributes:
+        delattr(module, name)
+        return
+    held, holds = attributes[name]
+    setattr(module, name, held)
+    if isinstance(held, dict | list | deque):
+        held.clear()
+        held.update(holds) if isinstance(held, dict) else held.extend(holds)
 
 
 def _new_tensors(now: Any, holds: Any, held: Any, held_by: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 import warnings
 from collections.abc import Callable
@@ -123,29 +124,37 @@ class Kept(nn.Module):
         super().__init__()
         self.seen: list[Tensor] = []
         self.last: dict[str, Tensor] = {}
+        self.states: tuple[Tensor, ...] = ()
+        self.router: Tensor | None = None
+        self.history = collections.deque[Tensor](maxlen=2)
 
     def forward(self, x: Tensor) -> Tensor:
-        self.loss = x.square().mean()
+        self.loss = self.router = x.square().mean()
         self.seen.append(x)
         self.last["x"] = x
+        self.states = (x, x)
+        self.history.append(x)
         return x * 2
 
 
 def test_tensors_that_a_forward_keeps_are_named_and_the_dense_models_stay() -> None:
     made = model(Kept)
-    told = r"^MyMamba's forward keeps tensors in blocks\.0\.before\.seen \(and 8 others\), which a call of its graph"
+    told = r"^MyMamba's forward keeps tensors in blocks\.0\.before\.seen \(and 17 others\), which a call of its graph"
     with pytest.warns(UserWarning, match=told) as warned:
         everything = simba_fx.transform(made, KEEP_ALL, kernels="model")
     assert warned[0].filename == __file__
     for block in made.blocks:
         assert not block.before.seen
         assert not block.before.last
+        assert block.before.states == ()
+        assert block.before.router is None
+        assert not block.before.history
         assert not hasattr(block.before, "loss")
     found = everything(ids())
     assert_close("output", found, made(ids()), 0)
     held = made.blocks[0].before
     loss, seen, last = held.loss, held.seen, held.last
-    with pytest.warns(UserWarning, match=r"keeps tensors in blocks\.0\.before\.\w+ \(and 8 others\)"):
+    with pytest.warns(UserWarning, match=r"keeps tensors in blocks\.0\.before\.\w+ \(and 17 others\)"):
         sparse = simba_fx.transform(made, "linear", criterion="simba")
     with pytest.warns(UserWarning, match="keeps tensors in") as warned:
         sparse.train(False)(ids())
