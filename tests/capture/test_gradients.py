@@ -240,6 +240,14 @@ def test_the_graph_shows_it() -> None:
     assert "RestoreFunctions" not in str(simba_fx.explain(plain))
 
 
+def test_gradients_of_gradients_are_refused_not_zero() -> None:
+    sparse = simba_fx.transform(model(straight_through), "linear", criterion="simba")
+    weights = list(sparse.parameters())
+    first = torch.autograd.grad(sparse(ids(2, 24)).square().mean(), weights, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"Trying to backward through simba_fx\.\w+_backward"):
+        torch.autograd.grad(sum(one.square().sum() for one in first), weights)
+
+
 def test_what_no_graph_can_keep_is_said() -> None:
     def hooked(x: Tensor) -> Tensor:
         x = x * 1.0
