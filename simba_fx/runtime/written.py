@@ -18,8 +18,8 @@ __all__ = ["with_regions", "write_regions"]
 
 
 def with_regions(graph: fx.Graph) -> fx.Graph:
-    """A copy with such nodes; the graph itself where there is nothing to enter."""
-    if not any(map(_autocast, graph.nodes)):
+    """A copy with such nodes; the graph itself where there is nothing to enter, or where it has them."""
+    if not any(map(_autocast, graph.nodes)) or graph.find_nodes(op="call_function", target=enter_autocast):
         return graph
     graph = copy.deepcopy(graph)
     runs = [(autocast, list(nodes)) for autocast, nodes in itertools.groupby(list(graph.nodes), _autocast)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -171,6 +172,19 @@ def test_a_region_is_exported() -> None:
             assert_close("output", program.module()(x), sparse(x), 1e-6)
             other = simba_fx.transform(model(contextlib.nullcontext, Scanned), "linear", criterion="simba")
             assert not torch.allclose(other(x), sparse(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("compile", ["blocks", "whole"])
+def test_copies_keep_regions(compile: str) -> None:
+    dense, x = model(bfloat16, Scanned), ids()
+    sparse: Any = simba_fx.transform(dense, "linear", criterion="simba", compile=compile)
+    plain = simba_fx.transform(model(contextlib.nullcontext, Scanned), "linear", criterion="simba", compile=compile)
+    with torch.no_grad():
+        found = sparse(x)
+        assert torch.equal(copy.deepcopy(sparse)(x), found)
+        again = simba_fx.transform(simba_fx.transform(sparse, 0.5), "linear", criterion="simba", compile=compile)
+        assert torch.equal(again(x), found)
+        assert not torch.equal(plain(x), found)
 
 
 def test_the_code_shows_it_and_blocks_share_it() -> None:

@@ -283,6 +283,22 @@ def test_a_plain_module_becomes_a_graph_module_with_its_own_signature(mode: str)
 
 
 @every_mode
+def test_a_plain_modules_graph_may_be_edited(mode: str) -> None:
+    ids = tokens(1, 2, 40)
+    sparse: Any = simba_fx.transform(own(), "linear", compile=mode)
+    found = run(sparse, ids)
+    (result, *_), *_ = sparse.graph.output_node().args
+    with sparse.graph.inserting_after(result):
+        doubled = sparse.graph.call_function(torch.ops.aten.mul.Tensor, (result, 2))
+    result.replace_all_uses_with(doubled, delete_user_cb=lambda user: user is not doubled)
+    sparse.graph.lint()
+    sparse.recompile()
+    for one in (sparse, copy.deepcopy(sparse)):
+        assert torch.equal(run(one, ids), 2 * found)
+    assert inspect.signature(sparse.forward) == inspect.signature(own().forward)
+
+
+@every_mode
 def test_a_plain_modules_state_dicts_load_both_ways(mode: str) -> None:
     ids, model, other = tokens(1, 2, 40), own(0), own(1)
     sparse, expected = (

@@ -120,7 +120,6 @@ class PlainRuntime(Memory):
                 other.read_from(self.root)
                 found = now, replace(built, program=self.held), other.state()
             self.held.become(found[2])
-            _call_as_module(self.held, self)
             others = [graph for graph in self.graphs if graph is not found]
             self.graphs = [*others[1 - _KEPT_GRAPHS :], found]
 
@@ -242,6 +241,13 @@ class PlainProgram(Program):
     def read_from(self, root: nn.Module) -> None:
         super().read_from(root)
         self.__dict__.update({name: root.__dict__[name] for name in _HOOKS})
+
+    def recompile(self) -> Any:
+        """Also by a user who edited the graph; the program is called as before."""
+        code = super().recompile()
+        if (runtime := self.__dict__.get("_simba")) is not None:
+            _call_as_module(self, runtime)
+        return code
 
     def state(self) -> tuple[fx.Graph, dict[str, Any], tuple[str, ...], tuple[str, ...]]:
         """What this program runs; see `become`."""
