@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from simba_fx.capture.lift import CallSite
+from simba_fx.compiling import disable_compile
 from simba_fx.graph.facts import Facts, value
 from simba_fx.graph.marks import Insert, Role, region
 
@@ -65,4 +66,4 @@ def _named(site: CallSite) -> Callable[..., Any]:
         return site.call(*tensors)
 
     call.__name__ = call.__qualname__ = site.function.__name__
-    return call
+    return disable_compile(call) if site.reads_modules else call  # Dynamo copies no modules

@@ -53,10 +53,12 @@ def alike_blocks(owner: nn.Module) -> list[Alike]:
                 continue  # paths of weights name one block alone
             member = Member(f"{parent}.{number}".lstrip("."), module, number)
             for kind in kinds:
-                if (numbers := _compared(kind.members[0], member)) is not None:
-                    kind.members.append(member)
-                    kind.numbers = numbers
-                    break
+                numbers = _compared(kind.members[0], member)
+                if numbers is None or (len(kind.members) > 1 and numbers != kind.numbers):  # 0, 1, 0 does not count
+                    continue
+                kind.members.append(member)
+                kind.numbers = numbers
+                break
             else:
                 kinds.append(Alike([member], []))
         found += [kind for kind in kinds if len(kind.members) > 1]

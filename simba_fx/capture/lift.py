@@ -15,6 +15,7 @@ After capture every patched name is back as it was, on errors too.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import inspect
@@ -83,16 +84,60 @@ class CallSite:
     def call(self, *tensors: Tensor) -> list[Any]:
         """The original function on these tensors; its results as a flat list."""
         remaining = iter(tensors)
-        leaves = [next(remaining) if isinstance(leaf, _Hole) else leaf for leaf in self.leaves]
+        leaves = [leaf.filled(remaining) if isinstance(leaf, _Hole) else leaf for leaf in self.leaves]
         args, kwargs = pytree.tree_unflatten(leaves, self.spec)
         return pytree.tree_leaves(self.function(*args, **kwargs))
+
+    @property
+    def reads_modules(self) -> bool:
+        """Whether a module is among its arguments, as that is whose method it is."""
+        return any(isinstance(leaf, _Shell) for leaf in self.leaves)
 
 
 class _Hole:
     """Where a tensor stood among a call's arguments."""
 
+    def filled(self, tensors: Iterator[Tensor]) -> Any:
+        return next(tensors)
+
     def __repr__(self) -> str:
         return "<tensor>"
+
+
+class _Shell(_Hole):
+    """Where a module stood, whose tensors are arguments of their own: those of whichever block calls."""
+
+    def __init__(self, module: nn.Module) -> None:
+        own = list(module.modules())
+        places = {id(held): place for place, held in enumerate(own)}
+        self.modules = [copy.copy(held) for held in own]
+        self.children = [{name: child if child is None else places[id(child)] for name, child in held._modules.items()}
+                         for held in own]  # fmt: skip
+        for held in self.modules:
+            held.__dict__ |= {kind: {name: tensor is not None for name, tensor in held.__dict__[kind].items()}
+                              for kind in _TENSORS}  # fmt: skip
+
+    @staticmethod
+    def tensors(module: nn.Module) -> list[Tensor]:
+        """Those that it has room for, in order."""
+        every = (held for own in module.modules() for kind in _TENSORS for held in own.__dict__[kind].values())
+        return [tensor for tensor in every if tensor is not None]
+
+    def filled(self, tensors: Iterator[Tensor]) -> Any:
+        copies = [copy.copy(held) for held in self.modules]
+        for held, children in zip(copies, self.children):
+            held.__dict__ |= {kind: {name: next(tensors) if there else None
+                                     for name, there in held.__dict__[kind].items()} for kind in _TENSORS}  # fmt: skip
+            held.__dict__["_modules"] = {
+                name: None if place is None else copies[place] for name, place in children.items()
+            }
+        return copies[0]
+
+    def __repr__(self) -> str:
+        return f"<module {id(self)}>"
+
+
+_TENSORS = ("_parameters", "_buffers")
 
 
 # --- markers -----------------------------------------------------------------------------------------------------
@@ -361,8 +406,8 @@ def marked(sites: list[CallSite], function: Callable[..., Any], leaves: list[Any
             f"{function.__qualname__} was called with a length as a plain number; expected tensors and constants. "
             "Read the length from a tensor inside the function."
         )
-    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-    holes = [_HOLE if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    tensors = [held for leaf in leaves for held in _tensors(leaf)]
+    holes = [_hole(leaf) for leaf in leaves]
     site, index = CallSite(function, spec, holes, scans=scans, dtypes=dtypes_of(leaves), own=own), len(sites)
     sites.append(site)
     enter, leave = (getattr(torch.ops.simba_fx, f"{_MARKERS[own]}_{edge}") for edge in ("enter", "exit"))
@@ -373,4 +418,16 @@ def marked(sites: list[CallSite], function: Callable[..., Any], leaves: list[Any
 
 
 _HOLE = _Hole()
+
+
+def _hole(leaf: Any) -> Any:
+    if isinstance(leaf, nn.Module) and _Shell.tensors(leaf):
+        return _Shell(leaf)
+    return _HOLE if isinstance(leaf, Tensor) else leaf
+
+
+def _tensors(leaf: Any) -> list[Tensor]:
+    return _Shell.tensors(leaf) if isinstance(leaf, nn.Module) else [leaf] if isinstance(leaf, Tensor) else []
+
+
 Recorder = Callable[[Callable[..., Any], Adapter, list[CallSite]], Callable[..., Any]]

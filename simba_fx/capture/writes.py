@@ -87,9 +87,9 @@ class Changes:
                 f"{name}'s forward puts another tensor in the place of its buffer {path}; expected buffers that are "
                 "written in place, which is what a graph can do. Write self.buffer.copy_(new), under torch.no_grad()."
             )
-        known = {_address(tensor) for tensor in read if isinstance(tensor, Tensor)} - {0}
+        known = {_address(tensor) for tensor in read if self.tensors} - {0}
         for path, held in self.tensors.items():
-            if isinstance(held, Tensor) and _address(held) in known:
+            if _address(held) in known:
                 raise CaptureError(
                     f"{name}'s forward reads {path}, and puts another tensor in its place; expected tensors that are "
                     "kept from call to call to be buffers that are written in place, which is what a graph can do. "
@@ -144,8 +144,10 @@ def _is_library(module: nn.Module) -> bool:
     return type(module).__module__.partition(".")[0] in ("torch", "transformers")
 
 
-def _address(tensor: Tensor) -> int:
-    return 0 if tensor.is_meta else tensor.untyped_storage().data_ptr()
+def _address(held: Any) -> int:
+    """Where a plain tensor lies; 0: it is none, or lies nowhere."""
+    plain = type(held) in (Tensor, nn.Parameter) and not held.is_meta
+    return held.untyped_storage().data_ptr() if plain else 0
 
 
 def _listed(paths: Collection[str]) -> str:

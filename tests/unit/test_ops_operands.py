@@ -119,7 +119,8 @@ CALLS: dict[str, Callable[[], dict[str, Any]]] = {
 
 def test_every_operator_is_here() -> None:
     ours = {name.partition("::")[2] for name in torch._C._dispatch_get_all_op_names() if name.startswith("simba_fx::")}
-    of_captures = {"site_enter", "site_exit", "own_enter", "own_exit", "block_edge", "block_stand_in"}
+    of_captures = {"site_enter", "site_exit", "own_enter", "own_exit", "block_edge", "block_stand_in",
+                   "autocast_begins", "autocast_ends"}  # fmt: skip
     assert {name.partition(".")[0] for name in ours} - of_captures == set(CALLS)
 
 
