@@ -81,11 +81,14 @@ class FunctionCall:
 
     def like(self, value: Tensor) -> list[Tensor]:
         """Results without values, of the sizes that a run has."""
-        rows = value.shape[0]
-        sizes: list[Any] = [value.shape]
-        sizes += ([rows if size == "B" else size for size in sizes] for sizes, _ in self.states)
         dtypes = [self.dtype, *(dtype for _, dtype in self.states)]
-        return [value.new_empty(shape, dtype=_dtype(dtype)) for shape, dtype in zip(sizes, dtypes)]
+        return [value.new_empty(shape, dtype=_dtype(dtype)) for shape, dtype in zip(self.sizes(value), dtypes)]
+
+    def sizes(self, value: Tensor) -> list[tuple[Any, ...]]:
+        """Of the results of a run."""
+        rows = value.shape[0]
+        states = (tuple(rows if size == "B" else size for size in sizes) for sizes, _ in self.states)
+        return [tuple(value.shape), *states]
 
 
 @functools.lru_cache(1024)
@@ -130,6 +133,10 @@ def _function(name: str) -> Callable[..., Any]:
     return found  # type: ignore[return-value]
 
 
+def _told(sizes: list[tuple[Any, ...]]) -> str:
+    return ", ".join(map(str, sizes))
+
+
 @torch.library.custom_op("simba_fx::recurrence", mutates_args=())
 def recurrence(value: Tensor, operands: list[Tensor], call: str) -> list[Tensor]:
     """Run a registered function.
@@ -143,9 +150,10 @@ def recurrence(value: Tensor, operands: list[Tensor], call: str) -> list[Tensor]
     """
     own = FunctionCall.of(call)
     y, *states = own.run(value, operands)
-    if y.shape != value.shape:
+    found, expected = [tuple(result.shape) for result in (y, *states)], own.sizes(value)
+    if found != expected:
         raise OperandError(
-            f"{own.function} returned y {tuple(y.shape)}; expected the sizes of its values {tuple(value.shape)}, as it "
+            f"{own.function} returned {_told(found)}; expected {_told(expected)}, the sizes of its values first, as it "
             "did when the model was captured. Write it so that they do not depend on other things."
         )
     return [y.contiguous().clone(), *(state.clone() for state in states)]  # results of operators share no memory
