@@ -165,6 +165,28 @@ def test_a_block_that_does_not_look_at_its_number_is_not(counted: Counted) -> No
     assert len(captured.sites) == 4
 
 
+class Shifted(Block):
+    def __init__(self, shift: int) -> None:
+        super().__init__()
+        self.shift = shift
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x * (1 + self.shift))
+
+
+@pytest.mark.parametrize("shifts", [(0, 1, 0, 1), (1, 2, 1, 2), (0, 1, 2, 0), (0, 0, 2, 0), (0, 1, 2, 3), (3, 1, 1, 1)])
+def test_numbers_are_each_blocks_own_whether_they_count_or_not(
+    shifts: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """0, 1, 0, 1 begins as if it counted, and goes on as if it were the same in every block."""
+    module, x = Plain(*map(Shifted, shifts)).eval(), torch.randn(2, 12, WIDTH)
+    sparse = simba_fx.transform(module, [1 - i * 1e-6 for i in range(4)], example_inputs=(x,), kernels="model")
+    assert torch.equal(sparse(x), module(x))
+    found = described(capture_plain(module))
+    monkeypatch.setattr(export, "once_per_kind", block_by_block)
+    assert found == described(capture_plain(module))
+
+
 class Writing(Block):
     def forward(self, x: Tensor) -> Tensor:
         self.seen = getattr(self, "seen", 0) + 1
