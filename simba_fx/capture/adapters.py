@@ -9,8 +9,7 @@ the adapter's (in mixed precision, say) is right: the graph then casts to it (`l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from torch.utils import _pytree as pytree
 from simba_fx.capture import lift
 from simba_fx.capture.function_adapter import first_line
 from simba_fx.capture.rows import Adapter
-from simba_fx.capture.writes import NoWrites
+from simba_fx.capture.writes import NoWrites, undisturbed
 from simba_fx.errors import CaptureError, OperandError, warn
 
 __all__ = ["compare_adapters", "run_on_random_tokens", "say_not_compared"]
@@ -110,22 +109,8 @@ def run_on_random_tokens(module: nn.Module, owner: nn.Module, inputs: Mapping[st
         torch.manual_seed(0)
         few = {name: _random(held, name == mask) for name, held in inputs.items()}
         buffers = {name: held.clone() for name, held in module.named_buffers()}
-        with NoWrites(owner), _undisturbed(module):
+        with NoWrites(owner), undisturbed(module):
             torch.func.functional_call(module, buffers, kwargs=few)
-
-
-@contextmanager
-def _undisturbed(module: nn.Module) -> Iterator[None]:
-    """What modules write on themselves meanwhile is gone afterwards."""
-    dicts = [vars(inner) for inner in module.modules()]
-    dicts += [held for inner in dicts for held in inner.values() if isinstance(held, dict)]  # hooks stand in these
-    before = [(held, dict(held)) for held in dicts]
-    try:
-        yield
-    finally:
-        for held, items in before:
-            held.clear()
-            held.update(items)
 
 
 def _random(held: Any, mask: bool) -> Any:

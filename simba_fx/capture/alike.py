@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-__all__ = ["CALLABLE", "CONTAINERS", "PLAIN", "Alike", "Member", "alike_blocks", "is_plain_object"]
+__all__ = ["CALLABLE", "CONTAINERS", "PLAIN", "Alike", "Member", "alike_blocks", "contents", "is_plain_object"]
 
 PLAIN: tuple[Any, ...] = (bool, int, float, complex, str, type(None), torch.dtype, torch.device)
 CONTAINERS: tuple[Any, ...] = (list, tuple, set, frozenset, dict, deque)
@@ -146,3 +146,21 @@ def _is_plain(value: Any, depth: int) -> bool:
         held = (*value, *value.values()) if isinstance(value, dict) else value
         return all(_is_plain(one, depth) for one in held)
     return type(value) in PLAIN or is_plain_object(value, depth - 1)
+
+
+def contents(held: Any, known: dict[int, Any], depth: int = 4) -> Any:
+    """What is equal as long as nobody writes into `held`, a value, a container or an object that holds such; of
+    anything else, which object it is. `known`: by identity, what was looked at before."""
+    if type(held) in PLAIN:
+        return type(held), repr(held)
+    if id(held) in known or depth == 0:
+        return known.get(id(held), id(held))
+    known[id(held)] = id(held)  # it may hold itself
+    inside: Any = None
+    if isinstance(held, CONTAINERS):
+        inside = [*held, *held.values()] if isinstance(held, dict) else held
+    elif is_plain_object(held):
+        inside = [*vars(held), *vars(held).values()]
+    if inside is not None:
+        known[id(held)] = tuple(contents(one, known, depth - 1) for one in inside)
+    return known[id(held)]

@@ -31,7 +31,7 @@ from simba_fx.capture.normalise import Captured, annotate, check_every_mixer, cu
 from simba_fx.capture.recurrences import keep_contract
 from simba_fx.capture.refusals import Watch, advice, explained, refuse_quantised, told_in_words
 from simba_fx.capture.surroundings import Surroundings
-from simba_fx.capture.writes import Changes, refuse_writes
+from simba_fx.capture.writes import Changes, refuse_writes, undisturbed
 from simba_fx.errors import CaptureError, ScanNotFoundError, SimbaError
 from simba_fx.graph.facts import expression, look_up, tensor_paths, value
 from simba_fx.ops.recurrences import SCANS
@@ -82,6 +82,7 @@ class _Trace:
 
     def _once(self, watch: Watch, inside: str, apart: Collection[str]) -> fx.Graph:
         with (
+            undisturbed(self.owner),
             leftovers.none_left(),
             lift.lifted(self.owner) as sites,
             watched(sites) as questions,

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -24,7 +23,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from simba_fx.capture.alike import PLAIN, Alike, Member, alike_blocks
+from simba_fx.capture.alike import PLAIN, Alike, Member, alike_blocks, contents
 from simba_fx.capture.examples import autocast_dtype
 from simba_fx.capture.guards import Question
 from simba_fx.capture.lift import CallSite
@@ -285,14 +284,10 @@ def _numbered(kind: Alike, block: nn.Module) -> Iterator[None]:
 
 
 def _state(block: nn.Module) -> list[Any]:
-    """What a block's modules hold, by identity."""
-    state: list[Any] = []
-    for module in block.modules():
-        for name, held in vars(module).items():
-            kind = type(held)
-            inside = held.values() if issubclass(kind, dict) else held if kind in (list, tuple, set, deque) else ()
-            state.append((id(module), name, id(held), [*map(id, inside)]))
-    return state
+    """What a block's modules hold, by identity, and what that holds."""
+    known: dict[int, Any] = {}
+    return [(id(module), name, id(held), None if type(held) is Place else contents(held, known))
+            for module in block.modules() for name, held in vars(module).items()]  # fmt: skip
 
 
 # --- the two operators -----------------------------------------------------------------------------------------------

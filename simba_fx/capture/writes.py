@@ -11,6 +11,8 @@ is in a graph: said.
 from __future__ import annotations
 
 import copy
+import itertools
+import operator
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,11 +21,11 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from simba_fx.capture.alike import PLAIN
+from simba_fx.capture.alike import CONTAINERS, PLAIN, is_plain_object
 from simba_fx.compiling import TorchDispatchMode
 from simba_fx.errors import CaptureError, warn
 
-__all__ = ["Changes", "NoWrites", "refuse_writes"]
+__all__ = ["Changes", "NoWrites", "refuse_writes", "undisturbed"]
 
 
 class NoWrites(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untyped in torch
@@ -45,6 +47,36 @@ class NoWrites(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untyped i
             if (path := self.weights.get(tensor.untyped_storage().data_ptr())) is not None:
                 raise _error(path)
         return operator(*args, **(kwargs or {}))
+
+
+@contextmanager
+def undisturbed(module: nn.Module) -> Iterator[None]:
+    """What modules write on themselves meanwhile, or into what they hold, is gone afterwards."""
+    before = {id(held): (held, copy.copy(held)) for inner in module.modules() for held in _written_into(vars(inner))}
+    try:
+        yield
+    finally:
+        for held, items in before.values():
+            same = len(held) == len(items) and all(map(operator.is_, _items(held), _items(items)))
+            if not same:  # others may read what did not change
+                held.clear()
+                held.update(items) if isinstance(held, dict | set) else held.extend(items)
+
+
+def _written_into(held: Any, depth: int = 4) -> Iterator[Any]:
+    """A container, and those in it; of an object with plain values, the dict that holds them."""
+    if isinstance(held, nn.Module | Tensor) or depth == 0:
+        return
+    held = vars(held) if is_plain_object(held) else held
+    if isinstance(held, dict | list | set | deque):
+        yield held
+    if isinstance(held, CONTAINERS):
+        for one in list(_items(held)):
+            yield from _written_into(one, depth - 1)
+
+
+def _items(held: Any) -> Iterator[Any]:
+    return itertools.chain(held, held.values()) if isinstance(held, dict) else iter(held)
 
 
 class Changes:

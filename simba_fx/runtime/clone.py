@@ -51,7 +51,8 @@ def copies_of(*roots: nn.Module) -> dict[nn.Module, nn.Module]:
     Hooks, modes (`train`, `eval`) and submodules of one tree do not reach the other. A module that occurs twice occurs
     twice in the copy.
     """
-    copies = {module: _shallow(module) for root in roots for module in root.modules()}
+    containers: dict[int, Any] = {}
+    copies = {module: _shallow(module, containers) for root in roots for module in root.modules()}
     for clone in copies.values():
         for name, child in clone._modules.items():
             clone._modules[name] = None if child is None else copies[child]
@@ -105,13 +106,14 @@ def refuse_other_forwards(root: nn.Module, stack: nn.Module | None = None) -> No
             )
 
 
-def _shallow(module: nn.Module) -> nn.Module:
-    """The same parameters, buffers, hooks and submodules in containers of its own."""
+def _shallow(module: nn.Module, containers: dict[int, Any]) -> nn.Module:
+    """The same parameters, buffers, hooks and submodules in containers of its own; `containers`: copies by the identity
+    of what they are of, so that modules that share one share its copy."""
     clone: nn.Module = object.__new__(type(module))  # classes of FSDP and of parametrisations refuse copies
     clone.__dict__.update(_state(module))
     for name, held in clone.__dict__.items():
         if type(held) in (dict, set) or name in _CONTAINERS:
-            clone.__dict__[name] = copy.copy(held)
+            clone.__dict__[name] = containers.setdefault(id(held), copy.copy(held))
     return clone
 
 

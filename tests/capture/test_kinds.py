@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import copy
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from torch import Tensor, fx, nn
 
 import simba_fx
 from simba_fx.capture import export, kinds
+from simba_fx.capture.alike import contents
 from simba_fx.capture.normalise import Captured
 from simba_fx.graph.marks import region
 
@@ -185,6 +187,51 @@ def test_numbers_are_each_blocks_own_whether_they_count_or_not(
     found = described(capture_plain(module))
     monkeypatch.setattr(export, "once_per_kind", block_by_block)
     assert found == described(capture_plain(module))
+
+
+class Counter:
+    def __init__(self) -> None:
+        self.calls = 0
+
+
+class Deeper:
+    def __init__(self) -> None:
+        self.counter = Counter()
+
+
+class Counting(Block):
+    """Looks at something that the blocks share, and changes it."""
+
+    def __init__(self, shared: Any) -> None:
+        super().__init__()
+        self.shared = shared
+
+    def forward(self, x: Tensor) -> Tensor:
+        held = self.shared
+        if isinstance(held, Counter | Deeper):
+            counter = held.counter if isinstance(held, Deeper) else held
+            counter.calls = calls = counter.calls % 4 + 1
+        else:
+            place: Any = "calls" if isinstance(held, dict) else 0
+            held, place = (held[0], 0) if isinstance(held, list) and isinstance(held[0], list) else (held, place)
+            held[place] = calls = held[place] % 4 + 1
+        return super().forward(x * calls)
+
+
+SHARED: dict[str, Callable[[], Any]] = {
+    "an object": Counter, "an object in one": Deeper, "a dict": lambda: {"calls": 0}, "a list": lambda: [0],
+    "a list in one": lambda: [[0]], "a queue": lambda: collections.deque([0])}  # fmt: skip
+
+
+@pytest.mark.parametrize("make", SHARED.values(), ids=SHARED)
+def test_what_blocks_share_and_change_is_seen_by_each_and_left_as_it_was(make: Callable[[], Any]) -> None:
+    shared, x = make(), torch.randn(2, 12, WIDTH)
+    before = copy.deepcopy(shared)
+    module = Plain(*(Counting(shared) for _ in range(4))).eval()
+    sparse = simba_fx.transform(module, [1 - i * 1e-6 for i in range(4)], example_inputs=(x,), kernels="model")
+    assert all(block.shared is shared for block in module.layers)
+    assert contents(shared, {}) == contents(before, {})
+    assert torch.equal(sparse(x), module(x))
 
 
 class Writing(Block):
