@@ -52,27 +52,29 @@ class NoWrites(TorchDispatchMode):  # type: ignore[no-untyped-call]  # untyped i
 @contextmanager
 def undisturbed(module: nn.Module) -> Iterator[None]:
     """What modules write on themselves meanwhile, or into what they hold, is gone afterwards."""
-    before = {id(held): (held, copy.copy(held)) for inner in module.modules() for held in _written_into(vars(inner))}
+    seen: set[int] = set()
+    before = [(held, copy.copy(held)) for inner in module.modules() for held in _written_into(vars(inner), seen)]
     try:
         yield
     finally:
-        for held, items in before.values():
+        for held, items in before:
             same = len(held) == len(items) and all(map(operator.is_, _items(held), _items(items)))
             if not same:  # others may read what did not change
                 held.clear()
                 held.update(items) if isinstance(held, dict | set) else held.extend(items)
 
 
-def _written_into(held: Any, depth: int = 4) -> Iterator[Any]:
-    """A container, and those in it; of an object with plain values, the dict that holds them."""
-    if isinstance(held, nn.Module | Tensor) or depth == 0:
+def _written_into(held: Any, seen: set[int], depth: int = 4) -> Iterator[Any]:
+    """A container, and those in it; of an object with plain values, the dict that holds them. Each once: `seen`."""
+    if type(held) in PLAIN or isinstance(held, nn.Module | Tensor) or id(held) in seen or depth == 0:
         return
+    seen.add(id(held))
     held = vars(held) if is_plain_object(held) else held
     if isinstance(held, dict | list | set | deque):
         yield held
     if isinstance(held, CONTAINERS):
         for one in list(_items(held)):
-            yield from _written_into(one, depth - 1)
+            yield from _written_into(one, seen, depth - 1)
 
 
 def _items(held: Any) -> Iterator[Any]:
