@@ -144,13 +144,12 @@ class Changes:
 
 
 _OF_MODULES = frozenset(vars(nn.Module()))
-_CONTAINERS = (dict, list, tuple, deque)
 
 
 def _attributes(module: nn.Module) -> dict[str, tuple[Any, Any]]:
     """By name, with what containers hold."""
     own = {name: held for name, held in vars(module).items() if name not in _OF_MODULES}
-    return {name: (held, copy.copy(held) if isinstance(held, _CONTAINERS) else None) for name, held in own.items()}
+    return {name: (held, copy.copy(held) if isinstance(held, CONTAINERS) else None) for name, held in own.items()}
 
 
 def _put_back(module: nn.Module, name: str, attributes: Mapping[str, tuple[Any, Any]]) -> None:
